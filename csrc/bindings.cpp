@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// fastprompt._C: shows the table of native kernels (common/kernel.h) to Python. Torch-free: it passes on pointers,
+// sizes and numbers, so one build serves every torch version. Adding an op does not touch this file.
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#define FP_TARGET "bindings"
+#include "common/kernel.h"
+
+#ifdef FP_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+
+// The linker marks both ends of the table.
+extern "C" const fp::Kernel* const __start_fp_kernels[];  // NOLINT(bugprone-reserved-identifier)
+extern "C" const fp::Kernel* const __stop_fp_kernels[];   // NOLINT(bugprone-reserved-identifier)
+
+namespace {
+
+constexpr size_t kMaxArguments = 48;
+
+[[noreturn]] void bad_arguments(const fp::Kernel& kernel, const std::string& what) {
+    throw py::type_error(std::string("fastprompt._C.") + kernel.name + ": " + what + " (signature '" +
+                         kernel.signature + "': p pointer, i integer, d float)");
+}
+
+int64_t call(const fp::Kernel& kernel, const py::args& args) {
+    const std::string signature = kernel.signature;
+    const size_t count = signature.size();
+    if (args.size() != count || count > kMaxArguments) {
+        bad_arguments(kernel, "takes " + std::to_string(count) + " arguments, got " + std::to_string(args.size()));
+    }
+    std::array<fp::Slot, kMaxArguments> slots;
+    for (size_t i = 0; i < count; ++i) {
+        PyObject* value = PyTuple_GET_ITEM(args.ptr(), static_cast<Py_ssize_t>(i));
+        if (signature[i] == 'd') {
+            slots[i].d = PyFloat_AsDouble(value);
+        } else if (PyLong_Check(value)) {
+            slots[i].i = PyLong_AsLongLong(value);
+        } else {
+            bad_arguments(kernel, "argument " + std::to_string(i) + " must be an int");
+        }
+        if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    }
+    int64_t status = 0;
+    {
+        const py::gil_scoped_release release;
+        status = kernel.invoke(slots.data());
+    }
+#ifdef FP_WITH_CUDA
+    if (status != 0 && std::string(kernel.target) == "cuda") {
+        throw std::runtime_error(std::string("fastprompt::") + kernel.name +
+                                 ": CUDA error: " + cudaGetErrorString(static_cast<cudaError_t>(status)));
+    }
+#endif
+    return status;
+}
+
+bool runs_here(const std::string& target) {
+#if defined(__x86_64__)
+    if (target == "avx2") {
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    }
+    if (target == "avx512") {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    }
+#endif
+    return true;
+}
+
+py::dict kernels(const std::string& target) {
+    py::dict found;
+    if (!runs_here(target)) return found;
+    for (const fp::Kernel* const* entry = __start_fp_kernels; entry != __stop_fp_kernels; ++entry) {
+        if (target == (*entry)->target) found[(*entry)->name] = py::cast(*entry, py::return_value_policy::reference);
+    }
+    return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "fastprompt's native kernels, by target.";
+    py::class_<fp::Kernel>(module, "Kernel")
+        .def("__call__", &call)
+        .def_property_readonly("name", [](const fp::Kernel& kernel) { return kernel.name; })
+        .def_property_readonly("target", [](const fp::Kernel& kernel) { return kernel.target; })
+        .def_property_readonly("signature", [](const fp::Kernel& kernel) { return kernel.signature; });
+    module.def("kernels", &kernels, py::arg("target"),
+               "name -> kernel for 'scalar', 'avx2', 'avx512' or 'cuda'; empty where this build or this CPU has none.");
+#ifdef FP_WITH_CUDA
+    module.attr("built_with_cuda") = true;
+#else
+    module.attr("built_with_cuda") = false;
+#endif
+}

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dropout's random bits: Philox 4x32-10 (Salmon et al. 2011), a pure function of (seed, element index). The backward
+// pass therefore rebuilds the mask of the forward pass, and every backend draws the same one.
+//
+// Element i of a tensor takes word i % 4 of the block whose counter is i / 4; the key is the seed.
+// An element is kept when its word >= drop_threshold(p). The readable twin is fastprompt/ops/_dropout.py.
+#pragma once
+#include "common/dtype.h"
+
+namespace fp {
+
+struct PhiloxBlock {
+    uint32_t word[4];
+};
+
+}  // namespace fp
+
+namespace {
+
+FP_INLINE uint32_t mul_high(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    return __umulhi(a, b);
+#else
+    return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+#endif
+}
+
+FP_INLINE fp::PhiloxBlock philox(uint64_t seed, uint64_t counter) {
+    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+    for (int round = 0; round < 10; ++round) {
+        const uint32_t high0 = mul_high(0xD2511F53u, c0), high2 = mul_high(0xCD9E8D57u, c2);
+        const uint32_t low0 = 0xD2511F53u * c0, low2 = 0xCD9E8D57u * c2;
+        c0 = high2 ^ c1 ^ k0;
+        c1 = low2;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// p in [0, 1]; 1 drops everything but a word of 2^32 - 1, and its scale of 0 silences that too.
+FP_INLINE uint32_t drop_threshold(double p) {
+    const double threshold = p * 4294967296.0;
+    return threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold);
+}
+
+FP_INLINE float keep_scale(double p) { return p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f; }
+
+}  // namespace

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fastprompt: fused kernels for prompt tuning a frozen Hugging Face T5."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastprompt import ops
+from fastprompt._op import backend_used, backends, use_backend
+
+try:
+    __version__ = version("fastprompt")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["backend_used", "backends", "ops", "use_backend"]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiled extension offers on this machine: a namespace of kernels per target.
+
+``FASTPROMPT_ISA=scalar|avx2|avx512`` caps the instruction set that the CPU kernels use.
+"""
+
+import os
+import warnings
+from types import SimpleNamespace
+
+import torch  # noqa: F401  (first: its libgomp must be the one that the extension binds to)
+
+CPU_ISAS = ("avx512", "avx2", "scalar")  # best first
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
+
+
+def _load() -> dict[str, SimpleNamespace]:
+    try:
+        from fastprompt import _C
+    except ImportError as error:
+        warnings.warn(
+            f"fastprompt runs without its compiled kernels ({error}): results are the same, CPU speed is PyTorch's. "
+            "For the fast path install a wheel, or build with `pip install .` (needs g++ and Python's headers).",
+            stacklevel=2,
+        )
+        return {}
+    found = {target: _C.kernels(target) for target in (*CPU_ISAS, "cuda")}
+    return {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels}
+
+
+def _cpu_isas() -> tuple[str, ...]:
+    best = os.environ.get("FASTPROMPT_ISA", CPU_ISAS[0])
+    if best not in CPU_ISAS:
+        raise ValueError(f"FASTPROMPT_ISA must be one of {', '.join(CPU_ISAS)}, got {best!r}")
+    return tuple(isa for isa in CPU_ISAS[CPU_ISAS.index(best) :] if isa in TARGETS)
+
+
+TARGETS = _load()
+CPU_TARGETS = _cpu_isas()  # the instruction sets that can run here, best first
+
+
+def pointer(tensor: "torch.Tensor | None") -> int:
+    """Address of a tensor's first element; 0 (a null pointer) for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def stream(tensor: "torch.Tensor") -> int:
+    """The CUDA stream that work on ``tensor`` belongs to; 0 on a CPU."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op pattern: how one page in ``fastprompt/ops`` becomes dispatcher ops with a backend per device.
+
+A page creates one :class:`Op` and attaches to it, for every schema it defines (a forward and its backward, say):
+
+- ``op.define(schema, fake=...)`` on the readable reference, which serves every device that has nothing better;
+- ``op.native`` on the launcher of the C++ and CUDA kernels: ``(kernels, *arguments)``. CPU and CUDA kernels of one
+  name have one signature, so a page needs one launcher for every instruction set and the GPU;
+- ``op.triton`` on the launcher of the Triton kernels: ``(*arguments)``;
+- ``op.autograd(...)``.
+
+torch's dispatcher is the registry: what runs is what is registered under the tensors' device. :func:`use_backend`
+registers another implementation for a scope. A launcher returns ``NotImplemented`` for a case that its kernel does
+not cover (float64, say); the reference then runs, and :func:`backend_used` says so.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fastprompt import _native
+
+LIBRARY = torch.library.Library("fastprompt", "DEF")
+OPS: dict[str, "Op"] = {}
+
+Function = Callable[..., Any]
+
+
+class Op:
+    """One op in every layer: its schemas, their reference, native and Triton implementations, and autograd."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.members: list[str] = []  # schema names, e.g. rms_norm and rms_norm_backward
+        self.last_backend: dict[str, str] = {}
+        self._reference: dict[str, Function] = {}
+        self._native: dict[str, Function] = {}
+        self._triton: dict[str, Function] = {}
+        self._extra: dict[str, tuple[SimpleNamespace, str]] = {}  # backend -> native kernels, dispatch key
+        OPS[name] = self
+
+    def define(self, schema: str, fake: Function) -> Callable[[Function], Function]:
+        """Register ``schema``, its ``fake`` (shapes and dtypes only), and the decorated function as its reference."""
+
+        def register(reference: Function) -> Function:
+            member = schema.partition("(")[0]
+            self.members.append(member)
+            self._reference[member] = reference
+            LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+            LIBRARY.impl(member, self._recorded(member, "reference", reference), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastprompt::{member}", fake, lib=LIBRARY)
+            return reference
+
+        return register
+
+    def native(self, launcher: Function) -> Function:
+        """Attach the launcher of the native kernels of the schema it is named after, with a leading underscore."""
+        self._native[launcher.__name__.removeprefix("_native_")] = launcher
+        return launcher
+
+    def triton(self, launcher: Function) -> Function:
+        """Attach the launcher of the Triton kernels of the schema it is named after."""
+        self._triton[launcher.__name__.removeprefix("_triton_")] = launcher
+        return launcher
+
+    def autograd(self, member: str, *, setup_context: Function, backward: Function) -> None:
+        torch.library.register_autograd(
+            f"fastprompt::{member}", backward, setup_context=setup_context, lib=LIBRARY
+        )
+
+    def publish(self) -> None:
+        """Register the best backend of this machine for each device. Called once, when the page is complete."""
+        for device in ("cpu", "cuda"):
+            best = self.backends(device)[0]
+            for member, function in self._implementation(best).items():
+                if best != "reference":
+                    LIBRARY.impl(member, self._recorded(member, best, function), device.upper())
+
+    def backends(self, device: str = "cpu") -> list[str]:
+        """The backends that can run on ``device`` ("cpu" or "cuda") here, the default one first."""
+        found = []
+        if device == "cpu" and self._native and _native.CPU_TARGETS:
+            found += ["cpu", *(f"cpu:{isa}" for isa in _native.CPU_TARGETS)]
+        if device == "cuda" and self._native and "cuda" in _native.TARGETS:
+            found.append("cuda")
+        if device == "cuda" and self._triton and _has_triton():
+            found.append("triton")
+        found.append("reference")
+        if device == "cpu" and self._triton and _has_triton() and os.environ.get("TRITON_INTERPRET") == "1":
+            found.append("triton")  # interpreted: for tests, never the default
+        return found + [name for name, (_, key) in self._extra.items() if key == device.upper()]
+
+    def add_native_backend(self, backend: str, kernels: SimpleNamespace, key: str) -> None:
+        """Offer one more build of the native kernels under dispatch ``key``: the tests' emulated CUDA kernels."""
+        self._extra[backend] = (kernels, key)
+
+    @contextmanager
+    def use(self, backend: str) -> Iterator[None]:
+        keys = [key for key in ("CPU", "CUDA") if backend in self.backends(key.lower())]
+        if not keys:
+            available = sorted({*self.backends("cpu"), *self.backends("cuda")})
+            raise ValueError(
+                f"fastprompt::{self.name}: backend must be one of {', '.join(available)} on this machine, got {backend!r}"
+            )
+        scope = torch.library.Library("fastprompt", "IMPL")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+                for member, function in self._implementation(backend).items():
+                    for key in keys:
+                        scope.impl(member, self._recorded(member, backend, function), key, allow_override=True)
+            yield
+        finally:
+            scope._destroy()
+
+    def _implementation(self, backend: str) -> dict[str, Function]:
+        if backend == "reference":
+            return self._reference
+        if backend == "triton":
+            return self._triton
+        if backend in self._extra:
+            kernels = self._extra[backend][0]
+        else:
+            device, _, isa = backend.partition(":")
+            kernels = _native.TARGETS[isa or (_native.CPU_TARGETS[0] if device == "cpu" else "cuda")]
+        return {member: _bind(launcher, kernels) for member, launcher in self._native.items()}
+
+    def _recorded(self, member: str, backend: str, function: Function) -> Function:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result, ran = function(*args, **kwargs), backend
+            if result is NotImplemented:
+                result, ran = self._reference[member](*args, **kwargs), "reference"
+            self.last_backend[member] = ran
+            return result
+
+        run.__name__ = f"{member}_{backend}"
+        return run
+
+
+def use_backend(op: str, backend: str) -> Any:
+    """Run ``op`` on ``backend`` inside a ``with`` block, in the whole process.
+
+    Args:
+        op: a name from ``fastprompt.ops``, e.g. ``"rms_norm"``; its backward is switched with it.
+        backend: ``"reference"``, ``"cpu"`` or one instruction set of it (``"cpu:scalar"``, ``"cpu:avx2"``,
+            ``"cpu:avx512"``), ``"cuda"`` or ``"triton"``.
+
+    Raises:
+        ValueError: there is no such op, or the backend cannot run on this machine; the message lists what can.
+    """
+    return _find(op).use(backend)
+
+
+def backend_used(op: str) -> str | None:
+    """The backend that last ran ``op`` (or one of its parts, e.g. ``"rms_norm_backward"``); None before the first run."""
+    for owner in OPS.values():
+        if op in owner.members:
+            return owner.last_backend.get(op)
+    raise ValueError(f"fastprompt: op must be one of {', '.join(sorted(OPS))} or a part of one, got {op!r}")
+
+
+def backends(op: str, device: str = "cpu") -> list[str]:
+    """The backends of ``op`` that can run on ``device`` ("cpu" or "cuda") on this machine, the default first."""
+    return _find(op).backends(device)
+
+
+def _find(op: str) -> Op:
+    if op not in OPS:
+        raise ValueError(f"fastprompt: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
+    return OPS[op]
+
+
+def _bind(launcher: Function, kernels: SimpleNamespace) -> Function:
+    return lambda *args, **kwargs: launcher(kernels, *args, **kwargs)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks shared by the pages. A message reads ``fastprompt::op: what was expected, got what. Remedy.``"""
+
+from typing import NoReturn
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(op: str, message: str, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"fastprompt::{op}: {message}")
+
+
+def check_tensor(op: str, name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """``value`` must be a strided tensor of one of ``dtypes``."""
+    if not isinstance(value, torch.Tensor):
+        fail(op, f"{name} must be a torch.Tensor, got {type(value).__name__}", TypeError)
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = str(value.dtype).removeprefix("torch.")
+        fail(op, f"{name} must have dtype {names}, got {got}. Convert it with {name}.to(...)", TypeError)
+    if value.layout != torch.strided:
+        fail(op, f"{name} must be a dense tensor, got layout {value.layout}. Use {name}.to_dense()", TypeError)
+
+
+def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:
+    """``value`` must have ``shape``, called ``symbols`` (e.g. "[D]") in the message."""
+    if tuple(value.shape) != shape:
+        fail(op, f"{name} must have shape {symbols}={list(shape)}, got {list(value.shape)}")
+
+
+def check_same_device(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if value.device != other.device:
+        fail(op, f"{name} must be on {other.device} like {other_name}, got {value.device}. Use {name}.to({other_name}.device)")
+
+
+def check_frozen(op: str, name: str, value: torch.Tensor) -> None:
+    """fastprompt computes no weight gradients: a weight that wants one is refused, never silently left without."""
+    if value.requires_grad and torch.is_grad_enabled():
+        fail(op, f"{name} must be frozen, got requires_grad=True. Call {name}.requires_grad_(False), or use the PyTorch op to train it")

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds fastprompt._C with ninja: every csrc/cpu/*.cpp once per instruction set, every csrc/cuda/*.cu if nvcc is here.
+
+Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a", FASTPROMPT_SANITIZE=address,undefined, CXX, MAX_JOBS.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra".split()
+# target -> (lanes of float, compiler flags)
+CPU_TARGETS = {"scalar": (1, [])}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_TARGETS["avx2"] = (8, "-mavx2 -mfma -mf16c".split())
+    CPU_TARGETS["avx512"] = (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split())
+
+
+def find_nvcc() -> str | None:
+    want = os.environ.get("FASTPROMPT_CUDA", "auto")
+    if want not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTPROMPT_CUDA must be auto, 0 or 1, got {want!r}")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+    if want == "1" and not nvcc:
+        raise SystemExit("FASTPROMPT_CUDA=1 but there is no nvcc on PATH or in CUDA_HOME: install the CUDA toolkit")
+    return None if want == "0" else nvcc
+
+
+def cuda_home(nvcc: str) -> Path:
+    """nvcc may be a wrapper script, so its own path says nothing: ask it where its toolkit is."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [line.removeprefix("#$ TOP=").strip() for line in said.splitlines() if line.startswith("#$ TOP=")]
+    return Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (build_dir / "build.ninja").write_text(self.ninja_file(output))
+        import ninja
+
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir, *jobs])
+
+    def ninja_file(self, output: Path) -> str:
+        sanitize, nvcc = os.environ.get("FASTPROMPT_SANITIZE", ""), find_nvcc()
+        cxx_flags = [*CXX_FLAGS, "-O3"]
+        link_flags = ["-shared", "-fopenmp", "-Wl,--as-needed"]
+        include = [sysconfig.get_path("include"), pybind11.get_include(), ROOT / "csrc"]
+        if sanitize:
+            checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+            cxx_flags = [*CXX_FLAGS, "-O1", "-g", *checks]
+            link_flags.append(f"-fsanitize={sanitize}")
+        if nvcc:
+            toolkit = cuda_home(nvcc)
+            include.append(toolkit / "include")
+            link_flags += [f"-L{toolkit}/lib64", "-l:libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
+            link_flags.append("-Wl,--exclude-libs,libcudart_static.a")
+        includes = " ".join(f"-I{path}" for path in include)
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in os.environ.get("FASTPROMPT_GENCODE", "80;90a").split(";")]
+        nvcc_flags = ["-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden", *gencode]
+        nvcc_flags.append("-Xptxas --warn-on-spills,--warning-as-error")
+        lines = [
+            "ninja_required_version = 1.5",
+            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"rule cxx\n  command = $cxx {' '.join(cxx_flags)} $flags {includes} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
+            f"rule cuda\n  command = {nvcc} -ccbin $cxx {' '.join(nvcc_flags)} $flags {includes} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = $cxx $in -o $out {' '.join(link_flags)}",
+        ]
+        objects = []
+
+        def compile_object(rule: str, source: Path, name: str, *flags: str) -> None:
+            objects.append(name)
+            lines.append(f"build {name}: {rule} {source}\n  flags = {' '.join(flags)}")
+
+        compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
+        for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
+            for target, (lanes, isa) in CPU_TARGETS.items():
+                defines = [f'-DFP_TARGET=\'"{target}"\'', f"-DFP_LANES={lanes}"]
+                compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)
+        for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else ():
+            compile_object("cuda", source, f"{source.stem}.cuda.o", '-DFP_TARGET=\'"cuda"\'')
+        return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
+
+
+setup(
+    packages=[
+        "fastprompt",
+        "fastprompt.demo",
+        "fastprompt.ops",
+        "fastprompt.prompts",
+        "fastprompt.triton_kernels",
+    ],
+    # A top-level package named triton_kernels would collide with another project's.
+    package_dir={"fastprompt": "fastprompt", "fastprompt.triton_kernels": "triton_kernels"},
+    package_data={"fastprompt": ["py.typed"], "fastprompt.demo": ["tiny_t5/*"]},
+    ext_modules=[Extension("fastprompt._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+    zip_safe=False,
+)
