@@ -21,7 +21,7 @@ CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wa
 CPU_TARGETS = {"scalar": (1, [])}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_TARGETS["avx2"] = (8, "-mavx2 -mfma -mf16c".split())
-    CPU_TARGETS["avx512"] = (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split())
+    CPU_TARGETS["avx512"] = (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized".split())
 
 
 def find_nvcc() -> str | None:
@@ -90,7 +90,7 @@ class NinjaBuild(build_ext):
         compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             for target, (lanes, isa) in CPU_TARGETS.items():
-                defines = [f'-DFP_TARGET=\'"{target}"\'', f"-DFP_LANES={lanes}"]
+                defines = ["-fno-exceptions", f'-DFP_TARGET=\'"{target}"\'', f"-DFP_LANES={lanes}"]
                 compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)
         for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else ():
             compile_object("cuda", source, f"{source.stem}.cuda.o", '-DFP_TARGET=\'"cuda"\'')
