@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds fastprompt._C with ninja: every csrc/cpu/*.cpp once per instruction set, every csrc/cuda/*.cu if nvcc is here.
+"""Builds fastprompt._C with ninja: each csrc/cpu/*.cpp once per instruction set, each csrc/cuda/*.cu if nvcc is here.
 
-Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a", FASTPROMPT_SANITIZE=address,undefined, CXX, MAX_JOBS.
+Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a", FASTPROMPT_SANITIZE=address,undefined, CXX,
+MAX_JOBS.
 """
 
 import os
@@ -16,12 +17,24 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra".split()
+CXX_FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+]
 # target -> (lanes of float, compiler flags)
 CPU_TARGETS = {"scalar": (1, [])}
 if platform.machine() in ("x86_64", "AMD64"):
-    CPU_TARGETS["avx2"] = (8, "-mavx2 -mfma -mf16c".split())
-    CPU_TARGETS["avx512"] = (16, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized".split())
+    CPU_TARGETS["avx2"] = (8, ["-mavx2", "-mfma", "-mf16c"])
+    # gcc 12 takes the undefined operand of some AVX-512 intrinsics for an uninitialised variable.
+    avx512 = (
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized"
+    )
+    CPU_TARGETS["avx512"] = (16, avx512.split())
 
 
 def find_nvcc() -> str | None:
@@ -31,7 +44,9 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
     if want == "1" and not nvcc:
-        raise SystemExit("FASTPROMPT_CUDA=1 but there is no nvcc on PATH or in CUDA_HOME: install the CUDA toolkit")
+        raise SystemExit(
+            "FASTPROMPT_CUDA=1, but no nvcc is on PATH or in CUDA_HOME: install the CUDA toolkit"
+        )
     return None if want == "0" else nvcc
 
 
@@ -69,15 +84,17 @@ class NinjaBuild(build_ext):
             link_flags += [f"-L{toolkit}/lib64", "-l:libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
             link_flags.append("-Wl,--exclude-libs,libcudart_static.a")
         includes = " ".join(f"-I{path}" for path in include)
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in os.environ.get("FASTPROMPT_GENCODE", "80;90a").split(";")]
-        nvcc_flags = ["-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden", *gencode]
+        architectures = os.environ.get("FASTPROMPT_GENCODE", "80;90a").split(";")
+        nvcc_flags = ["-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden"]
+        nvcc_flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
         nvcc_flags.append("-Xptxas --warn-on-spills,--warning-as-error")
+        compile_flags = f"$flags {includes} -MD -MF $out.d -c $in -o $out"
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {os.environ.get('CXX', 'g++')}",
-            f"rule cxx\n  command = $cxx {' '.join(cxx_flags)} $flags {includes} -MD -MF $out.d -c $in -o $out",
+            f"rule cxx\n  command = $cxx {' '.join(cxx_flags)} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
-            f"rule cuda\n  command = {nvcc} -ccbin $cxx {' '.join(nvcc_flags)} $flags {includes} -MD -MF $out.d -c $in -o $out",
+            f"rule cuda\n  command = {nvcc} -ccbin $cxx {' '.join(nvcc_flags)} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = $cxx $in -o $out {' '.join(link_flags)}",
         ]
@@ -90,10 +107,10 @@ class NinjaBuild(build_ext):
         compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             for target, (lanes, isa) in CPU_TARGETS.items():
-                defines = ["-fno-exceptions", f'-DFP_TARGET=\'"{target}"\'', f"-DFP_LANES={lanes}"]
+                defines = ["-fno-exceptions", f"-DFP_TARGET='\"{target}\"'", f"-DFP_LANES={lanes}"]
                 compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)
         for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else ():
-            compile_object("cuda", source, f"{source.stem}.cuda.o", '-DFP_TARGET=\'"cuda"\'')
+            compile_object("cuda", source, f"{source.stem}.cuda.o", "-DFP_TARGET='\"cuda\"'")
         return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
 
 

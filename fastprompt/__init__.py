@@ -5,10 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastprompt import ops
 from fastprompt._op import backend_used, backends, use_backend
+from fastprompt.model import PromptModel
+from fastprompt.prompts import PromptConfig
 
 try:
     __version__ = version("fastprompt")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["backend_used", "backends", "ops", "use_backend"]
+__all__ = ["PromptConfig", "PromptModel", "backend_used", "backends", "ops", "use_backend"]

@@ -8,7 +8,7 @@ import os
 import warnings
 from types import SimpleNamespace
 
-import torch  # noqa: F401  (first: its libgomp must be the one that the extension binds to)
+import torch
 
 CPU_ISAS = ("avx512", "avx2", "scalar")  # best first
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
@@ -16,7 +16,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/co
 
 def _load() -> dict[str, SimpleNamespace]:
     try:
-        from fastprompt import _C
+        from fastprompt import _C  # type: ignore[attr-defined]
     except ImportError as error:
         warnings.warn(
             f"fastprompt runs without its compiled kernels ({error}): results are the same, CPU speed is PyTorch's. "

@@ -106,7 +106,7 @@ class Op:
         if not keys:
             available = sorted({*self.backends("cpu"), *self.backends("cuda")})
             raise ValueError(
-                f"fastprompt::{self.name}: backend must be one of {', '.join(available)} on this machine, got {backend!r}"
+                f"fastprompt::{self.name}: backend must be one of {', '.join(available)} here, got {backend!r}"
             )
         scope = torch.library.Library("fastprompt", "IMPL")
         try:
@@ -114,7 +114,9 @@ class Op:
                 warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
                 for member, function in self._implementation(backend).items():
                     for key in keys:
-                        scope.impl(member, self._recorded(member, backend, function), key, allow_override=True)
+                        scope.impl(
+                            member, self._recorded(member, backend, function), key, allow_override=True
+                        )
             yield
         finally:
             scope._destroy()
@@ -158,7 +160,7 @@ def use_backend(op: str, backend: str) -> Any:
 
 
 def backend_used(op: str) -> str | None:
-    """The backend that last ran ``op`` (or one of its parts, e.g. ``"rms_norm_backward"``); None before the first run."""
+    """The backend that last ran ``op``, or a part of it such as ``"rms_norm_backward"``; None before the first run."""
     for owner in OPS.values():
         if op in owner.members:
             return owner.last_backend.get(op)

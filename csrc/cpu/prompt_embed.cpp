@@ -81,7 +81,8 @@ int64_t embed(const Layout& layout, const Id* ids, const W* weight, const P* pro
     int64_t first_bad = INT64_MAX;
 #pragma omp parallel if (total * D >= kParallelElements) reduction(min : first_bad)
     {
-        float* factors = dropout.active() ? static_cast<float*>(malloc(static_cast<size_t>(D) * sizeof(float))) : nullptr;
+        float* factors =
+            dropout.active() ? static_cast<float*>(malloc(static_cast<size_t>(D) * sizeof(float))) : nullptr;
         const bool ready = factors != nullptr || !dropout.active();
         if (!ready) {
 #pragma omp atomic write

@@ -32,16 +32,16 @@ void scale_row(const X* x, const W* w, float rstd, W* y, int64_t D) {
 // dh = rstd * (g - h * rstd^2 * mean(g * h)), g = dy * w; visit(d, dh) takes each vector of it.
 template <class X, class W, class Visit>
 void backward_row(const W* dy, const X* x, const W* w, float rstd, int64_t D, const Visit& visit) {
-    const float dot = RowSum().over(
-        D, [&](int64_t d) { return load_at(dy, d, D) * load_at(w, d, D) * load_at(x, d, D); });
+    const float dot =
+        RowSum().over(D, [&](int64_t d) { return load_at(dy, d, D) * load_at(w, d, D) * load_at(x, d, D); });
     const float slope = rstd * rstd * (dot / static_cast<float>(D));
     for (int64_t d = 0; d < D; d += kLanes) {
         visit(d, rstd * (load_at(dy, d, D) * load_at(w, d, D) - load_at(x, d, D) * slope));
     }
 }
 
-int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps,
-                 int64_t x_dtype, int64_t w_dtype, void* /*stream*/) {
+int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps, int64_t x_dtype,
+                 int64_t w_dtype, void* /*stream*/) {
     bool known = false;
     with_type(x_dtype, [&](auto x_type) {
         known = with_type(w_dtype, [&](auto w_type) {
@@ -103,7 +103,8 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
     bool known = true, memory = true;
 #pragma omp parallel if (N * D >= kParallelElements)
     {
-        float* factors = dropout.active() ? static_cast<float*>(malloc(static_cast<size_t>(D) * sizeof(float))) : nullptr;
+        float* factors =
+            dropout.active() ? static_cast<float*>(malloc(static_cast<size_t>(D) * sizeof(float))) : nullptr;
         const bool ready = factors != nullptr || !dropout.active();
         if (!ready) {
 #pragma omp atomic write
@@ -188,7 +189,8 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
             if (dx != nullptr) {
                 if (dropout.active()) dropout.factors(n * D, D, factors);
                 with_type(x_dtype, [&](auto x_type) {
-                    store_row(total, dropout.active() ? factors : nullptr, static_cast<decltype(x_type)*>(dx) + n * D, D);
+                    store_row(total, dropout.active() ? factors : nullptr, static_cast<decltype(x_type)*>(dx) + n * D,
+                              D);
                 });
             }
             if (!found) {

@@ -85,17 +85,17 @@ FP_INLINE void store(fp::fp16* to, vfloat value) {
 template <class T>
 FP_INLINE vfloat load_some(const T* from, int64_t count) {
     vfloat value{};
-    for (int64_t i = 0; i < count; ++i) value[i] = to_float(from[i]);
+    for (int64_t i = 0; i < kLanes - 1 && i < count; ++i) value[i] = to_float(from[i]);
     return value;
 }
 
 template <class T>
 FP_INLINE void store_some(T* to, vfloat value, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(value[i]);
+    for (int64_t i = 0; i < kLanes - 1 && i < count; ++i) to[i] = from_float<T>(value[i]);
 }
 
-// Visits a row of D elements: body(offset, whole vector?, count), where count < kLanes only for the last, partial vector.
-// Spelled as load_at/store_at so that a kernel writes its arithmetic once.
+// Visits a row of D elements: body(offset, whole vector?, count), where count < kLanes only for the last, partial
+// vector. Spelled as load_at/store_at so that a kernel writes its arithmetic once.
 template <class T>
 FP_INLINE vfloat load_at(const T* row, int64_t offset, int64_t D) {
     return offset + kLanes <= D ? load(row + offset) : load_some(row + offset, D - offset);
@@ -157,7 +157,8 @@ FP_INLINE void multiply(vulong a, uint32_t b, vulong* high, vulong* low) {
     *low = product & 0xffffffffu;
 }
 
-// Multiplies values by the dropout mask's 0 or `scale`: element i of the tensor is kept when its Philox word >= threshold.
+// Multiplies values by the dropout mask's 0 or `scale`: element i of the tensor is kept when its Philox word >=
+// threshold.
 class Dropout {
 public:
     Dropout(const int64_t* seed, double p)

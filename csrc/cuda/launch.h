@@ -1,12 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a kernel is launched, so that one .cu source serves nvcc and the tests' host emulation (tests/emulation).
+// How a kernel is written and launched, so that one .cu source serves nvcc and the tests' host emulation
+// (tests/emulation): kernels go through launch(), and shared memory through the two macros below.
 #pragma once
 #ifdef FP_EMULATE
 #include "emulate.h"
 #else
 #include <cuda_runtime.h>
 
+// COUNT elements of type T in the block's shared memory. Uninitialised.
+#define FP_SHARED(T, NAME, COUNT) __shared__ T NAME[COUNT]
+
+// The shared memory asked for at launch, as elements of type T. Uninitialised, 16-byte aligned.
+#define FP_DYNAMIC_SHARED(T, NAME)              \
+    extern __shared__ uint4 fp_dynamic_shared[]; \
+    T* const NAME = reinterpret_cast<T*>(fp_dynamic_shared)
+
 namespace {
+
+// Blocks per launch: plenty for any GPU. A kernel strides over the work that is left; the emulation's limit is small,
+// so that its tests take those turns.
+constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
 // Returns the launch's error code, 0 for success: what every native CUDA function hands back to Python.
 template <class... P, class... A>

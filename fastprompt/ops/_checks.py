@@ -21,7 +21,9 @@ def check_tensor(op: str, name: str, value: object, dtypes: tuple[torch.dtype, .
         got = str(value.dtype).removeprefix("torch.")
         fail(op, f"{name} must have dtype {names}, got {got}. Convert it with {name}.to(...)", TypeError)
     if value.layout != torch.strided:
-        fail(op, f"{name} must be a dense tensor, got layout {value.layout}. Use {name}.to_dense()", TypeError)
+        fail(
+            op, f"{name} must be a dense tensor, got layout {value.layout}. Use {name}.to_dense()", TypeError
+        )
 
 
 def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:
@@ -30,12 +32,16 @@ def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...],
         fail(op, f"{name} must have shape {symbols}={list(shape)}, got {list(value.shape)}")
 
 
-def check_same_device(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+def check_same_device(op: str, name: str, value: torch.Tensor, like: str, other: torch.Tensor) -> None:
     if value.device != other.device:
-        fail(op, f"{name} must be on {other.device} like {other_name}, got {value.device}. Use {name}.to({other_name}.device)")
+        fail(
+            op,
+            f"{name} must be on {other.device} like {like}, got {value.device}. Use {name}.to({like}.device)",
+        )
 
 
 def check_frozen(op: str, name: str, value: torch.Tensor) -> None:
     """fastprompt computes no weight gradients: a weight that wants one is refused, never silently left without."""
     if value.requires_grad and torch.is_grad_enabled():
-        fail(op, f"{name} must be frozen, got requires_grad=True. Call {name}.requires_grad_(False), or use the PyTorch op to train it")
+        remedy = f"Call {name}.requires_grad_(False), or use the PyTorch op to train it"
+        fail(op, f"{name} must be frozen, got requires_grad=True. {remedy}")

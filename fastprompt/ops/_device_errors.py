@@ -39,5 +39,5 @@ def raise_device_errors(synchronize: bool = False) -> None:
             word.zero_()
             raise IndexError(
                 f"fastprompt::prompt_embed: an earlier call on {device} met a token id outside the vocabulary, at flat "
-                f"index {index} of its input_ids; that row was left zero. Was the text encoded by another model's tokenizer?"
+                f"index {index} of its input_ids; that row was left zero. Was another model's tokenizer used?"
             )

@@ -25,7 +25,7 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None, like: Tensor) 
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """A seed [1] int64 from torch's generator of ``device``: ``torch.manual_seed`` fixes it, no device is waited for."""
+    """A seed [1] int64 from torch's generator of ``device``: ``torch.manual_seed`` fixes it, no device has to wait."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 

@@ -15,6 +15,7 @@ of the vocabulary table's size is ever allocated.
 Source: Lester et al. 2021, section 2; PEFT's PromptEmbedding computes the same by lookup, repeat, cast and cat.
 """
 
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,16 @@ def prompt_embed(
     row_lens = cu_tokens.diff() + (lengths[0] if lens is None else lens)
     cu_rows = torch.cat((cu_tokens.new_zeros(1), row_lens.cumsum(0)))
     rows = torch.ops.fastprompt.prompt_embed(
-        input_ids, weight, table, starts, lens, cu_tokens, cu_rows, seed, total + input_ids.shape[0], dropout_p
+        input_ids,
+        weight,
+        table,
+        starts,
+        lens,
+        cu_tokens,
+        cu_rows,
+        seed,
+        total + input_ids.shape[0],
+        dropout_p,
     )
     return rows, cu_rows
 
@@ -91,11 +101,18 @@ def _table(prompts: Prompts) -> tuple[Tensor, list[int]]:
             return prompts.reshape(-1, prompts.shape[-1]), [prompts.shape[1]] * prompts.shape[0]
         fail("prompt_embed", f"prompts must have shape [P, D] or [n, P, D], got {list(prompts.shape)}")
     if not isinstance(prompts, Sequence) or not prompts:
-        fail("prompt_embed", f"prompts must be a tensor or a non-empty list of tensors, got {prompts!r}", TypeError)
+        fail(
+            "prompt_embed",
+            f"prompts must be a tensor or a non-empty list of tensors, got {prompts!r}",
+            TypeError,
+        )
     for i, prompt in enumerate(prompts):
         check_tensor("prompt_embed", f"prompts[{i}]", prompt, FLOATS)
         if prompt.dim() != 2 or prompt.shape[1] != prompts[0].shape[-1]:
-            fail("prompt_embed", f"prompts[{i}] must have shape [P, D]=[P, {prompts[0].shape[-1]}], got {list(prompt.shape)}")
+            fail(
+                "prompt_embed",
+                f"prompts[{i}] must have shape [P, D]=[P, {prompts[0].shape[-1]}], got {list(prompt.shape)}",
+            )
         check_same_device("prompt_embed", f"prompts[{i}]", prompt, "prompts[0]", prompts[0])
     return prompts[0] if len(prompts) == 1 else torch.cat(tuple(prompts)), [len(prompt) for prompt in prompts]
 
@@ -109,7 +126,10 @@ def _check_ids(input_ids: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> 
         fail("prompt_embed", f"weight must have shape [V, D], got {list(weight.shape)}")
     if cu_seqlens is None:
         if input_ids.dim() != 2:
-            fail("prompt_embed", f"input_ids must have shape [B, S], got {list(input_ids.shape)}. Pass cu_seqlens for packed ids [T]")
+            fail(
+                "prompt_embed",
+                f"input_ids must have shape [B, S], got {list(input_ids.shape)}. Pass cu_seqlens for packed ids [T]",
+            )
         return input_ids.shape[0]
     if input_ids.dim() != 1:
         fail("prompt_embed", f"input_ids must have shape [T] with cu_seqlens, got {list(input_ids.shape)}")
@@ -124,8 +144,15 @@ def _check_cu_seqlens(cu_seqlens: Tensor, input_ids: Tensor) -> Tensor:
     """As int64. On a CPU the values are checked here; on a GPU the kernel keeps every access inside its tensors."""
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != input_ids.shape[0] or any(a > b for a, b in zip(values, values[1:], strict=False)):
-            fail("prompt_embed", f"cu_seqlens must rise from 0 to T={input_ids.shape[0]}, got {values[:8]}...{values[-1:]}")
+        if (
+            values[0] != 0
+            or values[-1] != input_ids.shape[0]
+            or any(a > b for a, b in itertools.pairwise(values))
+        ):
+            fail(
+                "prompt_embed",
+                f"cu_seqlens must rise from 0 to T={input_ids.shape[0]}, got {values[:8]}...{values[-1:]}",
+            )
     return cu_seqlens.to(torch.int64)
 
 
@@ -159,13 +186,25 @@ def _check(
     D = weight.shape[1]
     check_tensor("prompt_embed", "prompts", prompts, FLOATS)
     if prompts.dim() != 2 or prompts.shape[1] != D:
-        fail("prompt_embed", f"prompts must have shape [P, D]=[P, {D}] like weight [V, D]={list(weight.shape)}, got {list(prompts.shape)}")
+        fail(
+            "prompt_embed",
+            f"prompts must have weight's width [P, D]=[P, {D}], got {list(prompts.shape)}",
+        )
     if prompts.dtype not in (weight.dtype, torch.float32, torch.float64):
-        fail("prompt_embed", f"prompts must have dtype float32 or weight's {weight.dtype}, got {prompts.dtype}. Keep a float32 master", TypeError)
+        fail(
+            "prompt_embed",
+            f"prompts must have dtype float32 or weight's {weight.dtype}, got {prompts.dtype}. Keep a float32 master",
+            TypeError,
+        )
     check_same_device("prompt_embed", "prompts", prompts, "weight", weight)
     if (starts is None) != (lens is None) or (cu_tokens is None) != (cu_rows is None):
         fail("prompt_embed", "starts and lens, cu_tokens and cu_rows come in pairs")
-    for name, value, size in (("starts", starts, sequences), ("lens", lens, sequences), ("cu_tokens", cu_tokens, sequences + 1), ("cu_rows", cu_rows, sequences + 1)):
+    for name, value, size in (
+        ("starts", starts, sequences),
+        ("lens", lens, sequences),
+        ("cu_tokens", cu_tokens, sequences + 1),
+        ("cu_rows", cu_rows, sequences + 1),
+    ):
         if value is not None:
             check_tensor("prompt_embed", name, value, (torch.int64,))
             check_shape("prompt_embed", name, value, (size,), "[B]" if size == sequences else "[B + 1]")
@@ -219,7 +258,7 @@ def _check_token_ids(ids: Tensor, weight: Tensor) -> None:
 def _fail_token_id(token_id: int, weight: Tensor) -> None:
     fail(
         "prompt_embed",
-        f"input_ids must lie in [0, V)=[0, {weight.shape[0]}), got {token_id}. Was the text encoded by another model's tokenizer?",
+        f"input_ids must lie in [0, V)=[0, {weight.shape[0]}), got {token_id}. Was another model's tokenizer used?",
         IndexError,
     )
 
@@ -253,7 +292,11 @@ def _native_prompt_embed(
         if status > 0:  # 1 + the flat index of the first bad id (CPU only)
             _fail_token_id(int(input_ids.reshape(-1)[status - 1]), weight)
         if status < 0:
-            fail("prompt_embed", f"starts, lens, cu_tokens and cu_rows must stay inside prompts [R, D]={list(prompts.shape)}, input_ids and {rows} rows")
+            fail(
+                "prompt_embed",
+                f"starts, lens, cu_tokens and cu_rows must stay inside prompts [R, D]={list(prompts.shape)}, "
+                f"input_ids {list(input_ids.shape)} and {rows} rows",
+            )
     return out
 
 
@@ -297,7 +340,9 @@ def prompt_embed_backward_reference(
     dout = _drop(dout.to(total.dtype), dropout_p, seed)
     B = dout.shape[0] if cu_rows is None else cu_rows.shape[0] - 1
     for b in range(B):
-        start, length = (0, len(prompts)) if starts is None or lens is None else (int(starts[b]), int(lens[b]))
+        start, length = (
+            (0, len(prompts)) if starts is None or lens is None else (int(starts[b]), int(lens[b]))
+        )
         begin = 0 if cu_rows is None else int(cu_rows[b])
         source = dout[b, :length] if cu_rows is None else dout[begin : begin + length]
         rows = slice(start, start + length)
@@ -338,7 +383,9 @@ def _triton_prompt_embed_backward(
         return NotImplemented
     dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
     B, rows = _layout(dout, cu_rows)
-    kernels.prompt_embed_backward(dout.contiguous(), starts, lens, cu_rows, seed, dprompts, B, rows, dropout_p)
+    kernels.prompt_embed_backward(
+        dout.contiguous(), starts, lens, cu_rows, seed, dprompts, B, rows, dropout_p
+    )
     return dprompts
 
 

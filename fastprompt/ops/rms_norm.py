@@ -9,7 +9,7 @@
 Statistics and arithmetic are fp32 (float64 for float64 inputs), with one rounding at the end; HF's T5LayerNorm rounds
 twice in half precision. Backward, with g = dy * w:  dh = rstd * (g - h * rstd^2 * mean(g * h)); w gets no gradient.
 
-Source: Zhang & Sennrich 2019; transformers T5LayerNorm, and `hidden + dropout(sublayer(norm(hidden)))` of its T5 layers.
+Source: Zhang & Sennrich 2019; transformers T5LayerNorm, and `hidden + dropout(sublayer(norm(hidden)))`.
 """
 
 from types import SimpleNamespace
@@ -55,7 +55,10 @@ def rms_norm(
     check_frozen("rms_norm", "w", w)
     if residual is None:
         if dropout_p != 0.0:
-            fail("rms_norm", f"dropout_p={dropout_p} needs a residual: T5 drops the sublayer's output, not the norm's input")
+            fail(
+                "rms_norm",
+                f"dropout_p={dropout_p} needs a residual: T5 drops the sublayer's output, not the norm's input",
+            )
         return torch.ops.fastprompt.rms_norm(x, w, eps)[0]
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(x.device)
@@ -74,7 +77,9 @@ def _check(x: Tensor, w: Tensor, eps: float) -> None:
         fail("rms_norm", f"eps must not be negative, got {eps}")
 
 
-def _check_residual(x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float) -> None:
+def _check_residual(
+    x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float
+) -> None:
     _check(x, w, eps)
     check_tensor("rms_norm", "residual", residual, FLOATS)
     check_shape("rms_norm", "residual", residual, tuple(x.shape), "that of x")
@@ -93,9 +98,6 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 
 def _native_covers(*tensors: Tensor) -> bool:
     return all(t.dtype in DTYPE_CODES for t in tensors)
-
-
-
 
 
 def _fake_rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -150,7 +152,9 @@ def rms_norm_backward_reference(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) 
 
 
 @op.native
-def _native_rms_norm_backward(kernels: SimpleNamespace, dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Any:
+def _native_rms_norm_backward(
+    kernels: SimpleNamespace, dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor
+) -> Any:
     if not _native_covers(dy, x, w):
         return NotImplemented
     dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
@@ -179,7 +183,9 @@ def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.save_for_backward(x, w, output[1])
 
 
-def _backward_rms_norm(ctx: Any, dy: Tensor | None, _drstd: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _backward_rms_norm(
+    ctx: Any, dy: Tensor | None, _drstd: Tensor | None
+) -> tuple[Tensor | None, None, None]:
     if dy is None or not ctx.needs_input_grad[0]:
         return None, None, None
     x, w, rstd = ctx.saved_tensors
@@ -187,9 +193,6 @@ def _backward_rms_norm(ctx: Any, dy: Tensor | None, _drstd: Tensor | None) -> tu
 
 
 op.autograd("rms_norm", setup_context=_setup_rms_norm, backward=_backward_rms_norm)
-
-
-
 
 
 def _fake_rms_norm_residual(
@@ -220,7 +223,13 @@ def rms_norm_residual_reference(
 
 @op.native
 def _native_rms_norm_residual(
-    kernels: SimpleNamespace, x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float
+    kernels: SimpleNamespace,
+    x: Tensor,
+    residual: Tensor,
+    w: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
 ) -> Any:
     _check_residual(x, residual, w, seed, eps, dropout_p)
     if not _native_covers(x, residual, w):
@@ -248,7 +257,9 @@ def _triton_rms_norm_residual(
     _check_residual(x, residual, w, seed, eps, dropout_p)
     if not _native_covers(x, residual, w):
         return NotImplemented
-    return kernels.rms_norm_residual(x.contiguous(), residual.contiguous(), w.contiguous(), seed, eps, dropout_p)
+    return kernels.rms_norm_residual(
+        x.contiguous(), residual.contiguous(), w.contiguous(), seed, eps, dropout_p
+    )
 
 
 def _fake_rms_norm_residual_backward(
@@ -325,7 +336,9 @@ def _triton_rms_norm_residual_backward(
     return dresidual, dx
 
 
-def _setup_rms_norm_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_rms_norm_residual(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     x, residual, w, seed, _, dropout_p = inputs
     _, h, rstd = output
     ctx.set_materialize_grads(False)

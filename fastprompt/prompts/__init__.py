@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft prompts: their configuration, first values, bank, and files."""
+
+from fastprompt.prompts.bank import PromptBank
+from fastprompt.prompts.config import PromptConfig
+from fastprompt.prompts.files import PromptFile, read_prompt, write_prompt
+from fastprompt.prompts.identity import ModelIdentity
+from fastprompt.prompts.init import initial_prompt
+
+__all__ = [
+    "ModelIdentity",
+    "PromptBank",
+    "PromptConfig",
+    "PromptFile",
+    "initial_prompt",
+    "read_prompt",
+    "write_prompt",
+]

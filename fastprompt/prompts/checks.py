@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PromptModel asks of its model and of a batch. A message says what must be, what came, and the remedy."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete for
+# the capacity of its experts.
+MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` is a T5 with a seq2seq head."""
+    if not isinstance(model, PreTrainedModel):
+        problem = f"got a {type(model).__name__}, no PreTrainedModel"
+    elif model.config.model_type not in MODEL_TYPES:
+        problem = f"got a {type(model).__name__} of type {model.config.model_type!r}"
+    elif not model.can_generate():
+        problem = f"got a {type(model).__name__}, which has no seq2seq head"
+    elif type(model.get_encoder().get_input_embeddings()) is not nn.Embedding:
+        problem = f"its embedding is a {type(model.get_encoder().get_input_embeddings()).__name__}"
+    else:
+        return
+    raise TypeError(
+        f"PromptModel: model must be a ForConditionalGeneration of type {', '.join(MODEL_TYPES)}: {problem}. "
+        "Wrap the model itself, before torch.compile, DDP or PEFT"
+    )
+
+
+def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
+    """``input_ids`` [B, S], B >= 1, on the device of the embedding table. prompt_embed checks dtype and values."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"PromptModel: input_ids must be a tensor [B, S], got {type(input_ids).__name__}. "
+            "It may be left out only with encoder_outputs"
+        )
+    if input_ids.ndim != 2 or not len(input_ids):
+        raise ValueError(f"PromptModel: input_ids must have shape [B, S], B >= 1, got {list(input_ids.shape)}")
+    check_device("input_ids", input_ids, table)
+    return input_ids
+
+
+def check_device(name: str, value: Tensor, table: Tensor) -> None:
+    """``value`` must be on the device of the embedding table, and that must hold data."""
+    if table.is_meta:
+        raise ValueError("PromptModel: the embedding table has no data (device meta). Load the weights first")
+    if value.device != table.device:
+        remedy = "Move the PromptModel" if name == "prompts" else f"Use {name}.to(model.device)"
+        raise ValueError(f"PromptModel: {name} must be on {table.device}, got {value.device}. {remedy}")
+
+
+def check_mask(mask: object, batch: int, num_tokens: int, table: Tensor) -> None:
+    """``mask`` must be None, or [B, S] on the device of the embedding table."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, num_tokens):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"PromptModel: attention_mask must have shape [B, S]={[batch, num_tokens]}, got {got}. "
+            "It covers the tokens; the prompts' part is added to it"
+        )
+    check_device("attention_mask", mask, table)
+
+
+def check_labels(labels: object, batch: int, vocab_size: int) -> None:
+    """``labels`` must be None, or int64 [B, T]. Values are checked on the CPU; on a GPU that would make it wait."""
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 2 or len(labels) != batch:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"PromptModel: labels must be int64 [B, T]=[{batch}, T], got {got}")
+    if labels.device.type != "cpu":
+        return
+    outside = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+    if len(outside):
+        raise IndexError(
+            f"PromptModel: labels must lie in [0, {vocab_size}) or be -100, got {int(outside[0])}. "
+            "Was the text encoded by another model's tokenizer?"
+        )
+
+
+def check_keywords(kwargs: dict[str, Any], known: frozenset[str]) -> None:
+    """Raise TypeError on a keyword that the model does not read. HF's T5 swallows any, so a slip would go unnoticed."""
+    if "inputs_embeds" in kwargs:
+        raise TypeError("PromptModel: inputs_embeds is what the prompts and input_ids make. Give input_ids")
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        raise TypeError(f"PromptModel: unexpected keyword arguments {unknown}; known are {sorted(known)}")

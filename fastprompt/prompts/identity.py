@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which frozen model a prompt was trained for.
+
+A prompt means nothing to another model, and shapes cannot tell: T5 v1.1, its LM-adapted and its FLAN checkpoints
+share all of them. The embedding table tells them apart.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a prompt file says about its model; ``embedding_dtype`` is the table's when it was hashed."""
+
+    name_or_path: str
+    model_type: str
+    vocab_size: int
+    d_model: int
+    embedding_dtype: str
+    embedding_sha256: str
+
+    @classmethod
+    def of(cls, config: Any, weight: Tensor) -> Self:
+        """Of a model with this HF config and this embedding table [V, D]. Reads the whole table."""
+        return cls(
+            name_or_path=str(getattr(config, "_name_or_path", "")),
+            model_type=str(config.model_type),
+            vocab_size=weight.shape[0],
+            d_model=weight.shape[1],
+            embedding_dtype=str(weight.dtype).removeprefix("torch."),
+            embedding_sha256=embedding_sha256(weight),
+        )
+
+    def difference(self, other: "ModelIdentity") -> str | None:
+        """Why a prompt of this model is none of ``other``'s, or None. Names decide nothing, because paths move."""
+        for name in ("model_type", "vocab_size", "d_model"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine!r}, not {theirs!r}"
+        # An fp16 load has rounded twice by the time it is hashed, so it compares with fp16 only.
+        comparable = (self.embedding_dtype == "float16") == (other.embedding_dtype == "float16")
+        if comparable and self.embedding_sha256 != other.embedding_sha256:
+            return f"embedding table {self.embedding_sha256[:12]}, not {other.embedding_sha256[:12]}"
+        return None
+
+
+def embedding_sha256(weight: Tensor) -> str:
+    """sha256 of the table [V, D] rounded to bf16, so that fp32 and bf16 loads of one checkpoint agree."""
+    digest = hashlib.sha256(f"{list(weight.shape)}".encode())
+    for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
+        digest.update(chunk.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()

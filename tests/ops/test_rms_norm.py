@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rms_norm against HF's T5LayerNorm: values, gradients, dtypes, layouts and what it saves."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from fastprompt.ops import rms_norm
+from fastprompt.testing import assert_within_budget, saved_bytes
+
+OP = "rms_norm"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MIXES = [(x, w) for x in FLOATS for w in FLOATS]
+SHAPES = [
+    (1, 1),
+    (3, 3),
+    (7, 7),
+    (5, 33),
+    (2, 3, 500),
+    (9, 768),
+    pytest.param((19, 1472), marks=pytest.mark.big),
+]
+NORMS = (1.0, 2000.0, 1e-3, 30.0)  # of rows in turn; trained soft prompts reach 2000
+
+
+def rows(shape, dtype, device, seed=0):
+    """Random rows whose norms differ by orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).reshape(-1, shape[-1])
+    norms = torch.tensor([NORMS[n % len(NORMS)] for n in range(len(x))], dtype=torch.float64)
+    return (x * (norms / shape[-1] ** 0.5)[:, None]).reshape(shape).to(device, dtype)
+
+
+def weight(D, dtype, device):
+    return (1 + 0.5 * torch.randn(D, generator=torch.Generator().manual_seed(1))).to(device, dtype)
+
+
+def hf(x, w, eps=1e-6):
+    norm = T5LayerNorm(len(w), eps)
+    norm.weight = torch.nn.Parameter(w, requires_grad=False)
+    return norm(x)
+
+
+def exact(x, w, eps=1e-6):
+    x, w = x.double(), w.double()
+    return w * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def value_and_gradient(function, x, w, dy):
+    x = x.detach().requires_grad_()
+    y = function(x, w)
+    (dx,) = torch.autograd.grad(y, x, dy.to(y.dtype))
+    return y.detach(), dx
+
+
+def gradient_terms(x, w, dy, eps=1e-6):
+    """The size of the terms whose difference is dx: in short rows they cancel almost wholly."""
+    rstd = (x.double().pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    return (rstd * dy.double() * w.double()).abs().amax(-1, keepdim=True)
+
+
+def check(x, w, dy):
+    (y, dx), (hf_y, hf_dx) = value_and_gradient(rms_norm, x, w, dy), value_and_gradient(hf, x, w, dy)
+    true_y, true_dx = value_and_gradient(exact, x.double(), w, dy)
+    assert_within_budget(y, hf_y, true_y, magnitude="element", ulps=3)
+    assert_within_budget(dx, hf_dx, true_dx, magnitude=gradient_terms(x, w, dy))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("x_dtype", "w_dtype"), MIXES, ids=str)
+def test_value_and_gradient(backend, device, shape, x_dtype, w_dtype):
+    x, w = rows(shape, x_dtype, device), weight(shape[-1], w_dtype, device)
+    check(x, w, rows(shape, w_dtype, device, seed=2))
+
+
+def test_any_shape_and_layout(backend, device, examples):
+    @settings(max_examples=examples)
+    @given(st.integers(1, 9), st.integers(1, 130), st.sampled_from(MIXES), st.booleans(), st.integers(0, 999))
+    def any_case(N, D, dtypes, transposed, seed):
+        x = rows((N, D), dtypes[0], device, seed)
+        x = x.t().contiguous().t() if transposed else x
+        check(x, weight(D, dtypes[1], device), rows((N, D), dtypes[1], device, seed + 1))
+
+    any_case()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_layout_of_the_input_changes_no_bit(backend, device, dtype):
+    w, base = weight(33, dtype, device), rows((4, 6, 33), dtype, device)
+    layouts = {
+        "transposed": base.transpose(0, 1).contiguous().transpose(0, 1),
+        "strided": base.repeat_interleave(2, dim=-1)[..., ::2],
+        "shifted": torch.cat((base.reshape(-1)[:1], base.reshape(-1)))[1:].view(base.shape),
+    }
+    expected, expected_dx = value_and_gradient(rms_norm, base, w, base)
+    for name, x in layouts.items():
+        y, dx = value_and_gradient(rms_norm, x, w, x)
+        assert torch.equal(y, expected), name
+        assert torch.equal(dx, expected_dx), name
+    expanded = base[:1].expand(4, 6, 33)
+    assert torch.equal(rms_norm(expanded, w), rms_norm(expanded.contiguous(), w))
+
+
+def test_expanded_gradient(backend, device):
+    """sum() hands back a gradient with stride 0."""
+    w = weight(7, torch.float32, device)
+    x = rows((5, 7), torch.float32, device).requires_grad_()
+    rms_norm(x, w).sum().backward()
+    _, expected = value_and_gradient(rms_norm, x, w, torch.ones(5, 7, device=device))
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 7), (7,), (1, 1, 1, 2)], ids=str)
+def test_empty_and_unusual_ranks(backend, device, shape):
+    x, w = torch.randn(shape, device=device, requires_grad=True), torch.ones(shape[-1], device=device)
+    y = rms_norm(x, w)
+    y.sum().backward()
+    torch.testing.assert_close(y, hf(x, w))
+    assert x.grad.shape == x.shape
+
+
+def test_infinities_nans_and_zero_rows_as_in_hf(backend, device):
+    x = rows((6, 9), torch.float32, device)
+    x[0] = 0.0
+    x[1, 2], x[2, 3], x[3, 4] = float("inf"), float("-inf"), float("nan")
+    x[4] = 3e38  # its squares overflow
+    x[5] = 1e-30  # its squares vanish beside eps
+    w = weight(9, torch.float32, device)
+    for eps in (1e-6, 0.0):
+        torch.testing.assert_close(rms_norm(x, w, eps), hf(x, w, eps), equal_nan=True, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_half_of_the_largest_number_does_not_overflow(backend, device, dtype):
+    x = torch.full((2, 40), torch.finfo(dtype).max / 2, device=device, dtype=dtype)
+    x = x if dtype == torch.float16 else x.fill_(1e18)
+    torch.testing.assert_close(rms_norm(x, torch.ones(40, device=device, dtype=dtype)), torch.ones_like(x))
+
+
+def test_same_bits_again_and_on_any_number_of_threads(backend, device):
+    x, w = rows((64, 768), torch.bfloat16, device), weight(768, torch.bfloat16, device)
+    first = value_and_gradient(rms_norm, x, w, x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        again = value_and_gradient(rms_norm, x, w, x)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_saves_the_input_and_one_float_per_row(backend, device):
+    w = torch.nn.Parameter(weight(64, torch.bfloat16, device), requires_grad=False)
+    x = rows((10, 64), torch.bfloat16, device)
+    with saved_bytes() as saved:
+        rms_norm(x, w)
+    assert saved.bytes == 0
+    x.requires_grad_()
+    with saved_bytes() as saved, torch.no_grad():
+        rms_norm(x, w)
+    assert saved.bytes == 0
+    with saved_bytes() as saved:
+        y = rms_norm(x, w)
+    assert saved.bytes == 10 * 64 * 2 + 10 * 4
+    y.sum().backward()
+    assert w.grad is None
+
+
+def test_derivative_of_the_reference():
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, w), x)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PromptModel equals HF T5 on the prompt concatenated by hand: logits, loss and prompt gradient."""
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from fastprompt.model import PromptModel
+from fastprompt.prompts import PromptConfig
+
+FAMILY = ("t5", "v1_1", "mt5", "byt5", "ul2", "umt5", "longt5")
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("layout", FAMILY)
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_logits_loss_and_prompt_gradient_equal_hf(layout, padding, make_prompted, make_batch, hf_inputs):
+    prompted, batch = make_prompted(layout), make_batch(padding)
+    ours = prompted(**batch)
+    ours.loss.backward()
+    prompt = prompted.prompts["p5"].detach().clone().requires_grad_()
+    hf = prompted.model(**hf_inputs(prompted.model, prompt, batch))
+    hf.loss.backward()
+    torch.testing.assert_close(ours.logits, hf.logits, **EXACT)
+    torch.testing.assert_close(ours.loss, hf.loss, **EXACT)
+    torch.testing.assert_close(prompted.prompts["p5"].grad, prompt.grad, **EXACT)
+    assert prompt.grad.norm() > 1e-3
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_sdpa_equals_hf(padding, make_prompted, make_batch, hf_inputs):
+    prompted, batch = make_prompted(attention="sdpa"), make_batch(padding)
+    hf = prompted.model(**hf_inputs(prompted.model, prompted.prompts["p5"], batch))
+    torch.testing.assert_close(prompted(**batch).logits, hf.logits, **EXACT)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.int32])
+def test_a_mask_means_the_same_in_every_dtype(mask_dtype, make_prompted, make_batch):
+    prompted, batch = make_prompted(), make_batch()
+    expected = prompted(**batch).logits
+    batch["attention_mask"] = batch["attention_mask"].to(mask_dtype)
+    assert torch.equal(prompted(**batch).logits, expected)
+
+
+def test_no_mask_means_that_every_token_counts(make_prompted, make_batch):
+    prompted, batch = make_prompted(lengths=(5, 2)), make_batch(padding=None)
+    without = {name: value for name, value in batch.items() if name != "attention_mask"}
+    for prompts in (None, ["p2", "p5", "p2"]):
+        assert torch.equal(prompted(**without, prompts=prompts).logits, prompted(**batch, prompts=prompts).logits)
+
+
+def test_int32_ids_and_an_input_of_no_tokens(make_prompted, make_batch):
+    prompted, batch = make_prompted(), make_batch()
+    as_int32 = batch | {"input_ids": batch["input_ids"].int()}
+    assert torch.equal(prompted(**as_int32).logits, prompted(**batch).logits)
+    empty = {name: batch[name][:, :0] for name in ("input_ids", "attention_mask")}
+    output = prompted(**empty, labels=batch["labels"])
+    assert output.encoder_last_hidden_state.shape[1] == 5
+    assert output.loss.isfinite()
+
+
+@pytest.mark.parametrize("layout", ["v1_1", "umt5", "longt5"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_row_does_not_notice_the_prompts_of_the_other_rows(layout, padding, make_prompted, make_batch):
+    prompted, batch = make_prompted(layout, lengths=(5, 1, 9)), make_batch(padding)
+    names = ["p1", "p9", "p5"]
+    together = prompted(**batch, prompts=names).logits
+    for row, name in enumerate(names):
+        alone = prompted(**{key: value[row : row + 1] for key, value in batch.items()}, prompts=name).logits
+        torch.testing.assert_close(together[row], alone[0], **EXACT)
+
+
+def test_gradients_of_a_mixed_batch_are_those_of_its_rows(make_prompted, make_batch):
+    prompted, batch = make_prompted(lengths=(5, 1, 9)), make_batch(B=4)
+    batch["labels"][batch["labels"] == -100] = 7  # so that the mean over the batch is the mean of the rows' means
+    names = ["p1", "p5", "p1", "p5"]
+    prompted(**batch, prompts=names).loss.backward()
+    together = {name: prompted.prompts[name].grad.clone() for name in ("p1", "p5")}
+    assert prompted.prompts["p9"].grad is None
+    prompted.zero_grad()
+    for row, name in enumerate(names):
+        loss = prompted(**{key: value[row : row + 1] for key, value in batch.items()}, prompts=name).loss
+        (loss / 4).backward()
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, prompted.prompts[name].grad, **EXACT)
+
+
+@pytest.mark.parametrize("layout", ["t5", "v1_1", "ul2"])
+def test_bf16_error_is_within_hf_budget(layout, make_prompted, make_batch, hf_inputs):
+    """Against a float64 run of the same (bf16) weights, ours errs no more than HF's bf16, plus a few ulp."""
+    prompted, batch = make_prompted(layout, dtype=torch.bfloat16), make_batch(B=8)
+    ours = prompted(**batch)
+    ours.loss.backward()
+
+    def hf(dtype):
+        model = prompted.model.to(dtype)
+        prompt = prompted.prompts["p5"].detach().to(dtype).requires_grad_()
+        output = model(**hf_inputs(model, prompt, batch))
+        output.loss.backward()
+        return {"logits": output.logits, "loss": output.loss, "gradient": prompt.grad}
+
+    results = {"logits": ours.logits, "loss": ours.loss, "gradient": prompted.prompts["p5"].grad}
+    stock = hf(torch.bfloat16)
+    for name, truth in hf(torch.float64).items():
+        budget = (stock[name].double() - truth).abs().max() + 4 * 2**-8 * truth.abs().max()
+        assert (results[name].double() - truth).abs().max() <= budget, name
+    assert ours.logits.dtype == torch.bfloat16
+    assert prompted.prompts["p5"].grad.dtype == torch.float32
+
+
+def test_loss_and_gradient_are_bit_equal_to_peft(make_prompted, make_model, make_batch, device):
+    peft = pytest.importorskip("peft")
+    prompted, batch = make_prompted(), make_batch()
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)
+    theirs = peft.get_peft_model(make_model(), config).to(device).eval()
+    table = theirs.prompt_encoder["default"].embedding.weight
+    table.data[:5] = prompted.prompts["p5"].data
+    output = theirs(**batch)
+    output.loss.backward()
+    ours = prompted(**batch)
+    ours.loss.backward()
+    assert torch.equal(ours.loss, output.loss)
+    assert torch.equal(ours.logits, output.logits)
+    torch.testing.assert_close(prompted.prompts["p5"].grad, table.grad[:5], **EXACT)
+
+
+def test_attentions_and_hidden_states_have_prompt_positions(make_prompted, make_batch, hf_inputs):
+    prompted, batch = make_prompted(), make_batch()
+    ours = prompted(**batch, output_attentions=True, output_hidden_states=True)
+    inputs = hf_inputs(prompted.model, prompted.prompts["p5"], batch)
+    hf = prompted.model(**inputs, output_attentions=True, output_hidden_states=True)
+    entries = [key for key in hf if "attentions" in key or "hidden_states" in key]
+    assert len(entries) == 5
+    for key in entries:
+        assert len(ours[key]) == len(hf[key]) >= 2
+        for our_layer, hf_layer in zip(ours[key], hf[key], strict=True):
+            torch.testing.assert_close(our_layer, hf_layer, **EXACT)
+    assert ours.encoder_attentions[0].shape[-2:] == (12, 12)
+    assert ours.cross_attentions[0].shape[-2:] == (4, 12)
+
+
+# Table 4 of the paper: prompt parameters at P=100, and the total with T5 v1.1's own.
+TABLE_4 = {
+    "small": ({"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6}, 51_200, 77_012_352),
+    "base": ({"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12}, 76_800, 247_654_656),
+    "large": ({"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16}, 102_400, 783_252_480),
+    "xl": ({"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32}, 204_800, 2_849_961_984),
+    "xxl": ({"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}, 409_600, 11_135_741_952),
+}
+
+
+@pytest.mark.parametrize("size", TABLE_4)
+def test_parameter_counts_of_the_papers_table_4(size):
+    shape, trainable, total = TABLE_4[size]
+    config = T5Config(vocab_size=32128, d_kv=64, feed_forward_proj="gated-gelu", **shape)
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+        model.lm_head = torch.nn.Linear(config.d_model, config.vocab_size, bias=False)  # v1.1's is its own
+        prompted = PromptModel(model, PromptConfig(100, init="uniform"))
+    assert prompted.num_trainable_parameters == trainable
+    assert sum(p.numel() for p in prompted.parameters() if p.requires_grad) == trainable
+    assert sum(p.numel() for p in prompted.parameters()) == total

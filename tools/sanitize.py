@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the op tests on every native CPU target of a sanitizer build: `python tools/sanitize.py BUILD_DIR`."""
+
+import os
+import subprocess
+import sys
+
+build = os.path.abspath(sys.argv[1])
+library = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
+environment = {
+    **os.environ,
+    "LD_PRELOAD": library,
+    # Python and torch leave memory to the process's end.
+    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    "PYTHONPATH": build,
+    "PYTHONSAFEPATH": "1",
+}
+check = f"import fastprompt; assert fastprompt.__file__.startswith({build!r}), fastprompt.__file__"
+subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "--backends", "native"]
+sys.exit(subprocess.run(tests, env=environment).returncode)

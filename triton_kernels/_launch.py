@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the row-wise kernels are cut into programs, and the one way they are launched."""
+
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Architecture(NamedTuple):
+    """What fills the memory pipe of one GPU generation."""
+
+    elements: int  # per tensor and program: enough loads in flight to cover the latency of device memory
+    processors: int  # multiprocessors; fewer programs than twice this leave some idle
+
+
+# By Little's law an A100 keeps about 12 KiB per multiprocessor in flight, an H100 or H200 25 KiB, a B200 40 KiB: two to
+# five programs of a bf16 tile of this size, and a program of four warps holds it in 16 or 32 registers per thread.
+ARCHITECTURES = {8: Architecture(2048, 108), 9: Architecture(4096, 132), 10: Architecture(4096, 148)}
+MAX_BLOCK = 8192  # columns of a tile; a wider row is read in several, twice where a kernel needs its statistics first
+
+
+class RowTile(NamedTuple):
+    BN: int  # rows
+    BD: int  # columns
+    num_warps: int
+
+
+@cache
+def architecture(device: torch.device) -> Architecture:
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return ARCHITECTURES[max((known for known in ARCHITECTURES if known <= major), default=min(ARCHITECTURES))]
+
+
+def row_tile(N: int, D: int, device: torch.device) -> RowTile:
+    """The tile [BN, BD] of a kernel over rows [N, D]: whole rows, and several of them if enough programs remain."""
+    elements, processors = architecture(device)
+    BD = min(max(triton.next_power_of_2(D), 16), MAX_BLOCK)
+    BN = max(elements // BD, 1)
+    if N < 2 * processors * BN:
+        BN = 1
+    return RowTile(BN, BD, num_warps=max(4, BD // 1024))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+    """Run ``kernel`` on ``device``, which need not be the current one.
+
+    No multiplication is fused into the addition after it: dropout and compensated sums then round as they do in the
+    references, and these kernels wait for memory, not for arithmetic.
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants, enable_fp_fusion=False)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prompt_embed: rows [N, D] of all sequences, each one's prompt rows followed by the embeddings of its tokens.
+
+    input_ids [B, S] or packed [T]     weight [V, D]     prompts [R, D]     starts, lens [B]
+    padded: out [B, L, D], N = B * L   packed: cu_tokens, cu_rows [B + 1], out [N, D]
+
+Forward: a gather, one program per BN output rows. Backward: one program per prompt row and BD columns, which walks
+over the sequences in order. starts, lens and the cu arrays come from the GPU unchecked, so every access is masked with
+the bounds of its own tensor: wrong values give zero rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch, row_tile
+from ._philox import drop_threshold, dropout, keep_scale
+
+BACKWARD_BD = 256  # columns of a backward program, one warp: P * D / 256 programs fill a GPU at P = 100
+UNROLL = 8  # sequences whose gradient rows a backward program has in flight
+
+
+@triton.jit
+def _sequence_of(o_n, cu_rows, B):
+    """i_b [BN]: the last b in [0, B) with cu_rows[b] <= o_n, or 0; by binary search."""
+    i_b = tl.zeros_like(o_n)
+    size = B  # the answer lies in [i_b, i_b + size)
+    while size > 1:
+        half = size // 2
+        i_b = tl.where(tl.load(cu_rows + i_b + half) <= o_n, i_b + half, i_b)
+        size -= half
+    return i_b
+
+
+@triton.jit(do_not_specialize=["N", "B", "L", "S", "T", "R", "V", "threshold"])
+def prompt_embed_kernel(
+    input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, out, error,
+    N, B, L, S, T, R, V, scale, threshold: tl.uint32,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """starts and lens are None for one prompt, cu_tokens and cu_rows if padded, seed where nothing is dropped."""
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < N
+
+    # Which sequence i_b, which of its rows i_l, and where its tokens begin and end.
+    if cu_rows is None:
+        i_b, i_l = o_n // L, o_n % L
+        t_begin, t_end = i_b * S, i_b * S + S
+    else:
+        i_b = _sequence_of(o_n, cu_rows, B)
+        i_l = o_n - tl.load(cu_rows + i_b, mask=m_n, other=0)
+        t_begin = tl.load(cu_tokens + i_b, mask=m_n, other=0)
+        t_end = tl.load(cu_tokens + i_b + 1, mask=m_n, other=0)
+
+    # Which prompt row i_r, or which token o_t, that row copies.
+    i_r, b_len = i_l, tl.zeros_like(i_l) + R
+    if starts is not None:
+        i_r = tl.load(starts + i_b, mask=m_n, other=0) + i_l
+        b_len = tl.load(lens + i_b, mask=m_n, other=0)
+    o_t = t_begin + i_l - b_len
+    m_prompt = m_n & (i_l >= 0) & (i_l < b_len) & (i_r >= 0) & (i_r < R)
+    m_token = m_n & (i_l >= b_len) & (o_t >= t_begin) & (o_t < t_end) & (o_t >= 0) & (o_t < T)
+    i_v = tl.load(input_ids + o_t, mask=m_token, other=0).to(tl.int64)
+    m_known = (i_v >= 0) & (i_v < V)
+    if error is not None:
+        tl.store(error + tl.zeros_like(o_t), o_t + 1, mask=m_token & ~m_known)
+    m_token &= m_known
+
+    for i_d in range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)[None, :]
+        b_prompt = tl.load(prompts + i_r[:, None] * D + o_d, mask=m_prompt[:, None] & (o_d < D), other=0.0)
+        b_token = tl.load(weight + i_v[:, None] * D + o_d, mask=m_token[:, None] & (o_d < D), other=0.0)
+        b_out = tl.where(m_prompt[:, None], b_prompt.to(out.dtype.element_ty), b_token)
+        if seed is not None:
+            b_out = dropout(b_out.to(tl.float32), tl.load(seed), o_n * D + i_d, scale, threshold, D)
+        tl.store(out + o_n[:, None] * D + o_d, b_out.to(out.dtype.element_ty), mask=m_n[:, None] & (o_d < D))
+
+
+@triton.jit(do_not_specialize=["N", "B", "L", "threshold"])
+def prompt_embed_backward_kernel(
+    dout, starts, lens, cu_rows, seed, dprompts, N, B, L, scale, threshold: tl.uint32,
+    D: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """dprompts[r] = sum over b ascending of the row of dout [N, D] that copied prompt row r; Kahan's sum in fp32."""
+    i_r, i_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD
+    o_d = i_d + tl.arange(0, BD)[None, :]
+    b_total = tl.zeros((1, BD), dtype=tl.float32)
+    b_lost = tl.zeros((1, BD), dtype=tl.float32)  # what b_total is too large by
+    for i_first in range(0, B, UNROLL):
+        for i in tl.static_range(UNROLL):
+            i_b = i_first + i
+            m_b = i_b < B
+            i_l = i_r  # the row of sequence i_b that copied prompt row i_r
+            if starts is not None:
+                i_l = i_r - tl.load(starts + i_b, mask=m_b, other=0)
+                m_b &= (i_l >= 0) & (i_l < tl.load(lens + i_b, mask=m_b, other=0))
+            if cu_rows is None:
+                m_b &= i_l < L
+                o_n = i_b.to(tl.int64) * L + i_l
+            else:
+                o_n = tl.load(cu_rows + i_b, mask=m_b, other=0) + i_l
+            m_b &= (o_n >= 0) & (o_n < N)
+            b_row = tl.load(dout + o_n * D + o_d, mask=m_b & (o_d < D), other=0.0).to(tl.float32)
+            if seed is not None:
+                b_row = dropout(b_row, tl.load(seed), (o_n * D + i_d)[None], scale, threshold, D)
+            b_row -= b_lost
+            b_grown = b_total + b_row
+            b_lost = tl.where(m_b, (b_grown - b_total) - b_row, b_lost)
+            b_total = tl.where(m_b, b_grown, b_total)
+    tl.store(dprompts + i_r * D + o_d, b_total.to(dprompts.dtype.element_ty), mask=o_d < D)
+
+
+def prompt_embed(
+    input_ids: Tensor, weight: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
+    cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, out: Tensor, error: Tensor | None,
+    dropout_p: float,
+) -> None:  # fmt: skip
+    """Fill out [B, L, D] or [N, D].
+
+    Args:
+        input_ids: [B, S] or packed [T], int32 or int64.
+        weight: [V, D], out's dtype.
+        prompts: [R, D], out's dtype or float32.
+        starts, lens: [B] int64; None: every sequence takes all R rows.
+        cu_tokens, cu_rows: [B + 1] int64; None: padded.
+        seed: [1] int64.
+        error: [1] int64 in memory that the GPU can write: gets 1 + the flat index of an id outside [0, V).
+    """
+    (V, D), R, N = weight.shape, prompts.shape[0], out.numel() // weight.shape[1] if weight.shape[1] else 0
+    B, L = (out.shape[0], out.shape[1]) if cu_rows is None else (cu_rows.shape[0] - 1, 0)
+    tile = row_tile(N, D, out.device)
+    launch(
+        prompt_embed_kernel, (triton.cdiv(N, tile.BN),), out.device,
+        input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed if dropout_p > 0.0 else None, out, error,
+        N, B, L, input_ids.shape[-1], input_ids.numel(), R, V, keep_scale(dropout_p), drop_threshold(dropout_p),
+        D=D, **tile._asdict(),
+    )  # fmt: skip
+
+
+def prompt_embed_backward(
+    dout: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None,
+    dprompts: Tensor, B: int, rows: int, dropout_p: float,
+) -> None:  # fmt: skip
+    """Fill dprompts [R, D] from dout [B, L, D] with rows = L, or from packed dout [N, D] with rows = N."""
+    R, D = dprompts.shape
+    N, L = (B * rows, rows) if cu_rows is None else (rows, 0)
+    BD = min(max(triton.next_power_of_2(D), 16), BACKWARD_BD)
+    launch(
+        prompt_embed_backward_kernel, (R, triton.cdiv(D, BD)), dout.device,
+        dout, starts, lens, cu_rows, seed if dropout_p > 0.0 else None, dprompts, N, B, L,
+        keep_scale(dropout_p), drop_threshold(dropout_p), D=D, BD=BD, UNROLL=UNROLL, num_warps=1,
+    )  # fmt: skip
