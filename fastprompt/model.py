@@ -28,17 +28,17 @@ class PromptModel(nn.Module):
     """A frozen T5 and its soft prompts (Lester et al. 2021); only the prompts train.
 
     Row b of a batch enters the encoder as [its prompt | its tokens], which is what HF T5 computes on
-    ``inputs_embeds=torch.cat([prompt, embed(input_ids)])``. The embedding table is read directly, so hooks on the
-    embedding module do not run.
+    ``inputs_embeds=torch.cat([prompt, embed(input_ids)])``. The embedding table is read directly, so hooks on
+    the embedding module do not run.
 
-    ``.model`` is the model given: frozen in place (``requires_grad_(False)``), nothing added to it. ``.prompts`` maps
-    names to fp32 Parameters [P, D]; casts such as ``.bfloat16()`` reach the model and leave the prompts fp32. To move
-    both to a device, move the PromptModel. ``state_dict()`` holds the prompts only, and ``load_state_dict()`` takes
-    that; ``save_prompt`` writes files that also say which model they belong to.
+    ``.model`` is the model given: frozen in place (``requires_grad_(False)``), nothing added to it. ``.prompts``
+    maps names to fp32 Parameters [P, D]; casts such as ``.bfloat16()`` reach the model and leave the prompts
+    fp32. To move both to a device, move the PromptModel. ``state_dict()`` holds the prompts only, and
+    ``load_state_dict()`` takes that; ``save_prompt`` writes files that also say which model they belong to.
 
     Args:
         model: a T5, mT5, UMT5 or LongT5 ForConditionalGeneration, of any size and float dtype.
-        config: a PromptConfig, whose prompt is named "default"; or several by name; ``{}`` to load prompts later.
+        config: a PromptConfig, whose prompt is named "default"; or several by name; ``{}`` to load some later.
         tokenizer: the model's HF tokenizer, for prompts that begin from labels or text.
 
     Raises:
@@ -46,8 +46,8 @@ class PromptModel(nn.Module):
         ValueError: a prompt's name or initialiser does not work; see :func:`initial_prompt`.
     """
 
-    # Read by transformers.Trainer. HF T5 averages its loss over the batch and ignores num_items_in_batch, but its
-    # **kwargs make Trainer believe otherwise and skip the division by gradient_accumulation_steps.
+    # Read by transformers.Trainer. HF T5 averages its loss over the batch and ignores num_items_in_batch, but
+    # its **kwargs make Trainer believe otherwise and skip the division by gradient_accumulation_steps.
     accepts_loss_kwargs = False
 
     def __init__(
@@ -60,10 +60,9 @@ class PromptModel(nn.Module):
         super().__init__()
         checks.check_model(model)
         if not isinstance(config, (PromptConfig, Mapping)):
-            raise TypeError(
-                f"PromptModel: config must be PromptConfig or a dict, got {type(config).__name__}"
-            )
-        self.model = model.requires_grad_(False)
+            got = type(config).__name__
+            raise TypeError(f"PromptModel: config must be a PromptConfig or a dict of them, got {got}")
+        self.model: Any = model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.prompts = PromptBank()
         self.configs: dict[str, PromptConfig] = {}
@@ -148,10 +147,7 @@ class PromptModel(nn.Module):
             ValueError: ``assistant_model`` is given: its encoder would see the tokens without the prompt.
             TypeError, ValueError, IndexError: as in ``forward``.
         """
-        if "inputs_embeds" in kwargs:
-            raise TypeError(
-                "PromptModel: inputs_embeds is what the prompts and input_ids make. Give input_ids"
-            )
+        checks.check_no_inputs_embeds(kwargs)
         if kwargs.get("assistant_model") is not None:
             raise ValueError(
                 "PromptModel: assistant_model is not supported, because it has no prompt. "
@@ -180,9 +176,8 @@ class PromptModel(nn.Module):
             ValueError: the name is taken or cannot be one, or the initialiser does not work.
         """
         if not isinstance(config, PromptConfig):
-            raise TypeError(
-                f"PromptModel: config of {name!r} must be a PromptConfig, got {type(config).__name__}"
-            )
+            got = type(config).__name__
+            raise TypeError(f"PromptModel: the config of {name!r} must be a PromptConfig, got {got}")
         if name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
         table = self._table()
@@ -196,7 +191,7 @@ class PromptModel(nn.Module):
             ValueError: there is no such prompt, or it is not finite.
         """
         rows = self.prompts.choose(name, 1).prompts[0]
-        config = self.configs[name]
+        config = self.configs.get(name, PromptConfig(len(rows)))
         write_prompt(path, PromptFile(rows, config.kind, config.init, name, self._identity()))
 
     def load_prompt(self, name: str, path: str | os.PathLike[str], *, strict: bool = True) -> None:
@@ -218,8 +213,8 @@ class PromptModel(nn.Module):
         difference = prompt.model.difference(self._identity()) if strict and prompt.model else None
         if prompt.model and difference:
             raise ValueError(
-                f"PromptModel: {path!s} belongs to another model ({prompt.model.name_or_path!r}): {difference}. "
-                "Load that model, or pass strict=False to use the prompt all the same"
+                f"PromptModel: {path!s} belongs to another model ({prompt.model.name_or_path!r}): "
+                f"{difference}. Load that model, or pass strict=False to use the prompt all the same"
             )
         if name not in self.prompts:
             self.prompts[name] = prompt.rows.to(table.device)
@@ -270,6 +265,14 @@ class PromptModel(nn.Module):
         """The model's."""
         self.model.gradient_checkpointing_disable()
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The model's: newer transformers' name for ``gradient_checkpointing_enable``."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """The model's: newer transformers' name for ``gradient_checkpointing_disable``."""
+        self.model.activation_checkpointing_disable()
+
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The prompts, without the frozen model."""
         prefix += "prompts."
@@ -294,7 +297,7 @@ class PromptModel(nn.Module):
         return embeds, prepend_mask(attention_mask, choice.lengths, num_tokens, table.device)
 
     def _cross_mask(self, hidden: Tensor, attention_mask: Tensor | None, prompts: Names) -> Tensor | None:
-        """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S] or one that is [B, L] already."""
+        """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]; one of [B, L] stays."""
         batch, length = hidden.shape[:2]
         if attention_mask is not None and tuple(attention_mask.shape) == (batch, length):
             return attention_mask

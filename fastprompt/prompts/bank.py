@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 Names = str | Sequence[str] | None
 
-_TAKEN = frozenset(dir(nn.ParameterDict()))  # a parameter cannot hide an attribute of the module that holds it
+_TAKEN = frozenset(dir(nn.ParameterDict()))  # names a parameter of a ParameterDict cannot have
 
 
 class Choice(NamedTuple):
     """The prompts of one batch.
 
-    prompts: the distinct prompts [P_i, D] in use. ids: which of them each of the B rows takes; None if there is only
-    one. lengths: P_b of each row.
+    prompts: the distinct prompts [P_i, D] in use.
+    ids: which of them each of the B rows takes; None if there is only one.
+    lengths: P_b of each row.
     """
 
     prompts: list[Tensor]
@@ -27,15 +28,15 @@ class Choice(NamedTuple):
 class PromptBank(nn.ParameterDict):
     """Trainable prompts by name, each an fp32 Parameter [P, D].
 
-    They stay fp32 when the module around them is cast: the rows of trained T5 prompts have norms from 200 to 2000,
-    where a learning step is often less than bf16 can add.
+    They stay fp32 when the module around them is cast: the rows of trained T5 prompts have norms from 200 to
+    2000, where a learning step is often less than bf16 can add.
     """
 
     def __setitem__(self, name: str, rows: Any) -> None:
         if not isinstance(name, str) or not name or "." in name or name in _TAKEN:
             raise ValueError(
-                "PromptModel: a prompt's name must be a str without '.' that is not empty and no attribute of "
-                f"ParameterDict (such as 'train' or 'keys'), got {name!r}"
+                "PromptModel: a prompt's name must be a str that is not empty, has no '.' and is no attribute "
+                f"of ParameterDict (such as 'train' or 'keys'), got {name!r}"
             )
         if not isinstance(rows, Tensor) or rows.dtype != torch.float32 or rows.ndim != 2:
             got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
@@ -50,21 +51,27 @@ class PromptBank(nn.ParameterDict):
             batch: B, at least 1.
 
         Raises:
+            TypeError: ``names`` is neither a str nor a sequence.
             ValueError: an unknown name, another number of names than rows, or no prompt at all.
         """
         if not self:
             raise ValueError("PromptModel: there is no prompt. Add one with add_prompt or load_prompt")
         if names is None:
             names = next(iter(self.keys()))
+        if not isinstance(names, Sequence):
+            raise TypeError(
+                f"PromptModel: prompts must be a name or a list of names, got {type(names).__name__}"
+            )
         per_row = [names] * batch if isinstance(names, str) else list(names)
         if len(per_row) != batch:
             raise ValueError(
-                f"PromptModel: prompts must be one name or one per row, got {len(per_row)} names for {batch} rows"
+                "PromptModel: prompts must be one name or one name per row, "
+                f"got {len(per_row)} names for {batch} rows"
             )
-        used = list(dict.fromkeys(per_row))
-        for name in used:
-            if name not in self:
+        for name in per_row:
+            if not isinstance(name, str) or name not in self:
                 raise ValueError(f"PromptModel: there is no prompt {name!r}; there are {list(self.keys())}")
+        used = list(dict.fromkeys(per_row))
         prompts = [self[name] for name in used]
         ids = [used.index(name) for name in per_row]
         return Choice(prompts, ids if len(used) > 1 else None, [len(prompts[i]) for i in ids])

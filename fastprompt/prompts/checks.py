@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PromptModel asks of its model and of a batch. A message says what must be, what came, and the remedy."""
+"""What PromptModel asks of its model and of a batch."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete for
-# the capacity of its experts.
+# Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete
+# for the capacity of its experts.
 MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
 
 
@@ -31,14 +31,14 @@ def check_model(model: object) -> None:
 
 
 def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
-    """``input_ids`` [B, S], B >= 1, on the device of the embedding table. prompt_embed checks dtype and values."""
+    """``input_ids`` [B, S], B >= 1, where the embedding table is. prompt_embed checks dtype and values."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(
             f"PromptModel: input_ids must be a tensor [B, S], got {type(input_ids).__name__}. "
             "It may be left out only with encoder_outputs"
         )
     if input_ids.ndim != 2 or not len(input_ids):
-        raise ValueError(f"PromptModel: input_ids must have shape [B, S], B >= 1, got {list(input_ids.shape)}")
+        raise ValueError(f"PromptModel: input_ids must have shape [B >= 1, S], got {list(input_ids.shape)}")
     check_device("input_ids", input_ids, table)
     return input_ids
 
@@ -66,13 +66,15 @@ def check_mask(mask: object, batch: int, num_tokens: int, table: Tensor) -> None
 
 
 def check_labels(labels: object, batch: int, vocab_size: int) -> None:
-    """``labels`` must be None, or int64 [B, T]. Values are checked on the CPU; on a GPU that would make it wait."""
+    """``labels`` must be None, or int64 [B, T]. Their values are checked on the CPU; a GPU would have to wait."""
     if labels is None:
         return
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 2 or len(labels) != batch:
-        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"PromptModel: labels must be a tensor [B, T], got {type(labels).__name__}")
+    if labels.dtype != torch.int64 or labels.ndim != 2 or len(labels) != batch:
+        got = f"{labels.dtype} {list(labels.shape)}"
         raise ValueError(f"PromptModel: labels must be int64 [B, T]=[{batch}, T], got {got}")
-    if labels.device.type != "cpu":
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     outside = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
     if len(outside):
@@ -83,9 +85,14 @@ def check_labels(labels: object, batch: int, vocab_size: int) -> None:
 
 
 def check_keywords(kwargs: dict[str, Any], known: frozenset[str]) -> None:
-    """Raise TypeError on a keyword that the model does not read. HF's T5 swallows any, so a slip would go unnoticed."""
-    if "inputs_embeds" in kwargs:
-        raise TypeError("PromptModel: inputs_embeds is what the prompts and input_ids make. Give input_ids")
+    """Raise TypeError on a keyword that the model does not read: HF's T5 swallows it, and a slip goes unnoticed."""
+    check_no_inputs_embeds(kwargs)
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise TypeError(f"PromptModel: unexpected keyword arguments {unknown}; known are {sorted(known)}")
+
+
+def check_no_inputs_embeds(kwargs: dict[str, Any]) -> None:
+    """Raise TypeError if ``inputs_embeds`` is given."""
+    if "inputs_embeds" in kwargs:
+        raise TypeError("PromptModel: inputs_embeds is what the prompts and input_ids make. Give input_ids")

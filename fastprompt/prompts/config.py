@@ -11,8 +11,8 @@ import numpy as np
 KINDS = ("prepend",)
 INITS = ("uniform", "uniform_positive", "vocab", "labels", "text", "array", "file")
 
-# 65,536 rows of the widest T5 (4096) are 1 GiB in fp32, and one head's attention over them has 4 G scores: whatever
-# asks for more is a slip or a hostile file.
+# 65,536 rows of the widest T5 (4096) are 1 GiB in fp32, and one head's attention over them has 4 G scores:
+# whatever asks for more is a slip or a hostile file.
 MAX_TOKENS = 65_536
 
 
@@ -22,7 +22,7 @@ class PromptConfig:
 
     Args:
         num_tokens: P, the prompt's rows.
-        kind: ``"prepend"``: P learned vectors in front of the encoder's token embeddings (Lester et al. 2021).
+        kind: ``"prepend"``: P learned vectors before the encoder's token embeddings (Lester et al. 2021).
         init: where the P rows start.
             ``"uniform"``: U[-0.5, 0.5), the paper's range.
             ``"uniform_positive"``: U[0, 0.5), the range that the released code draws from.

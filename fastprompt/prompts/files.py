@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt files: ours (one safetensors file), the original project's .npy, and PEFT adapter folders.
 
-Files come from strangers. Nothing here unpickles, a declared shape is checked before memory is taken for it, and
-whatever is wrong inside a file ends as a ValueError that names it.
+Files come from strangers. Nothing here unpickles, a declared shape is checked before memory is taken for it,
+and whatever is wrong inside a file ends as an error that names it.
 """
 
 import json
@@ -24,7 +24,7 @@ from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.rows import check_shape, checked_rows
 
 _FORMAT, _VERSION, _TENSOR = "fastprompt.prompt", "1", "prompt"
-_JSON_LIMIT = 1 << 20  # bytes; an adapter_config.json has about a thousand
+_JSON_LIMIT = 1 << 20  # an adapter_config.json has about a thousand bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,12 @@ def write_prompt(path: str | os.PathLike[str], prompt: PromptFile) -> None:
     """
     rows = checked_rows("write_prompt: rows", prompt.rows)
     metadata = {"format": _FORMAT, "version": _VERSION, "kind": prompt.kind}
-    optional = {
-        "init": prompt.init,
-        "name": prompt.name,
-        "model": prompt.model and json.dumps(asdict(prompt.model)),
-    }
-    metadata |= {key: value for key, value in optional.items() if value is not None}
+    if prompt.init is not None:
+        metadata["init"] = prompt.init
+    if prompt.name is not None:
+        metadata["name"] = prompt.name
+    if prompt.model is not None:
+        metadata["model"] = json.dumps(asdict(prompt.model))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: it makes files private to their owner, and os.replace would hand that on to the prompt.
@@ -74,10 +74,10 @@ def write_prompt(path: str | os.PathLike[str], prompt: PromptFile) -> None:
 
 
 def read_prompt(path: str | os.PathLike[str], *, width: int | None = None) -> PromptFile:
-    """Read a prompt file: ``write_prompt``'s; a .npy file [P, D]; or the folder of a PEFT PROMPT_TUNING adapter.
+    """Read a prompt file: one of ``write_prompt``, a .npy [P, D], or a PEFT PROMPT_TUNING adapter's folder.
 
-    What a file is shows in its first bytes, not in its name: google-research/prompt-tuning writes .npy files called
-    ``encoder.prompt.prompt.prompt``. PEFT stores 2P rows for a T5 and uses the first P; those are read.
+    What a file is shows in its first bytes, not in its name: google-research/prompt-tuning writes .npy files
+    called ``encoder.prompt.prompt.prompt``. PEFT stores 2P rows for a T5 and uses the first P; those are read.
 
     Args:
         path: the file or folder.
@@ -97,8 +97,8 @@ def read_prompt(path: str | os.PathLike[str], *, width: int | None = None) -> Pr
     if head.endswith(b"{") and len(head) == 9:  # safetensors: 8 bytes of header length, then the JSON header
         return _read_safetensors(source, width)
     raise ValueError(
-        f"read_prompt: {source} is no safetensors file, .npy file or PEFT adapter folder. Pickles (.pt, .bin, .pkl) "
-        "run code and are not read: save the array [P, D] with numpy.save"
+        f"read_prompt: {source} is no safetensors file, .npy file or PEFT adapter folder. Pickles (.pt, .bin, "
+        ".pkl) run code and are not read: save the array [P, D] with numpy.save"
     )
 
 
@@ -113,8 +113,8 @@ def _read_safetensors(source: Path, width: int | None) -> PromptFile:
         version, kind = metadata.get("version"), metadata.get("kind")
         if version != _VERSION or kind not in KINDS:
             raise ValueError(
-                f"read_prompt: {source} must have version {_VERSION} and kind {' or '.join(KINDS)}, got version "
-                f"{version} and kind {kind}. It may come from a newer release"
+                f"read_prompt: {source} must have version {_VERSION} and kind {' or '.join(KINDS)}, "
+                f"got version {version} and kind {kind}. It may come from a newer release"
             )
         rows = _read_tensor(source, handle, _TENSOR, None, width)
     return PromptFile(rows, kind, metadata.get("init"), metadata.get("name"), _identity(source, metadata))
@@ -132,7 +132,8 @@ def _identity(source: Path, metadata: dict[str, str]) -> ModelIdentity | None:
 def _read_npy(source: Path, width: int | None) -> Tensor:
     try:
         # Mapped, not loaded: whatever shape the header declares, the file's own length bounds it.
-        array = np.lib.format.open_memmap(source, mode="r")
+        with np.errstate(over="ignore"):  # numpy multiplies the declared shape before it doubts it
+            array = np.lib.format.open_memmap(source, mode="r")
     except Exception as error:  # numpy's header parser lets SyntaxError, tokenize and overflow errors out
         raise ValueError(f"read_prompt: {source} is no readable .npy file: {error}") from error
     return checked_rows(f"read_prompt: the array in {source}", array, None, width)
@@ -154,7 +155,8 @@ def _read_peft(source: Path, width: int | None) -> Tensor:
             "safe_serialization=True: adapter_model.bin is a pickle and is not read"
         )
     with _opened(weights) as handle:
-        return _read_tensor(weights, handle, "prompt_embeddings", copies * num_tokens, width)[:num_tokens].clone()
+        rows = _read_tensor(weights, handle, "prompt_embeddings", copies * num_tokens, width)
+    return rows[:num_tokens].clone()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -165,15 +167,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"read_prompt: {path} is no readable JSON of up to {_JSON_LIMIT} bytes: {error}") from None
+        raise ValueError(f"read_prompt: {path} is no readable JSON of at most 1 MiB: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"read_prompt: {path} must hold a JSON object, got {type(values).__name__}")
     return values
 
 
 def _read_tensor(source: Path, handle: Any, name: str, rows: int | None, width: int | None) -> Tensor:
-    if name not in handle.keys():
-        raise ValueError(f"read_prompt: {source} must hold tensor {name!r}, got {sorted(handle.keys())[:4]}")
+    names = sorted(handle.keys())
+    if name not in names:
+        raise ValueError(f"read_prompt: {source} must hold tensor {name!r}, got {names[:4]}")
     what = f"read_prompt: tensor {name!r} in {source}"
     check_shape(what, tuple(handle.get_slice(name).get_shape()), rows, width)
     return checked_rows(what, handle.get_tensor(name), rows, width)
@@ -184,5 +187,5 @@ def _opened(source: Path) -> Iterator[Any]:
     try:
         with safe_open(source, framework="pt", device="cpu") as handle:
             yield handle
-    except SafetensorError as error:
-        raise ValueError(f"read_prompt: {source} is no whole safetensors file: {error}") from error
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map a file of that size
+        raise ValueError(f"read_prompt: {source} is no readable safetensors file: {error}") from error

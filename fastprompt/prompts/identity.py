@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which frozen model a prompt was trained for.
 
-A prompt means nothing to another model, and shapes cannot tell: T5 v1.1, its LM-adapted and its FLAN checkpoints
-share all of them. The embedding table tells them apart.
+A prompt means nothing to another model, and shapes cannot tell: T5 v1.1, its LM-adapted and its FLAN
+checkpoints share all of them. The embedding table tells them apart.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -26,6 +26,11 @@ class ModelIdentity:
     embedding_dtype: str
     embedding_sha256: str
 
+    def __post_init__(self) -> None:
+        for each in fields(self):  # the values may come from a file
+            if type(getattr(self, each.name)) is not each.type:
+                raise TypeError(f"{each.name} must be {each.type}, got {getattr(self, each.name)!r}")
+
     @classmethod
     def of(cls, config: Any, weight: Tensor) -> Self:
         """Of a model with this HF config and this embedding table [V, D]. Reads the whole table."""
@@ -39,7 +44,7 @@ class ModelIdentity:
         )
 
     def difference(self, other: "ModelIdentity") -> str | None:
-        """Why a prompt of this model is none of ``other``'s, or None. Names decide nothing, because paths move."""
+        """Why a prompt of this model is none of ``other``'s, or None. Names decide nothing: paths move."""
         for name in ("model_type", "vocab_size", "d_model"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:

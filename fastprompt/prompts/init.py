@@ -31,8 +31,8 @@ def initial_prompt(config: PromptConfig, weight: Tensor, tokenizer: Any = None) 
         tokenizer: the model's HF tokenizer, for ``"labels"`` and ``"text"``.
 
     Raises:
-        ValueError: no tokenizer, words that it does not know, an array or file of another shape, or a table without
-            data (device meta).
+        ValueError: no tokenizer, words that it does not know, an array or file of another shape, or a table
+            without data (device meta).
     """
     return INITIALIZERS[config.init](config, weight, tokenizer)
 
@@ -77,7 +77,7 @@ def _text(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
     ids = _pieces("text", config.text or "", weight, tokenizer)
     if len(ids) > config.num_tokens:
         warnings.warn(
-            f"PromptConfig: text has {len(ids)} pieces for num_tokens={config.num_tokens}; its end has no row",
+            f"PromptConfig: {len(ids)} pieces of text for num_tokens={config.num_tokens}; the last have no row",
             stacklevel=2,
         )
         ids = ids[: config.num_tokens]
@@ -112,7 +112,7 @@ INITIALIZERS: dict[str, Callable[[PromptConfig, Tensor, Any], Tensor]] = {
 
 
 def _generator(config: PromptConfig) -> torch.Generator:
-    # Draws also name device="cpu": under `with torch.device("cuda")` they would leave this generator's device.
+    # Draws name device="cpu" too: under `with torch.device("cuda")` they would leave this generator's device.
     return torch.Generator("cpu").manual_seed(config.seed)
 
 
@@ -132,7 +132,7 @@ def _embed(weight: Tensor, ids: Tensor) -> Tensor:
 def _pieces(argument: str, string: str, weight: Tensor, tokenizer: Any) -> Tensor:
     """The token ids [n] of ``string``, n >= 1, without eos."""
     if tokenizer is None:
-        raise ValueError(f"PromptConfig: init={argument!r} needs a tokenizer. Pass PromptModel(..., tokenizer=...)")
+        raise ValueError(f"PromptConfig: init={argument!r} needs a tokenizer. Pass it to PromptModel")
     ids = list(tokenizer(string, add_special_tokens=False).input_ids)
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError(

@@ -19,7 +19,7 @@ def prepend_mask(
         device: of the result, where ``mask`` is None.
 
     Returns:
-        [B, L] int64 with L = max P_b + S, or None where nothing is hidden, so that HF takes its maskless path.
+        [B, L] int64 with L = max P_b + S; None where nothing is hidden, so that HF takes its maskless path.
     """
     longest = max(lengths)
     ragged = min(lengths) < longest

@@ -11,7 +11,7 @@ from fastprompt.prompts.config import MAX_TOKENS
 
 
 def check_shape(what: str, shape: tuple[int, ...], rows: int | None = None, width: int | None = None) -> None:
-    """Raise ValueError unless ``shape`` is [P, D], with P == ``rows`` and D == ``width`` where they are given."""
+    """Raise ValueError unless ``shape`` is [P, D], with P == ``rows`` and D == ``width`` where given."""
     plausible = len(shape) == 2 and 1 <= shape[0] <= MAX_TOKENS and shape[1] >= 1
     if plausible and rows in (None, shape[0]) and width in (None, shape[1]):
         return

@@ -73,7 +73,9 @@ def make_model(device):
             model = model_class(config)
             if layout in UNTIED:
                 model.lm_head.weight = nn.Parameter(torch.randn(VOCAB, D))
-            for parameter in model.parameters():  # wide enough that a wrong mask or position shows in the logits
+            for (
+                parameter
+            ) in model.parameters():  # wide enough that a wrong mask or position shows in the logits
                 parameter.data += 0.1 * torch.randn_like(parameter)
         return model.to(device, dtype).eval()
 
@@ -129,8 +131,10 @@ def hf_inputs():
 
 @pytest.fixture
 def tokenizer():
-    """Words "w0" ... "w63" are ids 0 ... 63; any other word is the unknown id 2. It appends eos, as T5's do."""
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+    """Words "w3" ... "w63" are ids 3 ... 63, any other word is unknown. It appends eos, as T5's do."""
+    specials = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = [*specials.values(), *(f"w{i}" for i in range(3, VOCAB))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="$A w1", special_tokens=[("w1", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w2", pad_token="w0", eos_token="w1")
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **specials)

@@ -46,7 +46,9 @@ def test_no_mask_means_that_every_token_counts(make_prompted, make_batch):
     prompted, batch = make_prompted(lengths=(5, 2)), make_batch(padding=None)
     without = {name: value for name, value in batch.items() if name != "attention_mask"}
     for prompts in (None, ["p2", "p5", "p2"]):
-        assert torch.equal(prompted(**without, prompts=prompts).logits, prompted(**batch, prompts=prompts).logits)
+        assert torch.equal(
+            prompted(**without, prompts=prompts).logits, prompted(**batch, prompts=prompts).logits
+        )
 
 
 def test_int32_ids_and_an_input_of_no_tokens(make_prompted, make_batch):
@@ -72,7 +74,9 @@ def test_a_row_does_not_notice_the_prompts_of_the_other_rows(layout, padding, ma
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(make_prompted, make_batch):
     prompted, batch = make_prompted(lengths=(5, 1, 9)), make_batch(B=4)
-    batch["labels"][batch["labels"] == -100] = 7  # so that the mean over the batch is the mean of the rows' means
+    batch["labels"][batch["labels"] == -100] = (
+        7  # so that the mean over the batch is the mean of the rows' means
+    )
     names = ["p1", "p5", "p1", "p5"]
     prompted(**batch, prompts=names).loss.backward()
     together = {name: prompted.prompts[name].grad.clone() for name in ("p1", "p5")}

@@ -51,7 +51,9 @@ def test_layouts(layout, make_prompted, make_batch, hf_inputs):
 
 
 def test_prompt_lookup(make_prompted, make_batch, hf_inputs):
-    ours, hf = both(make_prompted(), make_batch(B=1), hf_inputs, prompt_lookup_num_tokens=3, max_new_tokens=12)
+    ours, hf = both(
+        make_prompted(), make_batch(B=1), hf_inputs, prompt_lookup_num_tokens=3, max_new_tokens=12
+    )
     assert torch.equal(ours, hf)
 
 

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input ends in an error that names the argument, what was expected, what came, and the remedy."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Model,
+)
+
+from fastprompt.model import PromptModel
+from fastprompt.prompts import PromptConfig
+
+SMALL = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+
+
+def refused(error, message, call, *args, **kwargs):
+    with pytest.raises(error, match=message):
+        call(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: nn.Linear(2, 2), "got a Linear, no PreTrainedModel"),
+        (lambda: None, "got a NoneType"),
+        (
+            lambda: BertModel(
+                BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+            ),
+            "got a BertModel of type 'bert'",
+        ),
+        (
+            lambda: SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**SMALL)),
+            "of type 'switch_transformers'",
+        ),
+        (lambda: T5EncoderModel(T5Config(**SMALL)), "got a T5EncoderModel, which has no seq2seq head"),
+        (lambda: T5Model(T5Config(**SMALL)), "got a T5Model, which has no seq2seq head"),
+        (lambda: torch.compile(T5ForConditionalGeneration(T5Config(**SMALL))), "before torch.compile"),
+    ],
+)
+def test_models_that_are_no_t5_with_a_head(make, got):
+    refused(TypeError, f"PromptModel: model must be .*t5.*{got}", PromptModel, make(), PromptConfig(3))
+
+
+def test_an_embedding_of_another_class(make_model):
+    model = make_model()
+    model.set_input_embeddings(nn.Sequential(model.shared))
+    refused(TypeError, "its embedding is a Sequential", PromptModel, model, PromptConfig(3))
+
+
+def test_configs_and_names(make_model, make_prompted):
+    model, prompted = make_model(), make_prompted()
+    refused(TypeError, "config must be a PromptConfig or a dict of them, got int", PromptModel, model, 5)
+    refused(TypeError, "the config of 'a' must be a PromptConfig, got dict", PromptModel, model, {"a": {}})
+    refused(ValueError, "there is a prompt 'p5' already", prompted.add_prompt, "p5", PromptConfig(3))
+    for name in ("", "a.b", "train", "keys", "_keys", 3):
+        refused(ValueError, "a prompt's name must be a str", prompted.add_prompt, name, PromptConfig(3))
+    refused(
+        ValueError, "must be a float32 tensor", prompted.prompts.__setitem__, "x", torch.ones(2, 2).half()
+    )
+    refused(ValueError, "must be a float32 tensor", prompted.prompts.__setitem__, "x", 3)
+    assert list(prompted.prompts) == list(prompted.configs) == ["p5"]
+
+
+@pytest.fixture(params=["forward", "generate"])
+def call(request, make_prompted, make_batch):
+    """forward or generate, with a good batch whose arguments a test replaces."""
+    prompted, batch = make_prompted(lengths=(5, 2)), make_batch()
+    if request.param == "generate":
+        del batch["labels"]
+    return lambda **changes: getattr(prompted, request.param)(**(batch | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prompts": "p6"}, ValueError, r"there is no prompt 'p6'; there are \['p5', 'p2'\]"),
+        ({"prompts": ["p5", "p2", "p7"]}, ValueError, "there is no prompt 'p7'"),
+        ({"prompts": [0, 1, 0]}, ValueError, "there is no prompt 0"),
+        ({"prompts": ["p5", "p2"]}, ValueError, "one name or one name per row, got 2 names for 3 rows"),
+        ({"prompts": 5}, TypeError, "prompts must be a name or a list of names, got int"),
+        ({"input_ids": None}, TypeError, r"input_ids must be a tensor \[B, S\], got NoneType"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor .*, got list"),
+        (
+            {"input_ids": torch.ones(7, dtype=torch.int64)},
+            ValueError,
+            r"input_ids must have shape .* got \[7\]",
+        ),
+        ({"input_ids": torch.ones(0, 7, dtype=torch.int64)}, ValueError, r"\[B >= 1, S\], got \[0, 7\]"),
+        ({"input_ids": torch.ones(3, 7)}, TypeError, "input_ids must have dtype int32, int64, got float32"),
+        ({"input_ids": torch.full((3, 7), 64)}, IndexError, r"input_ids.*64"),
+        ({"input_ids": torch.full((3, 7), -1)}, IndexError, r"input_ids.*-1"),
+        ({"input_ids": torch.ones(3, 7, device="meta")}, ValueError, "input_ids must be on cpu, got meta"),
+        (
+            {"attention_mask": torch.ones(3, 12)},
+            ValueError,
+            r"\[B, S\]=\[3, 7\], got \[3, 12\].*are added|added",
+        ),
+        ({"attention_mask": torch.ones(3, 1, 1, 7)}, ValueError, r"attention_mask .* got \[3, 1, 1, 7\]"),
+        ({"attention_mask": [[1] * 7] * 3}, ValueError, "attention_mask .* got list"),
+        ({"attention_mask": torch.ones(3, 7, device="meta")}, ValueError, "attention_mask must be on cpu"),
+        ({"inputs_embeds": torch.ones(3, 7, 32)}, TypeError, "inputs_embeds is what .*Give input_ids"),
+        (
+            {"encoder_outputs": (torch.ones(3, 1, 32),)},
+            ValueError,
+            "encoder_outputs must have at least the prompt's 5",
+        ),
+    ],
+)
+def test_bad_input(changes, error, message, call):
+    refused(error, message, call, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"labels": torch.full((3, 4), 64)}, IndexError, r"labels must lie in \[0, 64\) or be -100, got 64"),
+        ({"labels": torch.full((3, 4), -1)}, IndexError, "labels must lie in .* got -1"),
+        (
+            {"labels": torch.ones(2, 4, dtype=torch.int64)},
+            ValueError,
+            r"labels must be int64 \[B, T\]=\[3, T\], got",
+        ),
+        ({"labels": torch.ones(3, 4)}, ValueError, "labels must be int64 .* got torch.float32"),
+        ({"labels": [[1] * 4] * 3}, TypeError, "labels must be a tensor .* got list"),
+        (
+            {"promts": "p2"},
+            TypeError,
+            r"unexpected keyword arguments \['promts'\]; known are .*'output_attentions'",
+        ),
+        ({"adapter_names": ["p2"]}, TypeError, "unexpected keyword arguments"),
+    ],
+)
+def test_bad_input_of_forward(changes, error, message, make_prompted, make_batch):
+    refused(error, message, make_prompted(lengths=(5, 2)), **(make_batch() | changes))
+
+
+def test_generate_refuses_a_second_model(make_prompted, make_model, make_batch):
+    prompted, batch = make_prompted(), make_batch()
+    refused(
+        ValueError,
+        "assistant_model is not supported",
+        prompted.generate,
+        batch["input_ids"],
+        assistant_model=make_model(),
+    )
+
+
+def test_a_table_that_requires_grad_is_refused_by_name(make_prompted, make_batch):
+    prompted, batch = make_prompted(), make_batch()
+    prompted.model.shared.weight.requires_grad_(True)
+    refused(
+        ValueError,
+        r"weight must be frozen, got requires_grad=True. Call weight.requires_grad_\(False\)",
+        prompted,
+        **batch,
+    )
+
+
+def test_weights_without_data(make_model, make_batch):
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(**SMALL))
+    refused(ValueError, "no data.*Load the weights first", PromptModel, model, PromptConfig(3))
+    prompted = PromptModel(model, PromptConfig(3, init="uniform"))
+    refused(ValueError, "no data.*Load the weights first", prompted, **make_batch())
+
+
+def test_a_model_that_moved_without_its_prompts(make_prompted, make_batch):
+    prompted, batch = make_prompted(), make_batch()
+    prompted.prompts.to("meta")
+    refused(ValueError, "prompts must be on cpu, got meta. Move the PromptModel", prompted, **batch)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""save_prompt and load_prompt: a prompt comes back exactly, and only into the model it was trained for."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastprompt.model import PromptModel
+from fastprompt.prompts import PromptConfig
+from fastprompt.prompts.identity import embedding_sha256
+
+
+@pytest.fixture
+def saved(make_prompted, tmp_path):
+    prompted = make_prompted()
+    path = tmp_path / "prompt.safetensors"
+    prompted.save_prompt("p5", path)
+    return prompted, path
+
+
+def test_a_saved_prompt_gives_the_same_logits(saved, make_model, make_batch):
+    prompted, path = saved
+    other, batch = PromptModel(make_model(), {}), make_batch()
+    other.load_prompt("sst2", path)
+    assert torch.equal(other(**batch).logits, prompted(**batch).logits)
+    assert other.prompts["sst2"].requires_grad
+    other.save_prompt("sst2", path)  # what was loaded can be saved again
+    assert other.configs["sst2"] == PromptConfig(5, init="file", source="ignored by ==")
+
+
+def test_loading_over_a_prompt_keeps_the_parameter(saved, make_prompted, tmp_path):
+    prompted, path = saved
+    expected = prompted.prompts["p5"].detach().clone()
+    parameter = prompted.prompts["p5"]
+    nn.init.zeros_(parameter)
+    prompted.load_prompt("p5", path)
+    assert prompted.prompts["p5"] is parameter
+    assert torch.equal(parameter, expected)
+    longer = make_prompted(lengths=(9,))
+    with pytest.raises(ValueError, match=r"must have 9 rows like prompt 'p9', got 5\. Load it under another"):
+        longer.load_prompt("p9", path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_prompt_of_one_dtype_loads_in_another(dtype, saved, make_model):
+    _, path = saved
+    PromptModel(make_model(dtype=dtype), {}).load_prompt("p", path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.shared.weight.data[3].mul_(2), "embedding table [0-9a-f]{12}, not [0-9a-f]{12}"),
+        (lambda m: m.resize_token_embeddings(70), "vocab_size 64, not 70"),
+        (lambda m: setattr(m.config, "model_type", "mt5"), "model_type 't5', not 'mt5'"),
+    ],
+)
+def test_a_prompt_of_another_model_is_refused_unless_asked_for(change, message, saved, make_model):
+    _, path = saved
+    model = make_model()
+    change(model)
+    prompted = PromptModel(model, {})
+    with pytest.raises(
+        ValueError, match=f"prompt.safetensors belongs to another model .*{message}.*strict=False"
+    ):
+        prompted.load_prompt("p", path)
+    assert "p" not in prompted.prompts
+    prompted.load_prompt("p", path, strict=False)
+    assert len(prompted.prompts["p"]) == 5
+
+
+def test_another_width_is_refused_even_unstrictly(saved, make_model):
+    _, path = saved
+    with pytest.raises(ValueError, match=r"\[P, 16\].*got \[5, 32\]. A prompt fits only"):
+        PromptModel(make_model(d_model=16), {}).load_prompt("p", path, strict=False)
+
+
+def test_fp16_tables_compare_with_fp16_only(make_model, tmp_path):
+    half = PromptModel(make_model(dtype=torch.float16), PromptConfig(3))
+    half.save_prompt("default", tmp_path / "half")
+    PromptModel(make_model(), {}).load_prompt("p", tmp_path / "half")
+    other = make_model(dtype=torch.float16)
+    other.shared.weight.data[3] *= 2
+    with pytest.raises(ValueError, match="belongs to another model"):
+        PromptModel(other, {}).load_prompt("p", tmp_path / "half")
+
+
+def test_files_of_other_projects_load_by_width_alone(make_model, tmp_path):
+    np.save(tmp_path / "prompt.npy", np.ones((4, 32), np.float32))
+    prompted = PromptModel(make_model(), {})
+    prompted.load_prompt("p", tmp_path / "prompt.npy")
+    assert prompted.prompts["p"].eq(1).all()
+
+
+def test_the_hash_sees_every_row_and_the_shape():
+    table = torch.randn(9000, 600)  # several chunks
+    first = embedding_sha256(table)
+    assert embedding_sha256(table.clone()) == first == embedding_sha256(table.T.contiguous().T)
+    assert embedding_sha256(table.bfloat16()) == first
+    assert embedding_sha256(table.view(4500, 1200)) != first
+    for row in (0, 4500, 8999):
+        changed = table.clone()
+        changed[row, 0] += 1
+        assert embedding_sha256(changed) != first
+
+
+def test_a_name_is_checked_before_a_file_is_written(make_prompted, tmp_path):
+    with pytest.raises(ValueError, match=r"no prompt 'p6'; there are \['p5'\]"):
+        make_prompted().save_prompt("p6", tmp_path / "prompt")
+    assert not list(tmp_path.iterdir())
