@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks for numerical kernels: an error budget, poisoned outputs, guarded buffers, bytes saved for backward.
+"""Checks for numerical kernels: hard inputs, an error budget, poisoned outputs, guarded buffers, bytes saved.
 
 fastprompt's own tests use them; so can the tests of an op that you add.
 """
@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 
 SENTINEL = 0xFF  # repeated, it reads as NaN in every float dtype and as -1 in every signed integer dtype
+
+
+def random_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    """Normal rows [..., D] with norms 1, 2000 (trained soft prompts reach it), 0.001 and 30 in turn."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    count = rows.numel() // max(shape[-1], 1)
+    norms = torch.tensor((1.0, 2000.0, 1e-3, 30.0), dtype=torch.float64).repeat(count // 4 + 1)[:count]
+    return (rows * norms.reshape(*shape[:-1], 1) / shape[-1] ** 0.5).to(device, dtype)
 
 
 def assert_within_budget(

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch's compiler needs of the ops: right schemas, right fakes, no graph breaks, equal results."""
+
+import pytest
+import torch
+
+from fastprompt import use_backend
+from fastprompt._op import OPS
+from fastprompt.ops import prompt_embed, rms_norm
+
+SEED = torch.tensor([5])
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def transposed(*shape):
+    return torch.randn(*shape[::-1]).t().requires_grad_()
+
+
+def norm_samples():
+    w = torch.randn(6)
+    for x in (leaf(3, 6), transposed(3, 6)):
+        y, rstd = x.detach(), torch.rand(3)
+        yield "rms_norm", (x, w, 1e-6)
+        yield "rms_norm_backward", (y, y, w, rstd)
+        yield "rms_norm_residual", (x, y, w, SEED, 1e-6, 0.5)
+        yield "rms_norm_residual_backward", (y, y, y, w, rstd, SEED, 0.5, torch.float32, torch.float32)
+    yield "rms_norm_residual_backward", (y, None, y, w, rstd, None, 0.0, torch.float32, torch.float32)
+    yield "rms_norm", (leaf(2, 0, 6).half(), w.bfloat16(), 1e-6)
+    yield "rms_norm_residual", (leaf(3, 6).half(), leaf(3, 6), w.half(), None, 1e-6, 0.0)
+
+
+def embed_samples():
+    ids, weight = torch.randint(9, (2, 3)), torch.randn(9, 4)
+    starts, lens = torch.tensor([0, 2]), torch.tensor([2, 5])
+    cu_tokens, cu_rows = torch.tensor([0, 1, 6]), torch.tensor([0, 3, 13])
+    for prompts in (leaf(7, 4), transposed(7, 4)):
+        yield "prompt_embed", (ids, weight, prompts, starts, lens, None, None, SEED, 8, 0.5)
+        yield "prompt_embed_backward", (torch.randn(2, 8, 4), prompts.detach(), starts, lens, None, SEED, 0.5)
+    yield "prompt_embed", (ids.int(), weight.bfloat16(), prompts, None, None, None, None, None, 10, 0.0)
+    yield "prompt_embed", (ids.view(6), weight, prompts, starts, lens, cu_tokens, cu_rows, None, 13, 0.0)
+    yield "prompt_embed_backward", (torch.randn(13, 4), prompts.detach(), starts, lens, cu_rows, None, 0.0)
+
+
+SAMPLES = {"rms_norm": norm_samples, "prompt_embed": embed_samples}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("which", ["default", "reference"])
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_opcheck(name, which):
+    tested, checks = set(), ["test_schema", "test_faketensor"]
+    if which == "default":  # what follows does not depend on the backend
+        checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+    with use_backend(name, OPS[name].backends()[0] if which == "default" else which):
+        for member, arguments in SAMPLES[name]():
+            op = getattr(torch.ops.fastprompt, member).default
+            torch.library.opcheck(op, arguments, test_utils=checks)
+            tested.add(member)
+    assert tested == set(OPS[name].members), "every schema needs a sample"
+
+
+def embed_and_norm(ids, weight, prompt, w, p, seed):
+    h = prompt_embed(ids, weight, prompt, dropout_p=p, seed=seed)
+    y, h = rms_norm(torch.tanh(h), w, residual=h, dropout_p=p, seed=seed)
+    return rms_norm(y + h, w) * 2
+
+
+def results(function, ids, weight, prompt, w, *options):
+    prompt = prompt.detach().requires_grad_()
+    y = function(ids, weight, prompt, w, *options)
+    y.square().sum().backward()
+    return y.detach(), prompt.grad
+
+
+@pytest.fixture
+def inputs():
+    return torch.randint(9, (2, 3)), torch.randn(9, 16), torch.randn(4, 16), torch.randn(16)
+
+
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+def test_one_graph_with_equal_results(inputs, compiler):
+    torch._dynamo.reset()
+    compiled = torch.compile(embed_and_norm, fullgraph=True, backend=compiler)
+    got, expected = results(compiled, *inputs, 0.2, SEED), results(embed_and_norm, *inputs, 0.2, SEED)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_graph_for_all_shapes(inputs):
+    torch._dynamo.reset()
+    _, weight, prompt, w = inputs
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(embed_and_norm, fullgraph=True, backend=graphs, dynamic=True)
+    counts = []
+    for B, S in ((2, 3), (5, 4), (3, 7)):
+        arguments = (torch.randint(9, (B, S)), weight, prompt, w, 0.2, SEED)
+        torch.testing.assert_close(results(compiled, *arguments), results(embed_and_norm, *arguments))
+        counts.append(graphs.frame_count)
+    assert counts[0] == counts[-1], "compiled again for another shape"
+
+
+def test_one_graph_with_chosen_prompts_packed(inputs):
+    torch._dynamo.reset()
+    ids, weight, prompt, _ = inputs
+
+    def packed(ids, weight, prompt, ends):
+        rows, cu_rows = prompt_embed(ids, weight, [prompt[:3], prompt], [1, 0], cu_seqlens=ends)
+        return rows * 2, cu_rows
+
+    arguments = (ids.reshape(-1), weight, prompt, torch.tensor([0, 2, 6]))
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*arguments), packed(*arguments), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_one_graph_with_a_seed_drawn_inside(inputs):
+    torch._dynamo.reset()
+    compiled = torch.compile(embed_and_norm, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    first, second = (compiled(*inputs, 0.5, None) for _ in range(2))
+    assert not torch.equal(first, second)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dropout counter generator: Philox as published, and a mask with the statistics of dropout."""
+
+import pytest
+import torch
+
+from fastprompt.ops._dropout import keep_mask, keep_scale, philox
+
+# Counter, key and output of kat_vectors in Random123, the authors' implementation (philox4x32, 10 rounds).
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def published_philox(counter, key):
+    """Philox 4x32-10 in Python's integers, as the paper states it."""
+    c, (k0, k1) = list(counter), key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return tuple(c)
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
+def test_the_published_algorithm(counter, key, output):
+    assert published_philox(counter, key) == output
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, -1, -(2**63), 0x299F31D0A4093822])
+def test_philox_equals_the_published_one(seed):
+    counters = [0, 1, 2**31 - 1, 2**32 - 1, 2**32, 2**61 + 12345]
+    words = philox(torch.tensor([seed]), torch.tensor(counters))
+    for counter, got in zip(counters, words.tolist(), strict=True):
+        low_high = (counter % 2**32, counter >> 32, 0, 0)
+        assert tuple(got) == published_philox(low_high, (seed % 2**32, (seed >> 32) % 2**32))
+
+
+def test_mask_keeps_an_element_whose_word_reaches_the_threshold():
+    seed, p = torch.tensor([42]), 0.37
+    words = [word for block in range(3) for word in published_philox((block, 0, 0, 0), (42, 0))]
+    expected = [word >= int(p * 2**32) for word in words]
+    assert keep_mask((12,), p, seed).tolist() == expected
+    assert keep_mask((3, 3), p, seed).reshape(-1).tolist() == expected[:9]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0])
+def test_fraction_and_expectation(p):
+    n = 400_000
+    kept = keep_mask((n,), p, torch.tensor([7])).double()
+    five_sigma = 5 * (p * (1 - p) / n) ** 0.5
+    assert abs(float(kept.mean()) - (1 - p)) <= five_sigma
+    if p < 1.0:
+        assert abs(float(kept.mean()) * keep_scale(p) - 1.0) <= five_sigma / (1 - p)
+    assert keep_scale(1.0) == 0.0
+
+
+def test_masks_of_neighbouring_seeds_and_elements_are_independent():
+    n = 200_000
+    masks = [keep_mask((n,), 0.5, torch.tensor([seed])).double() for seed in (1, 2)]
+    pairs = [masks, (masks[0][1:], masks[0][:-1]), (masks[0][4:], masks[0][:-4])]
+    for a, b in pairs:
+        assert abs(float((a * b).mean()) - 0.25) < 5 * (0.25 * 0.75 / n) ** 0.5

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native kernels on bare pointers, at every alignment: they write their tensors only, and use nothing outside."""
+
+import pytest
+import torch
+
+from fastprompt._native import DTYPE_CODES
+from fastprompt.testing import guarded
+
+N, D, EPS = 5, 37, 1e-6
+FLOATS = list(DTYPE_CODES)
+
+
+def pointers(tensors):
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def run(kernel, inputs, outputs, numbers, offset):
+    """What ``kernel`` writes with every tensor ``offset`` elements past an aligned address, and NaN all around."""
+    blank = [torch.full_like(output, float("nan")) for output in outputs]
+    with guarded(*(t for t in inputs if t is not None), *blank, offset=offset) as copies:
+        placed = iter(copies)
+        given = [None if t is None else next(placed) for t in inputs]
+        results = list(placed)
+        status = kernel(*pointers(given), *pointers(results), *numbers)
+    assert status == 0
+    return [result.clone() for result in results]
+
+
+def assert_alignment_is_invisible(kernel, inputs, outputs, numbers):
+    expected = run(kernel, inputs, outputs, numbers, 0)
+    assert all(value.isfinite().all() for value in expected)
+    for offset in range(1, 17):
+        got = run(kernel, inputs, outputs, numbers, offset)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), f"{offset=}"
+
+
+@pytest.fixture(params=FLOATS, ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def seed(device):
+    return torch.tensor([9], device=device)
+
+
+def norm_inputs(dtype, device):
+    x, w = torch.randn(N, D).to(device, dtype), torch.randn(D).to(device, dtype)
+    return x, w, torch.rand(N, device=device), DTYPE_CODES[dtype]
+
+
+def test_rms_norm(kernels, device, dtype):
+    x, w, rstd, code = norm_inputs(dtype, device)
+    assert_alignment_is_invisible(kernels.rms_norm, [x, w], [x, rstd], [N, D, EPS, code, code, 0])
+    assert_alignment_is_invisible(kernels.rms_norm_backward, [x, x, w, rstd], [x], [N, D, code, code, 0])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_rms_norm_residual(kernels, device, dtype, seed, p):
+    x, w, rstd, code = norm_inputs(dtype, device)
+    numbers = [N, D, EPS, p, code, code, code, 0]
+    assert_alignment_is_invisible(kernels.rms_norm_residual, [x, x, w, seed], [x, x, rstd], numbers)
+    kernel, numbers = kernels.rms_norm_residual_backward, [N, D, p, code, code, code, 0]
+    for dh in (None, x):
+        assert_alignment_is_invisible(kernel, [x, dh, x, w, rstd, seed], [x, x], numbers)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("packed", [False, True])
+def test_prompt_embed(kernels, device, dtype, seed, p, packed):
+    """Two sequences with prompts of 4 and 3 rows and tokens 1, 2, 3 and 0, 8, 4: in packed form, 2 and 4 of them."""
+    weight, prompts = torch.randn(9, D).to(device, dtype), torch.randn(7, D, device=device)
+    layout = torch.tensor([[0, 4], [4, 3], [2, 4]], device=device)
+    starts, lens, counts = layout
+    cu_tokens = torch.cat((counts.new_zeros(1), counts.cumsum(0))) if packed else None
+    cu_rows = torch.cat((counts.new_zeros(1), (lens + counts).cumsum(0))) if packed else None
+    B, S, L = 2, 6 if packed else 3, 13 if packed else 7
+    out = torch.empty((L if packed else B * L), D, device=device, dtype=dtype)
+    for id_dtype in (torch.int32, torch.int64):
+        ids = torch.tensor([1, 2, 3, 0, 8, 4], device=device, dtype=id_dtype)
+        inputs = [ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed]
+        codes = [int(id_dtype == torch.int64), DTYPE_CODES[torch.float32], DTYPE_CODES[dtype]]
+        numbers = [0, B, S, L, 7, 9, D, p, *codes, 0]  # first: no word for device errors
+        assert_alignment_is_invisible(kernels.prompt_embed, inputs, [out], numbers)
+    dout, numbers = torch.randn_like(out), [B, L, 7, D, p, DTYPE_CODES[dtype], DTYPE_CODES[torch.float32], 0]
+    inputs = [dout, starts, lens, cu_rows, seed]
+    assert_alignment_is_invisible(kernels.prompt_embed_backward, inputs, [prompts], numbers)

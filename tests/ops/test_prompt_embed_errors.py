@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What prompt_embed refuses, by name; and hostile arguments of the raw ops, which must never touch foreign memory."""
+
+import contextlib
+import re
+
+import pytest
+import torch
+
+from fastprompt.ops import prompt_embed
+
+OP = "prompt_embed"
+IDS, SEED = torch.tensor([[1, 2, 3], [0, 8, 4]]), torch.tensor([1])
+ENDS = torch.tensor([0, 2, 6])
+
+
+def case(error, message, **changes):
+    return pytest.param(error, message, changes, id=message[:44])
+
+
+def packed(*ends, **changes):
+    return {"input_ids": IDS.reshape(-1), "cu_seqlens": torch.tensor(ends)} | changes
+
+
+REFUSED = [
+    case(TypeError, "input_ids must be a torch.Tensor, got list", input_ids=[[1]]),
+    case(TypeError, "input_ids must have dtype int32, int64, got float32", input_ids=IDS.float()),
+    case(TypeError, "input_ids must have dtype int32, int64, got uint8", input_ids=IDS.byte()),
+    case(ValueError, r"input_ids must have shape \[B, S\], got \[6\].*cu_seqlens", input_ids=IDS.reshape(-1)),
+    case(ValueError, r"input_ids must have shape \[T\] with cu_seqlens, got \[2, 3\]", cu_seqlens=ENDS),
+    case(TypeError, "weight must have dtype .*, got int64", weight=torch.ones(9, 4, dtype=torch.int64)),
+    case(ValueError, r"weight must have shape \[V, D\], got \[4\]", weight=torch.ones(4)),
+    case(
+        ValueError, "weight must be on cpu like input_ids, got meta", weight=torch.ones(9, 4, device="meta")
+    ),
+    case(ValueError, "weight must be frozen, got", weight=torch.ones(9, 4, requires_grad=True)),
+    case(ValueError, r"prompts must have shape \[P, D\] or \[n, P, D\], got \[4\]", prompts=torch.ones(4)),
+    case(ValueError, r"prompts must have .*\[P, 4\], got \[2, 5\]", prompts=torch.ones(2, 5)),
+    case(TypeError, "prompts must have dtype .*, got int64", prompts=torch.ones(2, 4, dtype=torch.int64)),
+    case(
+        TypeError,
+        "prompts must have dtype float32 or weight's.*got .*float16",
+        prompts=torch.ones(2, 4).half(),
+    ),
+    case(ValueError, "prompts must be on cpu like weight, got meta", prompts=torch.ones(2, 4, device="meta")),
+    case(TypeError, "prompts must be a tensor or a non-empty list", prompts=[]),
+    case(TypeError, "prompts must be a tensor or a non-empty list", prompts=None),
+    case(TypeError, r"prompts\[1\] must be a torch.Tensor, got int", prompts=[torch.ones(2, 4), 3]),
+    case(ValueError, r"prompts\[0\] must have shape .*got \[\]", prompts=[torch.ones(())]),
+    case(
+        ValueError,
+        r"prompts\[1\] must have shape .*got \[2, 5\]",
+        prompts=[torch.ones(2, 4), torch.ones(2, 5)],
+    ),
+    case(
+        ValueError,
+        r"prompts\[1\] must be on cpu",
+        prompts=[torch.ones(2, 4), torch.ones(2, 4, device="meta")],
+    ),
+    case(ValueError, r"prompt_ids must have shape \[B\]=\[2\], got \[3\]", prompt_ids=[0, 0, 0]),
+    case(IndexError, r"prompt_ids\[1\] must lie in \[0, 1\), got 1", prompt_ids=[0, 1]),
+    case(IndexError, r"prompt_ids\[0\] must lie in \[0, 1\), got -1", prompt_ids=torch.tensor([-1, 0])),
+    case(IndexError, r"prompt_ids\[0\] must lie in \[0, 0\), got 0", prompts=torch.ones(0, 2, 4)),
+    case(TypeError, "prompt_ids must have dtype int", prompt_ids=torch.tensor([0.5, 0.0])),
+    case(
+        ValueError,
+        r"prompt_ids must have shape \[B\]=\[2\], got \[2, 1\]",
+        prompt_ids=torch.zeros(2, 1).long(),
+    ),
+    case(TypeError, "cu_seqlens must have dtype int32, int64, got float32", **packed(0.0, 6.0)),
+    case(ValueError, r"cu_seqlens must have shape \[B \+ 1\], got \[0\]", **packed(cu_seqlens=ENDS[:0])),
+    case(ValueError, r"cu_seqlens must have shape \[B \+ 1\], got \[\]", **packed(cu_seqlens=ENDS[0])),
+    case(ValueError, "cu_seqlens must rise from 0 to T=6, got .*5", **packed(0, 5)),
+    case(ValueError, "cu_seqlens must rise from 0 to T=6, got .*1, 6", **packed(1, 6)),
+    case(ValueError, "cu_seqlens must rise from 0 to T=6, got .*0, 4, 3, 6", **packed(0, 4, 3, 6)),
+    case(ValueError, "cu_seqlens must be on cpu .*got meta", **packed(cu_seqlens=ENDS.to("meta"))),
+    case(ValueError, r"dropout_p must lie in \[0, 1\], got 1.01", dropout_p=1.01),
+    case(ValueError, r"dropout_p must lie in \[0, 1\], got -0.5", dropout_p=-0.5),
+    case(TypeError, "seed must have dtype int64, got float32", dropout_p=0.1, seed=SEED.float()),
+    case(ValueError, r"seed must have shape \[1\]=\[1\], got \[\]", dropout_p=0.1, seed=SEED[0]),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "changes"), REFUSED)
+def test_refused_by_name(error, message, changes):
+    arguments = {"input_ids": IDS, "weight": torch.ones(9, 4), "prompts": torch.ones(2, 4)} | changes
+    with pytest.raises(error, match=f"^fastprompt::prompt_embed: .*{message}"):
+        prompt_embed(**arguments)
+
+
+def test_a_weight_to_be_trained_is_refused_with_the_remedy():
+    weight = torch.ones(9, 4, requires_grad=True)
+    with pytest.raises(ValueError, match=re.escape("weight.requires_grad_(False)")):
+        prompt_embed(IDS, weight, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        raw(weight=weight)
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 2**31 - 1, -(2**31), 2**40, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("ends", [None, ENDS])
+def test_token_id_outside_the_vocabulary(backend, device, bad, ends):
+    weight, prompt = torch.ones(9, 40, device=device), torch.ones(2, 40, device=device)
+    input_ids = IDS.clone() if ends is None else IDS.reshape(-1).clone()
+    input_ids[..., 2] = bad
+    for id_dtype in (torch.int64, torch.int32) if abs(bad) < 2**31 else (torch.int64,):
+        ids = input_ids.to(device, id_dtype)
+        if backend.startswith(("reference", "cpu")):
+            with pytest.raises(
+                IndexError, match=rf"^fastprompt::prompt_embed: input_ids .*V\)=\[0, 9\), got {bad}"
+            ):
+                prompt_embed(ids, weight, prompt, cu_seqlens=ends)
+        prompt_embed(ids.clamp(0, 8), weight, prompt, cu_seqlens=ends)
+
+
+ARGUMENTS = {
+    "input_ids": IDS, "weight": torch.ones(9, 40), "prompts": torch.ones(7, 40),
+    "starts": torch.tensor([0, 4]), "lens": torch.tensor([4, 3]), "cu_tokens": None, "cu_rows": None,
+    "seed": SEED, "rows": 7, "dropout_p": 0.5,
+}  # fmt: skip
+PACKED = {"input_ids": IDS.reshape(-1), "cu_tokens": ENDS, "cu_rows": torch.tensor([0, 6, 13]), "rows": 13}
+HUGE = 2**63 - 1
+NUMBERS = ("starts", "lens", "cu_tokens", "cu_rows")
+
+
+def refusal(backend):
+    """CPU kernels refuse. On a GPU nobody waits for the values: there it is enough to live on."""
+    errors = (ValueError, TypeError, RuntimeError, IndexError)
+    return pytest.raises(errors) if backend.startswith("cpu") else contextlib.suppress(*errors)
+
+
+def raw(**changes):
+    return torch.ops.fastprompt.prompt_embed(*(ARGUMENTS | changes).values())
+
+
+HOSTILE = [
+    {"starts": torch.tensor([-1, 4])},
+    {"starts": torch.tensor([0, 5])},
+    {"starts": torch.tensor([0, HUGE])},
+    {"starts": torch.tensor([0])},
+    {"starts": torch.tensor([0.0, 4.0])},
+    {"starts": None},
+    {"lens": torch.tensor([8, 3])},
+    {"lens": torch.tensor([-1, 3])},
+    {"lens": torch.tensor([-HUGE, 3])},
+    {"lens": torch.tensor([HUGE, HUGE])},
+    {"rows": 6},
+    {"rows": -1},
+    {"seed": None},
+    PACKED | {"cu_tokens": torch.tensor([0, 9, 6])},
+    PACKED | {"cu_tokens": torch.tensor([0, 7, 7])},
+    PACKED | {"cu_tokens": torch.tensor([-1, 2, 6])},
+    PACKED | {"cu_tokens": torch.tensor([0, HUGE, 6])},
+    PACKED | {"cu_tokens": None},
+    PACKED | {"cu_rows": torch.tensor([0, 6, 14])},
+    PACKED | {"cu_rows": torch.tensor([1, 7, 13])},
+    PACKED | {"cu_rows": torch.tensor([0, 14, 13])},
+    PACKED | {"cu_rows": torch.tensor([0, -6, 13])},
+    PACKED | {"rows": 12},
+]
+# Differences of these wrap around to positive numbers.
+WRAPPING = torch.tensor([0, HUGE, -HUGE - 1, -1, 13])
+WRAPPED = PACKED | {"starts": torch.zeros(4).long(), "lens": torch.zeros(4).long()}
+HOSTILE += [
+    WRAPPED | {"cu_tokens": torch.tensor([0, 1, 2, 3, 4]), "cu_rows": WRAPPING},
+    WRAPPED | {"cu_tokens": WRAPPING - 7, "cu_rows": torch.tensor([0, 1, 2, 3, 13])},
+]
+
+
+def describe(changes):
+    shown = {k: v for k, v in changes.items() if v is not PACKED.get(k)}
+    return "-".join(
+        f"{k}={v.tolist() if k in NUMBERS and v is not None else getattr(v, 'shape', v)}"
+        for k, v in shown.items()
+    )
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=describe)
+def test_raw_op_with_hostile_arguments(backend, device, changes):
+    with refusal(backend):
+        raw(**changes)
+    raw()
+    raw(**PACKED)
+
+
+BACKWARD = {
+    "dout": torch.ones(2, 7, 40), "prompts": torch.ones(7, 40), "starts": torch.tensor([0, 4]),
+    "lens": torch.tensor([4, 3]), "cu_rows": None, "seed": SEED, "dropout_p": 0.5,
+}  # fmt: skip
+PACKED_BACKWARD = {"dout": torch.ones(13, 40), "cu_rows": torch.tensor([0, 6, 13])}
+HOSTILE_BACKWARD = [
+    {"starts": torch.tensor([-1, 4])},
+    {"starts": torch.tensor([0, HUGE])},
+    {"starts": torch.tensor([0])},
+    {"starts": None},
+    {"lens": torch.tensor([8, 3])},
+    {"lens": torch.tensor([-1, 3])},
+    {"lens": torch.tensor([4.0, 3.0])},
+    {"dout": torch.ones(2, 3, 40)},
+    {"dout": torch.ones(2, 7, 39)},
+    {"dout": torch.ones(1, 7, 40)},
+    {"dout": torch.ones(14, 40)},
+    {"seed": None},
+    {"dropout_p": 2.0},
+    PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 6, 14])},
+    PACKED_BACKWARD | {"cu_rows": torch.tensor([0, HUGE, 13])},
+    PACKED_BACKWARD | {"cu_rows": torch.tensor([0, -6, 13])},
+    PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 13])},
+    PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 6, 13], dtype=torch.int32)},
+    PACKED_BACKWARD | {"cu_rows": WRAPPING, "starts": WRAPPED["starts"], "lens": WRAPPED["lens"]},
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE_BACKWARD, ids=describe)
+def test_raw_backward_with_hostile_arguments(backend, device, changes):
+    with refusal(backend):
+        torch.ops.fastprompt.prompt_embed_backward(*(BACKWARD | changes).values())
+    torch.ops.fastprompt.prompt_embed_backward(*BACKWARD.values())
+    torch.ops.fastprompt.prompt_embed_backward(*(BACKWARD | PACKED_BACKWARD).values())
