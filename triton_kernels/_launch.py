@@ -20,6 +20,7 @@ class Architecture(NamedTuple):
 # By Little's law an A100 keeps about 12 KiB per multiprocessor in flight, an H100 or H200 25 KiB, a B200 40 KiB: two to
 # five programs of a bf16 tile of this size, and a program of four warps holds it in 16 or 32 registers per thread.
 ARCHITECTURES = {8: Architecture(2048, 108), 9: Architecture(4096, 132), 10: Architecture(4096, 148)}
+INTERPRETER = Architecture(2048, 0)  # one program after another: the fewer the faster
 MAX_BLOCK = 8192  # columns of a tile; a wider row is read in several, twice where a kernel needs its statistics first
 
 
@@ -31,7 +32,9 @@ class RowTile(NamedTuple):
 
 @cache
 def architecture(device: torch.device) -> Architecture:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    if device.type == "cpu":
+        return INTERPRETER
+    major = torch.cuda.get_device_capability(device)[0]
     return ARCHITECTURES[max((known for known in ARCHITECTURES if known <= major), default=min(ARCHITECTURES))]
 
 

@@ -40,24 +40,26 @@ def prompt_embed_kernel(
     D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """starts and lens are None for one prompt, cu_tokens and cu_rows if padded, seed where nothing is dropped."""
-    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    m_n = o_n < N
-
-    # Which sequence i_b, which of its rows i_l, and where its tokens begin and end.
+    # The rows o_n of this program: row i_l of sequence i_b, whose tokens lie in [t_begin, t_end).
+    i_tile = tl.program_id(0)
     if cu_rows is None:
-        i_b, i_l = o_n // L, o_n % L
+        tiles = tl.cdiv(L, BN)
+        i_l = (i_tile % tiles) * BN + tl.arange(0, BN).to(tl.int64)
+        i_b = tl.zeros_like(i_l) + i_tile // tiles
+        o_n, m_n = i_b * L + i_l, i_l < L
         t_begin, t_end = i_b * S, i_b * S + S
     else:
+        o_n = i_tile.to(tl.int64) * BN + tl.arange(0, BN)
+        m_n = o_n < N
         i_b = _sequence_of(o_n, cu_rows, B)
-        i_l = o_n - tl.load(cu_rows + i_b, mask=m_n, other=0)
-        t_begin = tl.load(cu_tokens + i_b, mask=m_n, other=0)
-        t_end = tl.load(cu_tokens + i_b + 1, mask=m_n, other=0)
+        i_l = o_n - tl.load(cu_rows + i_b)
+        t_begin, t_end = tl.load(cu_tokens + i_b, mask=i_b < B, other=0), tl.load(cu_tokens + i_b + 1, mask=i_b < B, other=0)
 
     # Which prompt row i_r, or which token o_t, that row copies.
     i_r, b_len = i_l, tl.zeros_like(i_l) + R
     if starts is not None:
-        i_r = tl.load(starts + i_b, mask=m_n, other=0) + i_l
-        b_len = tl.load(lens + i_b, mask=m_n, other=0)
+        i_r = tl.load(starts + i_b, mask=i_b < B, other=0) + i_l
+        b_len = tl.load(lens + i_b, mask=i_b < B, other=0)
     o_t = t_begin + i_l - b_len
     m_prompt = m_n & (i_l >= 0) & (i_l < b_len) & (i_r >= 0) & (i_r < R)
     m_token = m_n & (i_l >= b_len) & (o_t >= t_begin) & (o_t < t_end) & (o_t >= 0) & (o_t < T)

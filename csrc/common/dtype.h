@@ -75,9 +75,13 @@ FP_INLINE float from_float<float>(float value) {
 
 template <>
 FP_INLINE fp::bf16 from_float<fp::bf16>(float value) {
+#if defined(__CUDA_ARCH__)
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
     const uint32_t bits = float_bits(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(0x7fc0u)};
     return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 
 template <>

@@ -17,8 +17,8 @@
 
 namespace {
 
-// Blocks per launch: plenty for any GPU. A kernel strides over the work that is left; the emulation's limit is small,
-// so that its tests take those turns.
+// Plenty for any GPU: a kernel strides over the work that is left. The emulation's limit is small, so that its tests
+// take those turns.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
 // Returns the launch's error code, 0 for success: what every native CUDA function hands back to Python.
@@ -30,3 +30,9 @@ int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
 
 }  // namespace
 #endif
+
+namespace {
+
+inline unsigned limit_blocks(int64_t blocks) { return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks); }
+
+}  // namespace

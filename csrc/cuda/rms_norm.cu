@@ -10,30 +10,6 @@
 
 namespace {
 
-// Vectors that a thread holds. 32 elements: a warp covers D = 1024, a block D = 8192.
-template <int V>
-constexpr int kHeld = V == 1 ? 8 : 32 / V;
-
-template <int V, int C>
-__device__ __forceinline__ float dot(const float (&a)[C][V], const float (&b)[C][V]) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < C; ++j) {
-#pragma unroll
-        for (int k = 0; k < V; ++k) sum += a[j][k] * b[j][k];
-    }
-    return sum;
-}
-
-template <int V, int C, class F>
-__device__ __forceinline__ void update(float (&a)[C][V], const float (&b)[C][V], F function) {
-#pragma unroll
-    for (int j = 0; j < C; ++j) {
-#pragma unroll
-        for (int k = 0; k < V; ++k) a[j][k] = function(a[j][k], b[j][k]);
-    }
-}
-
 struct Forward {
     const void *x, *residual, *w;  // [N, D], [N, D], [D]
     void *h, *y;                   // [N, D]
@@ -44,46 +20,64 @@ struct Forward {
     fp::DType x_type, residual_type, h_type, w_type;  // y has w's
 };
 
-template <int V, bool kResidual>
+template <int V, int Mix, bool kResidual>
 __global__ void __launch_bounds__(kMaxTeam) forward(const Forward a) {
-    constexpr int C = kHeld<V>;
-    const int vectors = static_cast<int>(a.D / V), threads = static_cast<int>(blockDim.x);
-    const int last = (vectors - 1) / (C * threads) * (C * threads);  // where the part that is held begins
+    const fp::DType x_type = type_of<Mix>(a.x_type), residual_type = type_of<Mix>(a.residual_type);
+    const fp::DType h_type = type_of<Mix>(a.h_type), w_type = type_of<Mix>(a.w_type);
+    const Share<V> share(a.D);
+    const DropoutKey key(a.dropout);
     for (int64_t row = first_row(); row < a.N; row += row_step()) {
         const int64_t start = row * a.D;
-        Packed<V, C> packed, w;
-        float h[C][V], other[C][V];
+        Vector<V> h[kHeld<V>], w[kHeld<V>];
         float squares = 0.0f;
-        for (int part = 0; part <= last; part += C * threads) {
-            const Columns columns = {part + static_cast<int>(threadIdx.x), threads, vectors};
-            Packed<V, C> residual;
-            load(packed, a.x, start, a.x_type, columns);
-            if constexpr (kResidual) load(residual, a.residual, start, a.residual_type, columns);
-            load(w, a.w, 0, a.w_type, columns);
-            unpack(packed, a.x_type, h);
-            if constexpr (kResidual) {
-                drop(h, a.dropout, start, columns);
-                unpack(residual, a.residual_type, other);
-                update(h, other, [](float x, float residual) { return residual + x; });
-                pack(h, a.h_type, packed);
-                store(a.h, start, a.h_type, columns, packed);
-                unpack(packed, a.h_type, h);  // the norm is that of h as stored
+        for (int part = 0; part < share.parts; ++part) {
+            Vector<V> residual[kHeld<V>];
+#pragma unroll
+            for (int j = 0; j < kHeld<V>; ++j) {
+                const int64_t i = share.at(part, j);
+                if (i >= share.count) continue;
+                h[j] = load<V>(a.x, start + i * V, x_type);
+                if (kResidual) residual[j] = load<V>(a.residual, start + i * V, residual_type);
+                w[j] = load<V>(a.w, i * V, w_type);
             }
-            squares += dot(h, h);
+#pragma unroll
+            for (int j = 0; j < kHeld<V>; ++j) {
+                const int64_t i = share.at(part, j);
+                if (i >= share.count) continue;
+                float value[V];
+                unpack(h[j], x_type, value);
+                if constexpr (kResidual) {
+                    float stream[V];
+                    unpack(residual[j], residual_type, stream);
+                    drop(value, key, start + i * V);
+#pragma unroll
+                    for (int k = 0; k < V; ++k) value[k] += stream[k];
+                    h[j] = pack(value, h_type);
+                    store(a.h, start + i * V, h_type, h[j]);
+                    unpack(h[j], h_type, value);  // the norm is that of h as stored
+                }
+#pragma unroll
+                for (int k = 0; k < V; ++k) squares += value[k] * value[k];
+            }
         }
         const float rstd = __frsqrt_rn(team_sum(squares) / static_cast<float>(a.D) + a.eps);
         if (threadIdx.x == 0) a.rstd[row] = rstd;
-        for (int part = last; part >= 0; part -= C * threads) {
-            const Columns columns = {part + static_cast<int>(threadIdx.x), threads, vectors};
-            if (part != last) {
-                load(packed, kResidual ? a.h : a.x, start, a.h_type, columns);
-                load(w, a.w, 0, a.w_type, columns);
-                unpack(packed, a.h_type, h);
+        for (int part = share.parts - 1; part >= 0; --part) {
+#pragma unroll
+            for (int j = 0; j < kHeld<V>; ++j) {
+                const int64_t i = share.at(part, j);
+                if (i >= share.count) continue;
+                if (part < share.parts - 1) {
+                    h[j] = load<V>(kResidual ? a.h : a.x, start + i * V, h_type);
+                    w[j] = load<V>(a.w, i * V, w_type);
+                }
+                float value[V], scale[V];
+                unpack(h[j], h_type, value);
+                unpack(w[j], w_type, scale);
+#pragma unroll
+                for (int k = 0; k < V; ++k) value[k] = scale[k] * (value[k] * rstd);
+                store(a.y, start + i * V, w_type, pack(value, w_type));
             }
-            unpack(w, a.w_type, other);
-            update(h, other, [rstd](float h, float w) { return w * (h * rstd); });
-            pack(h, a.w_type, packed);
-            store(a.y, start, a.w_type, columns, packed);
         }
     }
 }
@@ -91,54 +85,70 @@ __global__ void __launch_bounds__(kMaxTeam) forward(const Forward a) {
 struct Backward {
     const void *dy, *dh, *h, *w;  // [N, D], [N, D] or null, [N, D], [D]
     const float* rstd;            // [N]
-    void *dresidual, *dx;         // [N, D], [N, D] or null; without a residual, dresidual is x's gradient
+    void *dresidual, *dx;         // [N, D], [N, D] or null; without a residual, dresidual is the gradient of x
     int64_t N, D;
     Dropout dropout;
     fp::DType h_type, w_type, residual_type, x_type;  // dh has h's, dy has w's
 };
 
-template <int V, bool kResidual>
+template <int V, int Mix, bool kResidual>
 __global__ void __launch_bounds__(kMaxTeam) backward(const Backward a) {
-    constexpr int C = kHeld<V>;
-    const int vectors = static_cast<int>(a.D / V), threads = static_cast<int>(blockDim.x);
-    const int last = (vectors - 1) / (C * threads) * (C * threads);  // where the part that is held begins
+    const fp::DType h_type = type_of<Mix>(a.h_type), w_type = type_of<Mix>(a.w_type);
+    const fp::DType residual_type = type_of<Mix>(a.residual_type), x_type = type_of<Mix>(a.x_type);
+    const Share<V> share(a.D);
+    const DropoutKey key(a.dropout);
     for (int64_t row = first_row(); row < a.N; row += row_step()) {
         const int64_t start = row * a.D;
         const float rstd = a.rstd[row];
-        Packed<V, C> h, dh, packed;
-        float g[C][V], other[C][V];
-        const auto load_part = [&](const Columns& columns) {
-            Packed<V, C> w;
-            load(packed, a.dy, start, a.w_type, columns);
-            load(h, a.h, start, a.h_type, columns);
-            load(w, a.w, 0, a.w_type, columns);
-            if (kResidual && a.dh != nullptr) load(dh, a.dh, start, a.h_type, columns);
-            unpack(packed, a.w_type, g);
-            unpack(w, a.w_type, other);
-            update(g, other, [](float dy, float w) { return dy * w; });
-            unpack(h, a.h_type, other);
+        Vector<V> dy[kHeld<V>], dh[kHeld<V>], h[kHeld<V>], w[kHeld<V>];
+        const auto load_part = [&](int part) {
+#pragma unroll
+            for (int j = 0; j < kHeld<V>; ++j) {
+                const int64_t i = share.at(part, j);
+                if (i >= share.count) continue;
+                dy[j] = load<V>(a.dy, start + i * V, w_type);
+                h[j] = load<V>(a.h, start + i * V, h_type);
+                w[j] = load<V>(a.w, i * V, w_type);
+                if (kResidual && a.dh != nullptr) dh[j] = load<V>(a.dh, start + i * V, h_type);
+            }
         };
         float products = 0.0f;
-        for (int part = 0; part <= last; part += C * threads) {
-            load_part({part + static_cast<int>(threadIdx.x), threads, vectors});
-            products += dot(g, other);
+        for (int part = 0; part < share.parts; ++part) {
+            load_part(part);
+#pragma unroll
+            for (int j = 0; j < kHeld<V>; ++j) {
+                if (share.at(part, j) >= share.count) continue;
+                float g[V], scale[V], value[V];
+                unpack(dy[j], w_type, g);
+                unpack(w[j], w_type, scale);
+                unpack(h[j], h_type, value);
+#pragma unroll
+                for (int k = 0; k < V; ++k) products += g[k] * scale[k] * value[k];
+            }
         }
         const float slope = rstd * rstd * (team_sum(products) / static_cast<float>(a.D));
-        for (int part = last; part >= 0; part -= C * threads) {
-            const Columns columns = {part + static_cast<int>(threadIdx.x), threads, vectors};
-            if (part != last) load_part(columns);
-            unpack(h, a.h_type, other);
-            update(g, other, [=](float g, float h) { return rstd * (g - h * slope); });
-            if (kResidual && a.dh != nullptr) {
-                unpack(dh, a.h_type, other);
-                update(g, other, [](float g, float dh) { return g + dh; });
-            }
-            pack(g, a.residual_type, packed);
-            store(a.dresidual, start, a.residual_type, columns, packed);
-            if (kResidual && a.dx != nullptr) {
-                drop(g, a.dropout, start, columns);
-                pack(g, a.x_type, packed);
-                store(a.dx, start, a.x_type, columns, packed);
+        for (int part = share.parts - 1; part >= 0; --part) {
+            if (part < share.parts - 1) load_part(part);
+#pragma unroll
+            for (int j = 0; j < kHeld<V>; ++j) {
+                const int64_t i = share.at(part, j);
+                if (i >= share.count) continue;
+                float g[V], scale[V], value[V];
+                unpack(dy[j], w_type, g);
+                unpack(w[j], w_type, scale);
+                unpack(h[j], h_type, value);
+#pragma unroll
+                for (int k = 0; k < V; ++k) g[k] = rstd * (g[k] * scale[k] - value[k] * slope);
+                if (kResidual && a.dh != nullptr) {
+                    unpack(dh[j], h_type, value);
+#pragma unroll
+                    for (int k = 0; k < V; ++k) g[k] += value[k];
+                }
+                store(a.dresidual, start + i * V, residual_type, pack(g, residual_type));
+                if (kResidual && a.dx != nullptr) {
+                    drop(g, key, start + i * V);
+                    store(a.dx, start + i * V, x_type, pack(g, x_type));
+                }
             }
         }
     }
@@ -146,21 +156,18 @@ __global__ void __launch_bounds__(kMaxTeam) backward(const Backward a) {
 
 template <bool kResidual>
 int64_t launch_forward(const Forward& a, void* stream) {
-    if (a.N == 0 || a.D == 0) return 0;
-    const int width = vector_width(a.D, {{a.x, a.x_type}, {a.residual, a.residual_type}, {a.h, a.h_type}, {a.y, a.w_type}, {a.w, a.w_type}});
-    return with_width(width, [&](auto V) {
-        const RowLaunch rows = row_launch(a.N, a.D / V, kHeld<V>);
-        return launch(forward<V, kResidual>, rows.grid, rows.block, 0, stream, a);
+    const Operand operands[] = {{a.x, a.x_type}, {a.residual, a.residual_type}, {a.h, a.h_type}, {a.y, a.w_type}, {a.w, a.w_type}};
+    return with_vectors(a.D, operands, [&](auto V, auto Mix) {
+        return launch_rows<V>(forward<V, Mix, kResidual>, a.N, a.D, stream, a);
     });
 }
 
 template <bool kResidual>
 int64_t launch_backward(const Backward& a, void* stream) {
-    if (a.N == 0 || a.D == 0) return 0;
-    const int width = vector_width(a.D, {{a.dy, a.w_type}, {a.dh, a.h_type}, {a.h, a.h_type}, {a.w, a.w_type}, {a.dresidual, a.residual_type}, {a.dx, a.x_type}});
-    return with_width(width, [&](auto V) {
-        const RowLaunch rows = row_launch(a.N, a.D / V, kHeld<V>);
-        return launch(backward<V, kResidual>, rows.grid, rows.block, 0, stream, a);
+    const Operand operands[] = {{a.h, a.h_type},   {a.dy, a.w_type},    {a.dh, a.h_type},
+                                {a.w, a.w_type}, {a.dresidual, a.residual_type}, {a.dx, a.x_type}};
+    return with_vectors(a.D, operands, [&](auto V, auto Mix) {
+        return launch_rows<V>(backward<V, Mix, kResidual>, a.N, a.D, stream, a);
     });
 }
 
@@ -169,33 +176,39 @@ fp::DType promoted(fp::DType a, fp::DType b) { return a == b ? a : fp::kFloat32;
 
 int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps, int64_t x_dtype,
                  int64_t w_dtype, void* stream) {
-    const fp::DType x_type = static_cast<fp::DType>(x_dtype), w_type = static_cast<fp::DType>(w_dtype);
-    return launch_forward<false>({x, nullptr, w, nullptr, y, rstd, N, D, static_cast<float>(eps), {}, x_type, x_type, x_type, w_type}, stream);
+    Forward a = {};
+    a.x = x, a.w = w, a.y = y, a.rstd = rstd;
+    a.N = N, a.D = D, a.eps = static_cast<float>(eps);
+    a.x_type = a.h_type = a.residual_type = dtype(x_dtype), a.w_type = dtype(w_dtype);
+    return launch_forward<false>(a, stream);
 }
 
 int64_t rms_norm_backward(const void* dy, const void* x, const void* w, const float* rstd, void* dx, int64_t N,
                           int64_t D, int64_t x_dtype, int64_t w_dtype, void* stream) {
-    const fp::DType x_type = static_cast<fp::DType>(x_dtype), w_type = static_cast<fp::DType>(w_dtype);
-    return launch_backward<false>({dy, nullptr, x, w, rstd, dx, nullptr, N, D, {}, x_type, w_type, x_type, x_type}, stream);
+    Backward a = {};
+    a.dy = dy, a.h = x, a.w = w, a.rstd = rstd, a.dresidual = dx;
+    a.N = N, a.D = D;
+    a.h_type = a.residual_type = a.x_type = dtype(x_dtype), a.w_type = dtype(w_dtype);
+    return launch_backward<false>(a, stream);
 }
 
 int64_t rms_norm_residual(const void* x, const void* residual, const void* w, const int64_t* seed, void* h, void* y,
                           float* rstd, int64_t N, int64_t D, double eps, double dropout_p, int64_t x_dtype,
                           int64_t residual_dtype, int64_t w_dtype, void* stream) {
-    const fp::DType x_type = static_cast<fp::DType>(x_dtype), residual_type = static_cast<fp::DType>(residual_dtype);
-    return launch_forward<true>({x, residual, w, h, y, rstd, N, D, static_cast<float>(eps), make_dropout(seed, dropout_p), x_type,
-                         residual_type, promoted(x_type, residual_type), static_cast<fp::DType>(w_dtype)},
-                        stream);
+    Forward a = {x, residual, w, h, y, rstd, N, D, static_cast<float>(eps), make_dropout(seed, dropout_p)};
+    a.x_type = dtype(x_dtype), a.residual_type = dtype(residual_dtype), a.w_type = dtype(w_dtype);
+    a.h_type = promoted(a.x_type, a.residual_type);
+    return launch_forward<true>(a, stream);
 }
 
 int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h, const void* w, const float* rstd,
                                    const int64_t* seed, void* dresidual, void* dx, int64_t N, int64_t D,
                                    double dropout_p, int64_t x_dtype, int64_t residual_dtype, int64_t w_dtype,
                                    void* stream) {
-    const fp::DType x_type = static_cast<fp::DType>(x_dtype), residual_type = static_cast<fp::DType>(residual_dtype);
-    return launch_backward<true>({dy, dh, h, w, rstd, dresidual, dx, N, D, make_dropout(seed, dropout_p),
-                          promoted(x_type, residual_type), static_cast<fp::DType>(w_dtype), residual_type, x_type},
-                         stream);
+    Backward a = {dy, dh, h, w, rstd, dresidual, dx, N, D, make_dropout(seed, dropout_p)};
+    a.x_type = dtype(x_dtype), a.residual_type = dtype(residual_dtype), a.w_type = dtype(w_dtype);
+    a.h_type = promoted(a.x_type, a.residual_type);
+    return launch_backward<true>(a, stream);
 }
 
 FP_KERNEL(rms_norm);

@@ -6,25 +6,43 @@
 
 namespace {
 
-constexpr int kMaxTeam = 256;  // threads
-constexpr int kTeamsPerBlock = 4;
+constexpr int kMaxTeam = 512;  // threads
+constexpr int kTeams = 4;      // of one warp, in a block
 
-struct RowLaunch {
-    dim3 grid, block;
-};
+// Vectors of a tensor's row that a thread holds, loaded all at once. Single elements come one at a time: theirs is the
+// path of odd sizes, not of speed.
+template <int V>
+constexpr int kHeld = V == 1 ? 1 : 4;
 
-// For rows of `vectors` vectors, of which a thread should hold at most `held` at a time.
-inline RowLaunch row_launch(int64_t rows, int64_t vectors, int64_t held) {
-    const int64_t warps = (vectors + held * 32 - 1) / (held * 32);
+// Launches kernel(arguments) on rows of D elements, in vectors of V.
+template <int V, class K, class A>
+int64_t launch_rows(K kernel, int64_t rows, int64_t D, void* stream, const A& arguments) {
+    if (rows == 0 || D == 0) return 0;
+    const int64_t held = V * kHeld<V>, warps = (D + held * 32 - 1) / (held * 32);
     const int64_t team = warps < kMaxTeam / 32 ? warps * 32 : kMaxTeam;
-    const int64_t teams = team == 32 ? kTeamsPerBlock : 1;
-    const int64_t blocks = (rows + teams - 1) / teams;
-    return {dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
-            dim3(static_cast<unsigned>(team), static_cast<unsigned>(teams))};
+    const int64_t teams = team == 32 ? kTeams : 1;
+    const dim3 block(static_cast<unsigned>(team), static_cast<unsigned>(teams));
+    return launch(kernel, dim3(limit_blocks((rows + teams - 1) / teams)), block, 0, stream, arguments);
 }
 
 __device__ __forceinline__ int64_t first_row() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }
 __device__ __forceinline__ int64_t row_step() { return static_cast<int64_t>(gridDim.x) * blockDim.y; }
+
+// A thread's share of a row of D elements: kHeld vectors at a time, in as many parts as that takes, mostly one.
+template <int V>
+struct Share {
+    int count, parts;  // vectors in the row; parts
+
+    __device__ __forceinline__ explicit Share(int64_t D) : count(static_cast<int>(D / V)) {
+        const int held = kHeld<V> * static_cast<int>(blockDim.x);
+        parts = (count + held - 1) / held;
+    }
+
+    // The thread's vector number j in a part; there is none if that is not below count.
+    __device__ __forceinline__ int at(int part, int j) const {
+        return static_cast<int>(threadIdx.x) + (part * kHeld<V> + j) * static_cast<int>(blockDim.x);
+    }
+};
 
 // The sum of `value` over the team, the same bits in each of its threads and in every run. All of them must call.
 __device__ __forceinline__ float team_sum(float value) {

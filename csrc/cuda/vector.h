@@ -1,175 +1,146 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows read and written in vectors of V elements whose storage type is known only at run time.
+// V neighbouring elements, moved at once and converted to float.
 //
-// The type is a kernel argument, so every branch on it is uniform and costs an instruction or two per 16 bytes moved.
-// In return one instance of a kernel serves every mix of types, where templates on the types would need 27.
+// V = 8: two-byte types, 16 bytes. V = 4: any type, 16 or 8 bytes. V = 1: odd sizes and unaligned pointers.
 //
-// V = 8: two-byte types only, 16 bytes. V = 4: any type, 16 or 8 bytes. V = 1: odd sizes and unaligned pointers.
+// A kernel is compiled for the mix of types that matters most, one type for all tensors (Mix: a DType), and once for
+// all other mixes (kMixed). There the types are run-time arguments: a uniform branch or two per vector, where templates
+// on three types would need 27 instances.
 #pragma once
 #include "common/dtype.h"
 #include "cuda/launch.h"
 
 namespace {
 
-struct TypedPointer {
-    const void* address;
+constexpr int kMixed = -1;
+
+template <int Mix>
+FP_INLINE fp::DType type_of(fp::DType runtime) {
+    return Mix == kMixed ? runtime : static_cast<fp::DType>(Mix);
+}
+
+inline fp::DType dtype(int64_t code) { return static_cast<fp::DType>(code); }
+
+FP_INLINE int64_t bytes_of(fp::DType type) { return type == fp::kFloat32 ? 4 : 2; }
+
+struct Operand {
+    const void* address;  // null: absent
     fp::DType type;
 };
 
-constexpr int64_t type_bytes(fp::DType type) { return type == fp::kFloat32 ? 4 : 2; }
-
-// The widest V for rows of D elements that begin at `tensors` (null ones do not count) and every D elements after.
-template <size_t COUNT>
-int vector_width(int64_t D, const TypedPointer (&tensors)[COUNT]) {
-    for (const int V : {8, 4}) {
-        bool fits = D % V == 0;
-        for (const TypedPointer& tensor : tensors) {
-            const int64_t bytes = V * type_bytes(tensor.type);
-            if (tensor.address != nullptr) {
-                fits = fits && bytes <= 16 && reinterpret_cast<uintptr_t>(tensor.address) % bytes == 0;
-            }
+// Calls function(V, Mix), two std::integral_constants: the best instance for rows of D elements, the first of which
+// begin at the operands.
+template <size_t COUNT, class F>
+int64_t with_vectors(int64_t D, const Operand (&operands)[COUNT], F function) {
+    bool fits[2] = {D % 4 == 0, D % 8 == 0}, same = true;
+    for (const Operand& operand : operands) {
+        if (operand.address == nullptr) continue;
+        same = same && operand.type == operands[0].type;
+        for (const int wide : {0, 1}) {
+            const int64_t bytes = bytes_of(operand.type) * (wide ? 8 : 4);
+            fits[wide] = fits[wide] && bytes <= 16 && reinterpret_cast<uintptr_t>(operand.address) % bytes == 0;
         }
-        if (fits) return V;
     }
-    return 1;
+    using std::integral_constant;
+    const fp::DType type = operands[0].type;
+    if (fits[1] && same && type == fp::kBFloat16) return function(integral_constant<int, 8>(), integral_constant<int, fp::kBFloat16>());
+    if (fits[1] && same && type == fp::kFloat16) return function(integral_constant<int, 8>(), integral_constant<int, fp::kFloat16>());
+    if (fits[0] && same && type == fp::kFloat32) return function(integral_constant<int, 4>(), integral_constant<int, fp::kFloat32>());
+    if (fits[0]) return function(integral_constant<int, 4>(), integral_constant<int, kMixed>());
+    return function(integral_constant<int, 1>(), integral_constant<int, kMixed>());
 }
 
-// Calls function(std::integral_constant<int, V>).
-template <class F>
-int64_t with_width(int V, F function) {
-    if (V == 8) return function(std::integral_constant<int, 8>());
-    if (V == 4) return function(std::integral_constant<int, 4>());
-    return function(std::integral_constant<int, 1>());
-}
-
-// The vectors of a row that one thread holds: number j is begin + j * step, where that is below end.
-struct Columns {
-    int begin, step, end;
-
-    __device__ int operator[](int j) const { return begin + j * step; }
-    __device__ bool has(int j) const { return begin + j * step < end; }
+// As it lies in memory: two elements of a two-byte type share a word. At most 16 bytes.
+template <int V>
+struct Vector {
+    uint32_t word[V == 1 ? 1 : 4];
 };
 
-// C vectors of V elements as they lie in memory: two of a two-byte type share a word.
-template <int V, int C>
-struct Packed {
-    uint32_t word[C][V == 1 ? 1 : 4];
-};
-
-__device__ __forceinline__ const char* element(const void* base, int64_t index, fp::DType type) {
-    return static_cast<const char*>(base) + index * (type == fp::kFloat32 ? 4 : 2);
-}
-
-__device__ __forceinline__ char* element(void* base, int64_t index, fp::DType type) {
-    return static_cast<char*>(base) + index * (type == fp::kFloat32 ? 4 : 2);
-}
-
-// The columns of the row that begins at element `start`; zeros for those past its end.
-template <int V, int C>
-__device__ __forceinline__ void load(Packed<V, C>& to, const void* base, int64_t start, fp::DType type,
-                                     const Columns& columns) {
-    const char* row = element(base, start, type);
-    const bool wide = type == fp::kFloat32;
-#pragma unroll
-    for (int j = 0; j < C; ++j) {
-        const int i = columns[j];
-        if constexpr (V == 1) {
-            to.word[j][0] = 0;
-            if (!columns.has(j)) continue;
-            to.word[j][0] = wide ? reinterpret_cast<const uint32_t*>(row)[i] : reinterpret_cast<const uint16_t*>(row)[i];
-        } else {
-            uint4 four = {0, 0, 0, 0};
-            if (columns.has(j)) {
-                if (V == 8 || wide) {
-                    four = reinterpret_cast<const uint4*>(row)[i];
-                } else {
-                    const uint2 two = reinterpret_cast<const uint2*>(row)[i];
-                    four.x = two.x, four.y = two.y;
-                }
-            }
-            to.word[j][0] = four.x, to.word[j][1] = four.y, to.word[j][2] = four.z, to.word[j][3] = four.w;
-        }
+template <int V>
+__device__ __forceinline__ Vector<V> load(const void* base, int64_t index, fp::DType type) {
+    const char* address = static_cast<const char*>(base) + index * bytes_of(type);
+    if constexpr (V == 1) {
+        if (type == fp::kFloat32) return {{*reinterpret_cast<const uint32_t*>(address)}};
+        return {{*reinterpret_cast<const uint16_t*>(address)}};
+    } else if (V == 8 || type == fp::kFloat32) {
+        const uint4 words = *reinterpret_cast<const uint4*>(address);
+        return {{words.x, words.y, words.z, words.w}};
+    } else {
+        const uint2 words = *reinterpret_cast<const uint2*>(address);
+        return {{words.x, words.y, 0, 0}};
     }
 }
 
-template <int V, int C>
-__device__ __forceinline__ void store(void* base, int64_t start, fp::DType type, const Columns& columns,
-                                      const Packed<V, C>& from) {
-    char* row = element(base, start, type);
-    const bool wide = type == fp::kFloat32;
-#pragma unroll
-    for (int j = 0; j < C; ++j) {
-        const int i = columns[j];
-        if (!columns.has(j)) continue;
-        if constexpr (V == 1) {
-            if (wide) {
-                reinterpret_cast<uint32_t*>(row)[i] = from.word[j][0];
-            } else {
-                reinterpret_cast<uint16_t*>(row)[i] = static_cast<uint16_t>(from.word[j][0]);
-            }
-        } else if (V == 8 || wide) {
-            reinterpret_cast<uint4*>(row)[i] = {from.word[j][0], from.word[j][1], from.word[j][2], from.word[j][3]};
+template <int V>
+__device__ __forceinline__ void store(void* base, int64_t index, fp::DType type, const Vector<V>& vector) {
+    char* address = static_cast<char*>(base) + index * bytes_of(type);
+    if constexpr (V == 1) {
+        if (type == fp::kFloat32) {
+            *reinterpret_cast<uint32_t*>(address) = vector.word[0];
         } else {
-            reinterpret_cast<uint2*>(row)[i] = {from.word[j][0], from.word[j][1]};
+            *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(vector.word[0]);
         }
+    } else if (V == 8 || type == fp::kFloat32) {
+        *reinterpret_cast<uint4*>(address) = {vector.word[0], vector.word[1], vector.word[2], vector.word[3]};
+    } else {
+        *reinterpret_cast<uint2*>(address) = {vector.word[0], vector.word[1]};
     }
 }
 
-// Two neighbours of a two-byte type in one word, the first in the low half.
+// Two neighbours of a two-byte type in one word, the first in its low half. On sm_80 and later one instruction rounds
+// both.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, fp::bf16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+        return __bfloat16_as_ushort(pair.x) | static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+    } else {
+        const __half2 pair = __floats2half2_rn(first, second);
+        return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
+    }
+#else
     return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
+#endif
 }
 
-template <class T, int V, int C>
-__device__ __forceinline__ void unpack_pairs(const Packed<V, C>& from, float (&to)[C][V]) {
+template <class T, int V>
+__device__ __forceinline__ Vector<V> pack_pairs(const float (&from)[V]) {
+    Vector<V> vector = {};
 #pragma unroll
-    for (int j = 0; j < C; ++j) {
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-            to[j][k] = to_float(T{static_cast<uint16_t>(from.word[j][k / 2] >> (k % 2 * 16))});
-        }
-    }
+    for (int k = 0; k < V; k += 2) vector.word[k / 2] = pack_pair<T>(from[k], V == 1 ? 0.0f : from[k + 1]);
+    return vector;
 }
 
-template <class T, int V, int C>
-__device__ __forceinline__ void pack_pairs(const float (&from)[C][V], Packed<V, C>& to) {
+template <class T, int V>
+__device__ __forceinline__ void unpack_pairs(const Vector<V>& vector, float (&to)[V]) {
 #pragma unroll
-    for (int j = 0; j < C; ++j) {
-#pragma unroll
-        for (int k = 0; k < V; k += 2) to.word[j][k / 2] = pack_pair<T>(from[j][k], V == 1 ? 0.0f : from[j][k + 1]);
-    }
+    for (int k = 0; k < V; ++k) to[k] = to_float(T{static_cast<uint16_t>(vector.word[k / 2] >> (k % 2 * 16))});
 }
 
-template <int V, int C>
-__device__ __forceinline__ void unpack(const Packed<V, C>& from, fp::DType type, float (&to)[C][V]) {
+template <int V>
+__device__ __forceinline__ void unpack(const Vector<V>& vector, fp::DType type, float (&to)[V]) {
     if (type == fp::kBFloat16) {
-        unpack_pairs<fp::bf16>(from, to);
+        unpack_pairs<fp::bf16>(vector, to);
     } else if (type == fp::kFloat16) {
-        unpack_pairs<fp::fp16>(from, to);
+        unpack_pairs<fp::fp16>(vector, to);
     } else if constexpr (V < 8) {
 #pragma unroll
-        for (int j = 0; j < C; ++j) {
-#pragma unroll
-            for (int k = 0; k < V; ++k) to[j][k] = bits_float(from.word[j][k]);
-        }
+        for (int k = 0; k < V; ++k) to[k] = bits_float(vector.word[k]);
     }
 }
 
 // Rounds to nearest even.
-template <int V, int C>
-__device__ __forceinline__ void pack(const float (&from)[C][V], fp::DType type, Packed<V, C>& to) {
-    if (type == fp::kBFloat16) {
-        pack_pairs<fp::bf16>(from, to);
-    } else if (type == fp::kFloat16) {
-        pack_pairs<fp::fp16>(from, to);
-    } else if constexpr (V < 8) {
+template <int V>
+__device__ __forceinline__ Vector<V> pack(const float (&from)[V], fp::DType type) {
+    if (type == fp::kBFloat16) return pack_pairs<fp::bf16>(from);
+    if (type == fp::kFloat16) return pack_pairs<fp::fp16>(from);
+    Vector<V> vector = {};
+    if constexpr (V < 8) {
 #pragma unroll
-        for (int j = 0; j < C; ++j) {
-#pragma unroll
-            for (int k = 0; k < V; ++k) to.word[j][k] = float_bits(from[j][k]);
-        }
+        for (int k = 0; k < V; ++k) vector.word[k] = float_bits(from[k]);
     }
+    return vector;
 }
 
 }  // namespace

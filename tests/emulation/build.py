@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles .cu files with g++ and calls their kernels on the CPU. docs/cuda-emulation.md explains the emulation."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "emulation"
+FLAGS = [
+    *"-x c++ -std=c++17 -O2 -g1 -ffp-contract=off -fno-strict-aliasing -fPIC -fvisibility=hidden".split(),
+    *"-Wall -Wextra -Wno-unknown-pragmas".split(),
+    "-DFP_EMULATE",
+    "-DFP_TARGET=\"emulated\"",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{HERE}",
+]
+SANITIZE = "-fsanitize=address,alignment -fno-sanitize-recover=alignment -fno-omit-frame-pointer".split()
+SCHEDULES = ("forward", "reverse", "shuffled")
+
+_libraries: dict[Path, ctypes.CDLL] = {}
+_schedule = (0, 0)
+
+
+class _Slot(ctypes.Union):
+    _fields_ = (("i", ctypes.c_int64), ("d", ctypes.c_double))
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("target", ctypes.c_char_p), ("signature", ctypes.c_char_p))
+
+
+class Kernel:
+    """One native kernel, called like ``fastprompt._C.Kernel``: pointers and integers as int, the rest as float."""
+
+    def __init__(self, library: ctypes.CDLL, address: int) -> None:
+        record = _Kernel.from_address(address)
+        self.name, self.signature = record.name.decode(), record.signature.decode()
+        self._library, self._address = library, address
+
+    def __call__(self, *arguments: int | float) -> int:
+        if len(arguments) != len(self.signature):
+            raise TypeError(f"{self.name}: takes {len(self.signature)} arguments, got {len(arguments)}")
+        slots = (_Slot * len(arguments))()
+        for slot, letter, value in zip(slots, self.signature, arguments, strict=True):
+            if letter == "d":
+                slot.d = value
+            else:
+                slot.i = value
+        message = ctypes.create_string_buffer(1024)
+        status = self._library.emulate_call(self._address, slots, message, len(message))
+        if message.value:
+            raise RuntimeError(f"{self.name}: {message.value.decode()}")
+        if status:
+            raise RuntimeError(f"{self.name}: CUDA error {status}")
+        return status
+
+
+def emulated_kernels(sources: Sequence[Path] | None = None, *, sanitize: bool = False) -> SimpleNamespace:
+    """Name -> kernel, of ``sources`` or of all production .cu files. Compiled once per content.
+
+    Args:
+        sources: .cu files.
+        sanitize: with AddressSanitizer and alignment checks; this process must then run under LD_PRELOAD=libasan.so.
+    """
+    library = _load(_build(sources or sorted(ROOT.glob("csrc/cuda/*.cu")), FLAGS + (SANITIZE if sanitize else [])))
+    return SimpleNamespace(**{kernel.name: kernel for kernel in _kernels(library)})
+
+
+def set_schedule(order: str = "forward", seed: int = 0) -> None:
+    """In which order threads and blocks run from now on: "forward", "reverse", or "shuffled" by ``seed``."""
+    global _schedule
+    _schedule = (SCHEDULES.index(order), seed)
+    for library in _libraries.values():
+        library.emulate_set_schedule(*_schedule)
+
+
+def _kernels(library: ctypes.CDLL) -> Iterator[Kernel]:
+    index = 0
+    while address := library.emulate_kernel(index):
+        yield Kernel(library, address)
+        index += 1
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    if path not in _libraries:
+        library = ctypes.CDLL(str(path))
+        library.emulate_kernel.argtypes, library.emulate_kernel.restype = [ctypes.c_size_t], ctypes.c_void_p
+        library.emulate_call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+        library.emulate_call.restype = ctypes.c_int64
+        library.emulate_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        library.emulate_set_schedule(*_schedule)
+        _libraries[path] = library
+    return _libraries[path]
+
+
+def _build(sources: Sequence[Path], flags: list[str]) -> Path:
+    headers = [*ROOT.glob("csrc/c*/*.h"), *HERE.glob("*.h")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(source, headers, flags), [HERE / "emulate.cpp", *sources]))
+    return _make(_key(objects, flags), ".so", ["-shared", *(flag for flag in flags if "sanitize" in flag), *map(str, objects)])
+
+
+def _compile(source: Path, headers: Sequence[Path], flags: list[str]) -> Path:
+    return _make(f"{source.stem}-{_key([source, *headers], flags)}", ".o", [*flags, "-c", str(source)])
+
+
+def _key(files: Sequence[Path], flags: list[str]) -> str:
+    """A hash of what the files hold: objects are named after theirs, so their names will do."""
+    digest = hashlib.sha256(repr(flags).encode())
+    for file in sorted(files):
+        digest.update(file.name.encode() if file.suffix == ".o" else file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _make(name: str, suffix: str, arguments: list[str]) -> Path:
+    """Run g++ if the cache lacks its output; another process may be doing the same."""
+    target = CACHE / (name + suffix)
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = CACHE / f"{name}.{os.getpid()}{suffix}"
+        command = [os.environ.get("CXX", "g++"), *arguments, "-o", str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+        unfinished.replace(target)
+    return target
