@@ -32,7 +32,7 @@ settings.load_profile("fastprompt")
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests' tensors live")
-    parser.addoption("--backends", help="comma list; default: every backend that can run on the device here")
+    parser.addoption("--backends", help="comma list: only these, and no test without a backend; default: all")
 
 
 def pytest_configure(config):
@@ -88,13 +88,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    big = {item for item in items if item.get_closest_marker("big") and backend_of(item) in SLOW}
-    config.hook.pytest_deselected(items=list(big))
-    items[:] = [item for item in items if item not in big]
+    def wanted(item):
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if {"backend", "kernels"}.isdisjoint(item.fixturenames):
+            return config.getoption("backends") is None
+        return backend not in SLOW or not item.get_closest_marker("big")
 
-
-def backend_of(item):
-    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -30,12 +30,18 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
-@cache
 def architecture(device: torch.device) -> Architecture:
     if device.type == "cpu":
         return INTERPRETER
-    major = torch.cuda.get_device_capability(device)[0]
+    major = compute_capability(device) // 10
     return ARCHITECTURES[max((known for known in ARCHITECTURES if known <= major), default=min(ARCHITECTURES))]
+
+
+@cache
+def compute_capability(device: torch.device) -> int:
+    """80 for an A100, 90 for an H100 or H200, 100 for a B200."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def row_tile(N: int, D: int, device: torch.device) -> RowTile:

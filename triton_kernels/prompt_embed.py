@@ -9,6 +9,10 @@ over the sequences in order. starts, lens and the cu arrays come from the GPU un
 the bounds of its own tensor: wrong values give zero rows.
 """
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +22,7 @@ from ._launch import launch, row_tile
 from ._philox import drop_threshold, dropout, keep_scale
 
 BACKWARD_BD = 256  # columns of a backward program, one warp: P * D / 256 programs fill a GPU at P = 100
-UNROLL = 8  # sequences whose gradient rows a backward program has in flight
+BACKWARD_UNROLL = 8  # sequences whose gradient rows it has in flight
 
 
 @triton.jit
@@ -129,13 +133,19 @@ def prompt_embed(
         seed: [1] int64.
         error: [1] int64 in memory that the GPU can write: gets 1 + the flat index of an id outside [0, V).
     """
-    (V, D), R, N = weight.shape, prompts.shape[0], out.numel() // weight.shape[1] if weight.shape[1] else 0
-    B, L = (out.shape[0], out.shape[1]) if cu_rows is None else (cu_rows.shape[0] - 1, 0)
-    tile = row_tile(N, D, out.device)
+    (V, D), R = weight.shape, prompts.shape[0]
+    if cu_rows is None:
+        B, L, S = out.shape[0], out.shape[1], input_ids.shape[1]
+        tile = row_tile(B * L, D, out.device)
+        programs = B * triton.cdiv(L, tile.BN)  # of one sequence each
+    else:
+        B, L, S = cu_rows.shape[0] - 1, 0, 0
+        tile = row_tile(out.shape[0], D, out.device)
+        programs = triton.cdiv(out.shape[0], tile.BN)
     launch(
-        prompt_embed_kernel, (triton.cdiv(N, tile.BN),), out.device,
+        prompt_embed_kernel, (programs,), out.device,
         input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed if dropout_p > 0.0 else None, out, error,
-        N, B, L, input_ids.shape[-1], input_ids.numel(), R, V, keep_scale(dropout_p), drop_threshold(dropout_p),
+        out.shape[0], B, L, S, input_ids.numel(), R, V, keep_scale(dropout_p), drop_threshold(dropout_p),
         D=D, **tile._asdict(),
     )  # fmt: skip
 
@@ -148,8 +158,25 @@ def prompt_embed_backward(
     R, D = dprompts.shape
     N, L = (B * rows, rows) if cu_rows is None else (rows, 0)
     BD = min(max(triton.next_power_of_2(D), 16), BACKWARD_BD)
+    unroll = min(triton.next_power_of_2(max(B, 1)), BACKWARD_UNROLL)
     launch(
         prompt_embed_backward_kernel, (R, triton.cdiv(D, BD)), dout.device,
         dout, starts, lens, cu_rows, seed if dropout_p > 0.0 else None, dprompts, N, B, L,
-        keep_scale(dropout_p), drop_threshold(dropout_p), D=D, BD=BD, UNROLL=UNROLL, num_warps=1,
+        keep_scale(dropout_p), drop_threshold(dropout_p), D=D, BD=BD, UNROLL=unroll, num_warps=1,
     )  # fmt: skip
+
+
+def aot_cases() -> Iterator[tuple[Any, ...]]:
+    """Launcher calls that between them compile every kernel for every kind of tile: see tests/triton_aot."""
+    meta = partial(torch.empty, device="meta")
+    bf16, fp32, int64 = torch.bfloat16, torch.float32, torch.int64
+    layouts = [(16, D, bf16) for D in (512, 768, 1024, 2048, 4096, 16384)] + [(1, 1024, bf16), (16, 1024, fp32)]
+    for B, D, dtype in layouts:
+        P, S, L = 100, 512, 612
+        ids, weight, prompts = meta(B, S, dtype=int64), meta(32128, D, dtype=dtype), meta(P, D, dtype=fp32)
+        out, rows, packed_ids = meta(B, L, D, dtype=dtype), meta(B * L, D, dtype=dtype), meta(B * S, dtype=int64)
+        each, cu, word = meta(B, dtype=int64), meta(B + 1, dtype=int64), meta(1, dtype=int64)
+        yield prompt_embed, ids, weight, prompts, None, None, None, None, None, out, word, 0.0
+        yield prompt_embed, packed_ids, weight, prompts, each, each, cu, cu, word, rows, word, 0.1
+        yield prompt_embed_backward, out, None, None, None, None, prompts, B, L, 0.0
+        yield prompt_embed_backward, rows, each, each, cu, word, prompts, B, B * L, 0.1

@@ -9,6 +9,10 @@ the loads of the first: where one tile holds the whole row the compiler merges t
 memory once (tests/triton_aot asserts it); a longer row comes from the cache the second time.
 """
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -160,3 +164,21 @@ def _backward(
         dy, dh, h, w, rstd, seed if dropout_p > 0.0 else None, dresidual, dx, N,
         keep_scale(dropout_p), drop_threshold(dropout_p), D=D, **tile._asdict(),
     )  # fmt: skip
+
+
+def aot_cases() -> Iterator[tuple[Any, ...]]:
+    """Launcher calls that between them compile every kernel for every kind of tile: see tests/triton_aot."""
+    meta = partial(torch.empty, device="meta")
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    layouts = [(8192, D, bf16, bf16, bf16) for D in (512, 768, 1024, 2048, 4096, 16384)]
+    layouts += [(8192, D, fp32, fp32, fp32) for D in (1024, 4096)]
+    layouts += [(32, 1024, bf16, bf16, bf16), (8192, 1024, fp16, fp32, fp16)]
+    for N, D, x_dtype, h_dtype, w_dtype in layouts:
+        x, h, dy = meta(N, D, dtype=x_dtype), meta(N, D, dtype=h_dtype), meta(N, D, dtype=w_dtype)
+        w, rstd, seed = meta(D, dtype=w_dtype), meta(N, dtype=fp32), meta(1, dtype=torch.int64)
+        yield rms_norm, x, w, 1e-6
+        yield rms_norm_backward, dy, x, w, rstd
+        yield rms_norm_residual, x, h, w, None, 1e-6, 0.0
+        yield rms_norm_residual, x, h, w, seed, 1e-6, 0.1
+        yield rms_norm_residual_backward, dy, None, h, w, rstd, None, 0.0, h, x[:0]
+        yield rms_norm_residual_backward, dy, h, h, w, rstd, seed, 0.1, h, x

@@ -72,4 +72,5 @@ struct Entry<F> {
 
 #define FP_KERNEL(NAME)                                                                                             \
     static const fp::Kernel NAME##_kernel = {#NAME, FP_TARGET, Entry<&(NAME)>::signature, &Entry<&(NAME)>::invoke}; \
-    __attribute__((section("fp_kernels"), used, unused)) static const fp::Kernel* const NAME##_table_entry = &NAME##_kernel
+    __attribute__((section("fp_kernels"), used, unused)) static const fp::Kernel* const NAME##_table_entry =        \
+        &NAME##_kernel

@@ -11,7 +11,7 @@
 #define FP_SHARED(T, NAME, COUNT) __shared__ T NAME[COUNT]
 
 // The shared memory asked for at launch, as elements of type T. Uninitialised, 16-byte aligned.
-#define FP_DYNAMIC_SHARED(T, NAME)              \
+#define FP_DYNAMIC_SHARED(T, NAME)               \
     extern __shared__ uint4 fp_dynamic_shared[]; \
     T* const NAME = reinterpret_cast<T*>(fp_dynamic_shared)
 
@@ -21,11 +21,18 @@ namespace {
 // take those turns.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
+template <class T>
+struct Itself {
+    using type = T;
+};
+
 // Returns the launch's error code, 0 for success: what every native CUDA function hands back to Python.
-template <class... P, class... A>
-int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, A... arguments) {
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-    return static_cast<int64_t>(cudaGetLastError());
+template <class... P>
+int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+               typename Itself<P>::type... arguments) {
+    void* addresses[] = {&arguments..., nullptr};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, shared_bytes,
+                            static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -33,6 +40,8 @@ int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
 
 namespace {
 
-inline unsigned limit_blocks(int64_t blocks) { return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks); }
+inline unsigned limit_blocks(int64_t blocks) {
+    return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
 
 }  // namespace

@@ -13,11 +13,11 @@
 namespace {
 
 struct Forward {
-    const void *ids, *weight, *prompts;                     // [B, S] or [S], [vocabulary, D], [R, D]
-    const int64_t *starts, *lens, *cu_tokens, *cu_rows;     // [B], [B], [B + 1], [B + 1], or null
-    void* out;                                              // [B, L, D] or [N, D]
-    int64_t* error;                                         // [1] or null: receives 1 + the flat index of a bad id
-    int64_t B, S, rows, R, vocabulary, D;                   // rows: L or N
+    const void *ids, *weight, *prompts;                  // [B, S] or [S], [vocabulary, D], [R, D]
+    const int64_t *starts, *lens, *cu_tokens, *cu_rows;  // [B], [B], [B + 1], [B + 1], or null
+    void* out;                                           // [B, L, D] or [N, D]
+    int64_t* error;                                      // [1] or null: receives 1 + the flat index of a bad id
+    int64_t B, S, rows, R, vocabulary, D;                // rows: L or N
     Dropout dropout;
     bool wide_ids;  // int64, else int32
     fp::DType prompt_type, type;
@@ -25,9 +25,8 @@ struct Forward {
 
 // Where an output row comes from.
 struct Source {
-    const void* table;  // null: the row is zero
-    int64_t row;
-    fp::DType type;
+    int64_t row;  // of the prompts or of the weight; -1: the output row is zero
+    bool prompt;
 };
 
 __device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t high) {
@@ -47,19 +46,20 @@ __device__ __forceinline__ int64_t find_sequence(const int64_t* cu_rows, int64_t
 __device__ __forceinline__ Source find_source(const Forward& a, int64_t row) {
     const bool packed = a.cu_rows != nullptr;
     const int64_t b = packed ? find_sequence(a.cu_rows, a.B, row) : row / a.rows;
-    if (b < 0) return {};
+    if (b < 0) return {-1, false};
     const int64_t l = row - (packed ? clamp(a.cu_rows[b], 0, row) : b * a.rows);
     const int64_t start = a.starts == nullptr ? 0 : clamp(a.starts[b], 0, a.R);
     const int64_t length = a.lens == nullptr ? a.R : clamp(a.lens[b], 0, a.R - start);
-    if (l < length) return {a.prompts, start + l, a.prompt_type};
+    if (l < length) return {start + l, true};
     const int64_t begin = packed ? clamp(a.cu_tokens[b], 0, a.S) : b * a.S;
     const int64_t end = packed ? clamp(a.cu_tokens[b + 1], 0, a.S) : begin + a.S;
     const int64_t token = begin + l - length;
-    if (token >= end) return {};
-    const int64_t id = a.wide_ids ? static_cast<const int64_t*>(a.ids)[token] : static_cast<const int32_t*>(a.ids)[token];
-    if (id >= 0 && id < a.vocabulary) return {a.weight, id, a.type};
+    if (token >= end) return {-1, false};
+    const int64_t id =
+        a.wide_ids ? static_cast<const int64_t*>(a.ids)[token] : static_cast<const int32_t*>(a.ids)[token];
+    if (id >= 0 && id < a.vocabulary) return {id, false};
     if (a.error != nullptr && threadIdx.x == 0) *a.error = 1 + token;
-    return {};
+    return {-1, false};
 }
 
 // V elements of an fp32 table, rounded. Eight bytes at a time: more alignment than that is not promised.
@@ -76,21 +76,22 @@ __device__ __forceinline__ Vector<V> load_rounded(const void* table, int64_t ind
 }
 
 template <int V>
-__global__ void __launch_bounds__(kMaxTeam) forward(const Forward a) {
+__global__ void __launch_bounds__(kMaxTeam) embed_rows(const Forward a) {
     const Share<V> share(a.D);
     const DropoutKey key(a.dropout);
     const int64_t N = a.cu_rows == nullptr ? a.B * a.rows : a.rows;
     for (int64_t row = first_row(); row < N; row += row_step()) {
         const Source source = find_source(a, row);
+        const void* table = source.prompt ? a.prompts : a.weight;
+        const bool rounded = source.prompt && a.prompt_type != a.type;
         for (int part = 0; part < share.parts; ++part) {
             Vector<V> vector[kHeld<V>];
 #pragma unroll
             for (int j = 0; j < kHeld<V>; ++j) {
                 const int64_t i = share.at(part, j), from = source.row * a.D + i * V;
                 vector[j] = {};
-                if (i >= share.count || source.table == nullptr) continue;
-                vector[j] = source.type == a.type ? load<V>(source.table, from, a.type)
-                                                  : load_rounded<V>(source.table, from, a.type);
+                if (i >= share.count || source.row < 0) continue;
+                vector[j] = rounded ? load_rounded<V>(table, from, a.type) : load<V>(table, from, a.type);
             }
 #pragma unroll
             for (int j = 0; j < kHeld<V>; ++j) {
@@ -109,15 +110,15 @@ __global__ void __launch_bounds__(kMaxTeam) forward(const Forward a) {
 }
 
 struct Backward {
-    const void* dout;                          // [B, L, D] or [N, D]
-    const int64_t *starts, *lens, *cu_rows;    // [B], [B], [B + 1], or null
-    void* dprompts;                            // [R, D]
-    int64_t B, rows, R, D;                     // rows: L or N
+    const void* dout;                        // [B, L, D] or [N, D]
+    const int64_t *starts, *lens, *cu_rows;  // [B], [B], [B + 1], or null
+    void* dprompts;                          // [R, D]
+    int64_t B, rows, R, D;                   // rows: L or N
     Dropout dropout;
     fp::DType type, prompt_type;
 };
 
-constexpr int kDepth = 16;          // examples whose rows a thread has in flight
+constexpr int kDepth = 16;            // examples whose rows a thread has in flight
 constexpr int kBackwardThreads = 64;  // small blocks: a prompt is small, and all multiprocessors should have a share
 
 // The row of dout that prompt row r was copied to in example b; -1 if it was not.
@@ -131,7 +132,7 @@ __device__ __forceinline__ int64_t find_copy(const Backward& a, int64_t b, int64
 }
 
 template <int V>
-__global__ void __launch_bounds__(kBackwardThreads) backward(const Backward a) {
+__global__ void __launch_bounds__(kBackwardThreads) embed_rows_backward(const Backward a) {
     const int64_t vectors = a.D / V, threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
     const DropoutKey key(a.dropout);
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.R * vectors; i += threads) {
@@ -170,23 +171,50 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
                      int64_t D, double dropout_p, int64_t wide_ids, int64_t prompt_dtype, int64_t weight_dtype,
                      void* stream) {
     const fp::DType type = dtype(weight_dtype);
-    const Forward a = {ids, weight, prompts, starts, lens, cu_tokens, cu_rows, out, error, B, S, rows, R, vocabulary, D,
-                       make_dropout(seed, dropout_p), wide_ids != 0, dtype(prompt_dtype), type};
+    const Forward a = {ids,
+                       weight,
+                       prompts,
+                       starts,
+                       lens,
+                       cu_tokens,
+                       cu_rows,
+                       out,
+                       error,
+                       B,
+                       S,
+                       rows,
+                       R,
+                       vocabulary,
+                       D,
+                       make_dropout(seed, dropout_p),
+                       wide_ids != 0,
+                       dtype(prompt_dtype),
+                       type};
     const Operand operands[] = {{out, type}, {weight, type}, {prompts, type}};
     return with_vectors(D, operands, [&](auto V, auto) {
-        return launch_rows<V>(forward<V>, cu_rows == nullptr ? B * rows : rows, D, stream, a);
+        return launch_rows<V>(embed_rows<V>, cu_rows == nullptr ? B * rows : rows, D, stream, a);
     });
 }
 
 int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int64_t* lens, const int64_t* cu_rows,
                               const int64_t* seed, void* dprompts, int64_t B, int64_t rows, int64_t R, int64_t D,
                               double dropout_p, int64_t dout_dtype, int64_t prompt_dtype, void* stream) {
-    const Backward a = {dout, starts, lens, cu_rows, dprompts, B, rows, R, D, make_dropout(seed, dropout_p),
-                        dtype(dout_dtype), dtype(prompt_dtype)};
+    const Backward a = {dout,
+                        starts,
+                        lens,
+                        cu_rows,
+                        dprompts,
+                        B,
+                        rows,
+                        R,
+                        D,
+                        make_dropout(seed, dropout_p),
+                        dtype(dout_dtype),
+                        dtype(prompt_dtype)};
     const Operand operands[] = {{dout, a.type}, {dprompts, a.prompt_type}};
     return with_vectors(D, operands, [&](auto V, auto) {
         const int64_t blocks = (R * (D / V) + kBackwardThreads - 1) / kBackwardThreads;
-        return launch(backward<V>, dim3(limit_blocks(blocks)), dim3(kBackwardThreads), 0, stream, a);
+        return launch(embed_rows_backward<V>, dim3(limit_blocks(blocks)), dim3(kBackwardThreads), 0, stream, a);
     });
 }
 

@@ -21,7 +21,7 @@ struct Forward {
 };
 
 template <int V, int Mix, bool kResidual>
-__global__ void __launch_bounds__(kMaxTeam) forward(const Forward a) {
+__global__ void __launch_bounds__(kMaxTeam) norm_rows(const Forward a) {
     const fp::DType x_type = type_of<Mix>(a.x_type), residual_type = type_of<Mix>(a.residual_type);
     const fp::DType h_type = type_of<Mix>(a.h_type), w_type = type_of<Mix>(a.w_type);
     const Share<V> share(a.D);
@@ -92,7 +92,7 @@ struct Backward {
 };
 
 template <int V, int Mix, bool kResidual>
-__global__ void __launch_bounds__(kMaxTeam) backward(const Backward a) {
+__global__ void __launch_bounds__(kMaxTeam) norm_rows_backward(const Backward a) {
     const fp::DType h_type = type_of<Mix>(a.h_type), w_type = type_of<Mix>(a.w_type);
     const fp::DType residual_type = type_of<Mix>(a.residual_type), x_type = type_of<Mix>(a.x_type);
     const Share<V> share(a.D);
@@ -156,18 +156,20 @@ __global__ void __launch_bounds__(kMaxTeam) backward(const Backward a) {
 
 template <bool kResidual>
 int64_t launch_forward(const Forward& a, void* stream) {
-    const Operand operands[] = {{a.x, a.x_type}, {a.residual, a.residual_type}, {a.h, a.h_type}, {a.y, a.w_type}, {a.w, a.w_type}};
+    const Operand operands[] = {
+        {a.x, a.x_type}, {a.residual, a.residual_type}, {a.h, a.h_type}, {a.y, a.w_type}, {a.w, a.w_type}};
     return with_vectors(a.D, operands, [&](auto V, auto Mix) {
-        return launch_rows<V>(forward<V, Mix, kResidual>, a.N, a.D, stream, a);
+        return launch_rows<V>(norm_rows<V, Mix, kResidual>, a.N, a.D, stream, a);
     });
 }
 
 template <bool kResidual>
 int64_t launch_backward(const Backward& a, void* stream) {
-    const Operand operands[] = {{a.h, a.h_type},   {a.dy, a.w_type},    {a.dh, a.h_type},
-                                {a.w, a.w_type}, {a.dresidual, a.residual_type}, {a.dx, a.x_type}};
+    const Operand operands[] = {
+        {a.h, a.h_type}, {a.dy, a.w_type}, {a.dh, a.h_type}, {a.w, a.w_type}, {a.dresidual, a.residual_type},
+        {a.dx, a.x_type}};
     return with_vectors(a.D, operands, [&](auto V, auto Mix) {
-        return launch_rows<V>(backward<V, Mix, kResidual>, a.N, a.D, stream, a);
+        return launch_rows<V>(norm_rows_backward<V, Mix, kResidual>, a.N, a.D, stream, a);
     });
 }
 
@@ -176,39 +178,38 @@ fp::DType promoted(fp::DType a, fp::DType b) { return a == b ? a : fp::kFloat32;
 
 int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps, int64_t x_dtype,
                  int64_t w_dtype, void* stream) {
-    Forward a = {};
-    a.x = x, a.w = w, a.y = y, a.rstd = rstd;
-    a.N = N, a.D = D, a.eps = static_cast<float>(eps);
-    a.x_type = a.h_type = a.residual_type = dtype(x_dtype), a.w_type = dtype(w_dtype);
-    return launch_forward<false>(a, stream);
+    const fp::DType type = dtype(x_dtype);
+    return launch_forward<false>({x, nullptr, w, nullptr, y, rstd, N, D, static_cast<float>(eps),
+                                  make_dropout(nullptr, 0.0), type, type, type, dtype(w_dtype)},
+                                 stream);
 }
 
 int64_t rms_norm_backward(const void* dy, const void* x, const void* w, const float* rstd, void* dx, int64_t N,
                           int64_t D, int64_t x_dtype, int64_t w_dtype, void* stream) {
-    Backward a = {};
-    a.dy = dy, a.h = x, a.w = w, a.rstd = rstd, a.dresidual = dx;
-    a.N = N, a.D = D;
-    a.h_type = a.residual_type = a.x_type = dtype(x_dtype), a.w_type = dtype(w_dtype);
-    return launch_backward<false>(a, stream);
+    const fp::DType type = dtype(x_dtype);
+    return launch_backward<false>(
+        {dy, nullptr, x, w, rstd, dx, nullptr, N, D, make_dropout(nullptr, 0.0), type, dtype(w_dtype), type, type},
+        stream);
 }
 
 int64_t rms_norm_residual(const void* x, const void* residual, const void* w, const int64_t* seed, void* h, void* y,
                           float* rstd, int64_t N, int64_t D, double eps, double dropout_p, int64_t x_dtype,
                           int64_t residual_dtype, int64_t w_dtype, void* stream) {
-    Forward a = {x, residual, w, h, y, rstd, N, D, static_cast<float>(eps), make_dropout(seed, dropout_p)};
-    a.x_type = dtype(x_dtype), a.residual_type = dtype(residual_dtype), a.w_type = dtype(w_dtype);
-    a.h_type = promoted(a.x_type, a.residual_type);
-    return launch_forward<true>(a, stream);
+    const fp::DType x_type = dtype(x_dtype), residual_type = dtype(residual_dtype);
+    return launch_forward<true>(
+        {x, residual, w, h, y, rstd, N, D, static_cast<float>(eps), make_dropout(seed, dropout_p), x_type,
+         residual_type, promoted(x_type, residual_type), dtype(w_dtype)},
+        stream);
 }
 
 int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h, const void* w, const float* rstd,
                                    const int64_t* seed, void* dresidual, void* dx, int64_t N, int64_t D,
                                    double dropout_p, int64_t x_dtype, int64_t residual_dtype, int64_t w_dtype,
                                    void* stream) {
-    Backward a = {dy, dh, h, w, rstd, dresidual, dx, N, D, make_dropout(seed, dropout_p)};
-    a.x_type = dtype(x_dtype), a.residual_type = dtype(residual_dtype), a.w_type = dtype(w_dtype);
-    a.h_type = promoted(a.x_type, a.residual_type);
-    return launch_backward<true>(a, stream);
+    const fp::DType x_type = dtype(x_dtype), residual_type = dtype(residual_dtype);
+    return launch_backward<true>({dy, dh, h, w, rstd, dresidual, dx, N, D, make_dropout(seed, dropout_p),
+                                  promoted(x_type, residual_type), dtype(w_dtype), residual_type, x_type},
+                                 stream);
 }
 
 FP_KERNEL(rms_norm);

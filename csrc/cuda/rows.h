@@ -31,7 +31,8 @@ __device__ __forceinline__ int64_t row_step() { return static_cast<int64_t>(grid
 // A thread's share of a row of D elements: kHeld vectors at a time, in as many parts as that takes, mostly one.
 template <int V>
 struct Share {
-    int count, parts;  // vectors in the row; parts
+    int count;  // vectors in the row
+    int parts;
 
     __device__ __forceinline__ explicit Share(int64_t D) : count(static_cast<int>(D / V)) {
         const int held = kHeld<V> * static_cast<int>(blockDim.x);

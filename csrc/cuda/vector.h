@@ -7,6 +7,8 @@
 // all other mixes (kMixed). There the types are run-time arguments: a uniform branch or two per vector, where templates
 // on three types would need 27 instances.
 #pragma once
+#include <type_traits>
+
 #include "common/dtype.h"
 #include "cuda/launch.h"
 
@@ -28,26 +30,27 @@ struct Operand {
     fp::DType type;
 };
 
-// Calls function(V, Mix), two std::integral_constants: the best instance for rows of D elements, the first of which
-// begin at the operands.
+template <int N>
+constexpr std::integral_constant<int, N> constant = {};
+
+// Calls function(V, Mix) for the widest vectors that rows of D elements allow, the first of which begin at the
+// operands.
 template <size_t COUNT, class F>
 int64_t with_vectors(int64_t D, const Operand (&operands)[COUNT], F function) {
-    bool fits[2] = {D % 4 == 0, D % 8 == 0}, same = true;
+    const fp::DType type = operands[0].type;
+    bool same = true, four = D % 4 == 0, eight = D % 8 == 0;
     for (const Operand& operand : operands) {
         if (operand.address == nullptr) continue;
-        same = same && operand.type == operands[0].type;
-        for (const int wide : {0, 1}) {
-            const int64_t bytes = bytes_of(operand.type) * (wide ? 8 : 4);
-            fits[wide] = fits[wide] && bytes <= 16 && reinterpret_cast<uintptr_t>(operand.address) % bytes == 0;
-        }
+        const uintptr_t address = reinterpret_cast<uintptr_t>(operand.address), bytes = bytes_of(operand.type);
+        same = same && operand.type == type;
+        four = four && address % (4 * bytes) == 0;
+        eight = eight && address % 16 == 0;
     }
-    using std::integral_constant;
-    const fp::DType type = operands[0].type;
-    if (fits[1] && same && type == fp::kBFloat16) return function(integral_constant<int, 8>(), integral_constant<int, fp::kBFloat16>());
-    if (fits[1] && same && type == fp::kFloat16) return function(integral_constant<int, 8>(), integral_constant<int, fp::kFloat16>());
-    if (fits[0] && same && type == fp::kFloat32) return function(integral_constant<int, 4>(), integral_constant<int, fp::kFloat32>());
-    if (fits[0]) return function(integral_constant<int, 4>(), integral_constant<int, kMixed>());
-    return function(integral_constant<int, 1>(), integral_constant<int, kMixed>());
+    if (eight && same && type == fp::kBFloat16) return function(constant<8>, constant<fp::kBFloat16>);
+    if (eight && same && type == fp::kFloat16) return function(constant<8>, constant<fp::kFloat16>);
+    if (four && same && type == fp::kFloat32) return function(constant<4>, constant<fp::kFloat32>);
+    if (four) return function(constant<4>, constant<kMixed>);
+    return function(constant<1>, constant<kMixed>);
 }
 
 // As it lies in memory: two elements of a two-byte type share a word. At most 16 bytes.
@@ -87,8 +90,7 @@ __device__ __forceinline__ void store(void* base, int64_t index, fp::DType type,
     }
 }
 
-// Two neighbours of a two-byte type in one word, the first in its low half. On sm_80 and later one instruction rounds
-// both.
+// Two neighbours in one word, the first in its low half. A GPU rounds both with one instruction.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
 #if defined(__CUDA_ARCH__)

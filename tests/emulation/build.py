@@ -15,13 +15,12 @@ ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulation"
 FLAGS = [
     *"-x c++ -std=c++17 -O2 -g1 -ffp-contract=off -fno-strict-aliasing -fPIC -fvisibility=hidden".split(),
-    *"-Wall -Wextra -Wno-unknown-pragmas".split(),
     "-DFP_EMULATE",
     "-DFP_TARGET=\"emulated\"",
     f"-I{ROOT / 'csrc'}",
     f"-I{HERE}",
 ]
-SANITIZE = "-fsanitize=address,alignment -fno-sanitize-recover=alignment -fno-omit-frame-pointer".split()
+SANITIZE = "-O1 -fsanitize=address,alignment -fno-sanitize-recover=alignment -fno-omit-frame-pointer".split()
 SCHEDULES = ("forward", "reverse", "shuffled")
 
 _libraries: dict[Path, ctypes.CDLL] = {}

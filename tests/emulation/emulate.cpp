@@ -16,9 +16,9 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #else
-#define __sanitizer_start_switch_fiber(...)
-#define __sanitizer_finish_switch_fiber(...)
-#define ASAN_UNPOISON_MEMORY_REGION(...)
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#define ASAN_UNPOISON_MEMORY_REGION(ADDRESS, BYTES)
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -70,8 +70,8 @@ std::map<const void*, SharedMemory> arrays;
 size_t dynamic_bytes;
 std::map<const void*, int> allowed_dynamic_bytes;
 
-// Fibers switch with __builtin_setjmp, which makes no system call; ucontext only enters a new stack. gcc wants both ends
-// of a jump in functions of their own.
+// Fibers switch with __builtin_setjmp, which makes no system call; ucontext only enters a new stack. gcc wants both
+// ends of a jump in functions of their own.
 #define FP_SWITCH __attribute__((noinline, no_sanitize("address")))
 
 [[noreturn]] FP_SWITCH void jump(void** registers) { __builtin_longjmp(registers, 1); }
@@ -330,7 +330,8 @@ int64_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void
     const bool grid_fits = blocks > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
     if (!grid_fits || threads == 0 || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
     const auto allowed = allowed_dynamic_bytes.find(kernel);
-    const size_t limit = allowed == allowed_dynamic_bytes.end() ? kDefaultSharedBytes : static_cast<size_t>(allowed->second);
+    const size_t limit =
+        allowed == allowed_dynamic_bytes.end() ? kDefaultSharedBytes : static_cast<size_t>(allowed->second);
     if (shared_bytes > limit) return cudaErrorInvalidValue;
 
     kernel_body = body, kernel_context = context;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on a CPU: to g++ what csrc/cuda/launch.h is to nvcc. docs/cuda-emulation.md explains it.
 //
-// Every CUDA thread is a fiber. It runs until it ends or must wait, for its block or for lanes of its warp; then another
-// does, in an order that a test chooses. Blocks run one after the other.
+// Every CUDA thread is a fiber. It runs until it ends or must wait, for its block or for lanes of its warp; then
+// another does, in an order that a test chooses. Blocks run one after the other.
 #pragma once
 #include <cstring>
 #include <memory>
@@ -37,7 +37,9 @@ enum Exchange {
 };
 uint64_t exchange(Site site, Exchange kind, unsigned mask, uint64_t value, int source);
 
-inline int lane() { return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32); }
+inline int lane() {
+    return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32);
+}
 
 // A lane whose source is not `inside` its segment of the warp keeps its own value.
 template <class T>
@@ -102,7 +104,7 @@ size_t dynamic_shared_bytes();
 // An element of shared memory that reports races, and reads of what nobody wrote.
 template <class T>
 class SharedElement {
-   public:
+public:
     SharedElement(SharedMemory& memory, size_t index) : memory_(memory), index_(index) {}
     operator T() const {
         memory_.check_read(index_);
@@ -119,7 +121,7 @@ class SharedElement {
         return address();
     }
 
-   private:
+private:
     T* address() const { return reinterpret_cast<T*>(memory_.bytes.get()) + index_; }
     SharedMemory& memory_;
     size_t index_;
@@ -127,8 +129,9 @@ class SharedElement {
 
 template <class T>
 class SharedArray {
-   public:
-    SharedArray(const void* key, const char* name, size_t count) : memory_(shared_memory(key, name, count, sizeof(T))) {}
+public:
+    SharedArray(const void* key, const char* name, size_t count)
+        : memory_(shared_memory(key, name, count, sizeof(T))) {}
     template <class I>
     SharedElement<T> operator[](I index) const {
         if (static_cast<size_t>(index) >= memory_.elements.size()) {
@@ -138,7 +141,7 @@ class SharedArray {
         return {memory_, static_cast<size_t>(index)};
     }
 
-   private:
+private:
     SharedMemory& memory_;
 };
 
@@ -173,8 +176,14 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 8;
 
-template <class... P, class... A>
-int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*, A... arguments) {
+template <class T>
+struct Itself {
+    using type = T;
+};
+
+template <class... P>
+int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+               typename Itself<P>::type... arguments) {
     auto call = [&] { kernel(arguments...); };
     const auto body = [](void* context) { (*static_cast<decltype(call)*>(context))(); };
     return emulate::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, body, &call);

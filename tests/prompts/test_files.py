@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastprompt.prompts import ModelIdentity, PromptFile, read_prompt, write_prompt
+from fastprompt.prompts import ModelIdentity, PromptFile, files, read_prompt, write_prompt
 
 D = 32
 
@@ -161,6 +161,14 @@ def test_a_sparse_file_as_large_as_it_says_is_refused_before_it_is_read(tmp_path
         os.truncate(path, len(content) + 2**40)
         with pytest.raises(ValueError, match=r"1 <= P <= 65536|unable to mmap"):
             read_prompt(path)
+
+
+def test_a_shape_that_cannot_be_a_prompt_is_refused_before_its_data_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "tall.safetensors"
+    save_file({"prompt": torch.zeros(2**17, 1)}, path, OURS)
+    monkeypatch.setattr(files, "checked_rows", lambda *_: pytest.fail("the data was read"))
+    with pytest.raises(ValueError, match=r"1 <= P <= 65536, got \[131072, 1\]"):
+        read_prompt(path)
 
 
 @pytest.mark.parametrize("kind", ["npy", "safetensors"])

@@ -21,6 +21,11 @@ from fastprompt.prompts import PromptConfig
 SMALL = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2, "d_kv": 8}
 
 
+@pytest.fixture
+def device():
+    return torch.device("cpu")  # the messages name it
+
+
 def refused(error, message, call, *args, **kwargs):
     with pytest.raises(error, match=message):
         call(*args, **kwargs)

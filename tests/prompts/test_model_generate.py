@@ -98,6 +98,7 @@ def test_output_object(where, make_prompted, make_batch, hf_inputs):
     torch.testing.assert_close(ours.encoder_attentions, hf.encoder_attentions)
     torch.testing.assert_close(ours.encoder_hidden_states, hf.encoder_hidden_states)
     torch.testing.assert_close(ours.cross_attentions, hf.cross_attentions)
+    assert not ours.encoder_hidden_states[-1].requires_grad
 
 
 def test_rows_with_prompts_of_different_lengths(make_prompted, make_batch):

@@ -16,6 +16,7 @@ from itertools import count
 
 import numpy as np
 import triton.language as tl
+from triton.language.core import is_builtin
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -43,12 +44,26 @@ def apply() -> None:
     _wrap(InterpreterBuilder, "create_masked_store", _inside_tensor("store", pointer=0, mask=2))
     _wrap(InterpreterBuilder, "create_atomic_rmw", _inside_tensor("atomic", pointer=1, mask=3))
     _wrap(InterpreterBuilder, "create_atomic_cas", _inside_tensor("atomic", pointer=0, mask=None))
+    _wrap(interpreter, "_patch_lang", _patch_once)
+    _wrap(interpreter, "_patch_lang_tensor", _patch_index)
 
 
 def _wrap(owner, name, wrapper):
     """Have ``owner.name(...)`` call ``wrapper(what it was, ...)``."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
+
+
+def _patch_once(original, function):
+    """A kernel's launch has patched triton.language: again at every call inside it takes longer than the call."""
+    patched = not any(is_builtin(module.load) for module in (tl, tl.core))
+    return interpreter._LangPatchScope() if patched else original(function)
+
+
+def _patch_index(original, tensor, scope):
+    """In triton 3.6 a loop up to a kernel argument is an error with numpy 2.4, a warning before."""
+    original(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _in_float32(original, builder, *operands, **kwargs):

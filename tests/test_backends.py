@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs: the default, the scope of use_backend, the fall back to the reference, and broken installs."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+
+from fastprompt import backend_used, backends, use_backend
+from fastprompt._native import CPU_TARGETS
+from fastprompt.ops import prompt_embed, rms_norm
+
+X, W = torch.randn(3, 8), torch.ones(8)
+compiled = pytest.mark.skipif(not CPU_TARGETS, reason="needs the compiled extension")
+
+
+def ran(function=lambda: rms_norm(X, W), op="rms_norm"):
+    function()
+    return backend_used(op)
+
+
+def test_the_default_is_the_best_one():
+    assert ran() == backends("rms_norm")[0]
+    assert backends("rms_norm")[-1] == "reference" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@compiled
+def test_native_backends_are_listed_best_first():
+    assert backends("rms_norm")[: 2 + len(CPU_TARGETS)] == [
+        "cpu",
+        *(f"cpu:{t}" for t in CPU_TARGETS),
+        "reference",
+    ]
+
+
+@compiled
+def test_scope_nests_and_ends():
+    default = backends("rms_norm")[0]
+    with use_backend("rms_norm", "reference"):
+        assert ran() == "reference"
+        with use_backend("rms_norm", "cpu:scalar"):
+            assert ran() == "cpu:scalar"
+            with use_backend("rms_norm", "cpu:scalar"):
+                assert ran() == "cpu:scalar"
+            assert ran() == "cpu:scalar"
+        assert ran() == "reference"
+    assert ran() == default
+
+
+@compiled
+def test_scope_ends_with_an_exception():
+    with pytest.raises(KeyError), use_backend("rms_norm", "reference"):
+        raise KeyError
+    assert ran() == backends("rms_norm")[0]
+
+
+@compiled
+def test_scope_is_of_one_op_and_of_its_backward():
+    x = X.clone().requires_grad_()
+    with use_backend("rms_norm", "reference"):
+        rms_norm(x, W).sum().backward()
+        prompt_embed(torch.zeros(1, 1, dtype=torch.int64), W[None], X)
+    assert backend_used("rms_norm_backward") == "reference"
+    assert backend_used("prompt_embed") == backends("prompt_embed")[0]
+    rms_norm(x, W).sum().backward()
+    assert backend_used("rms_norm_backward") == backends("rms_norm")[0]
+
+
+def test_scope_makes_no_noise():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with use_backend("rms_norm", backends("rms_norm")[0]):
+            ran()
+
+
+def test_unknown_names_are_answered_with_what_there_is():
+    with pytest.raises(ValueError, match=r"op must be one of prompt_embed, rms_norm, got 'softmax'"):
+        use_backend("softmax", "reference")
+    with pytest.raises(
+        ValueError, match=r"^fastprompt::rms_norm: backend must be one of .*reference.* got 'metal'"
+    ):
+        use_backend("rms_norm", "metal").__enter__()
+    with pytest.raises(ValueError, match=r"op must be one of .*, got 'softmax'"):
+        backend_used("softmax")
+    with pytest.raises(ValueError, match=r"op must be one of .*, got 'rms_norm_backward'"):
+        backends("rms_norm_backward")
+
+
+def test_float64_runs_on_the_reference_and_says_so():
+    assert ran(lambda: rms_norm(X.double(), W.double())) == "reference"
+    assert ran() == backends("rms_norm")[0]
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    assert ran(lambda: prompt_embed(ids, W[None].double(), X.double()), "prompt_embed") == "reference"
+
+
+REPORT = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    import fastprompt
+torch.manual_seed(0)
+x, w, ids = torch.randn(4, 33), torch.randn(33), torch.randint(4, (2, 3))
+before = fastprompt.backend_used("rms_norm")
+y, h = fastprompt.ops.rms_norm(x, w, residual=x, dropout_p=0.3)
+print(json.dumps({
+    "before": before, "used": fastprompt.backend_used("rms_norm_residual"),
+    "backends": fastprompt.backends("rms_norm"), "cuda": fastprompt.backends("rms_norm", "cuda"),
+    "warnings": [str(w.message) for w in caught if "fastprompt" in str(w.message)],
+    "y": y.tolist(), "embed": fastprompt.ops.prompt_embed(ids, x, x[:2], dropout_p=0.3).tolist(),
+}))
+"""
+
+
+def report(preamble="", **environment):
+    """What a fresh process says of itself, after running ``preamble``."""
+    script = textwrap.dedent(preamble) + REPORT
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True
+    )
+
+
+def answer(*arguments, **environment):
+    process = report(*arguments, **environment)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return answer()
+
+
+@compiled
+def test_a_fresh_process(usual):
+    assert usual["before"] is None
+    assert usual["used"] == "cpu"
+    assert usual["warnings"] == []
+
+
+@compiled
+def test_the_environment_caps_the_instruction_set(usual):
+    scalar = answer(FASTPROMPT_ISA="scalar")
+    assert scalar["backends"] == ["cpu", "cpu:scalar", "reference"]
+    assert scalar["embed"] == usual["embed"]
+    process = report(FASTPROMPT_ISA="sse9")
+    assert "FASTPROMPT_ISA must be one of avx512, avx2, scalar, got 'sse9'" in process.stderr
+
+
+def test_without_the_extension_it_warns_and_computes_the_same(usual):
+    hidden = answer("import sys; sys.modules['fastprompt._C'] = None", TRITON_INTERPRET="0")
+    assert hidden["backends"] == ["reference"]
+    assert hidden["used"] == "reference"
+    assert len(hidden["warnings"]) == 1
+    assert "without its compiled kernels" in hidden["warnings"][0]
+    assert "pip install" in hidden["warnings"][0]
+    assert hidden["embed"] == usual["embed"]
+    torch.testing.assert_close(torch.tensor(hidden["y"]), torch.tensor(usual["y"]))
+
+
+def test_without_triton_nothing_is_missed(usual):
+    hidden = answer("import sys; sys.modules['triton'] = None", TRITON_INTERPRET="1")
+    assert hidden["warnings"] == []
+    assert hidden["y"] == usual["y"]
+    assert "triton" not in hidden["backends"] + hidden["cuda"]

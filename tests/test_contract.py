@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One op has one name in every layer: its files, schemas, launchers, kernels and documentation.
+
+An op that has no use for a backend says so on its page, with the reason: "No csrc/cuda/NAME.cu: ...".
+"""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastprompt
+from fastprompt import _native
+from fastprompt._op import OPS
+
+ROOT = Path(__file__).parents[1]
+SIBLINGS = [
+    "fastprompt/ops/{}.py",
+    "csrc/cpu/{}.cpp",
+    "csrc/cuda/{}.cu",
+    "triton_kernels/{}.py",
+    "tests/ops/test_{}.py",
+    "benchmarks/bench_{}.py",
+]
+MEMBERS = [(name, member) for name, op in sorted(OPS.items()) for member in op.members]
+
+each_op = pytest.mark.parametrize("name", sorted(OPS))
+each_schema = pytest.mark.parametrize(("name", "member"), MEMBERS)
+
+
+def page(name):
+    return sys.modules[f"fastprompt.ops.{name}"]
+
+
+def excused(name, path):
+    return f"No {path}: " in page(name).__doc__
+
+
+def test_every_page_is_an_op_and_every_op_is_public():
+    pages = {path.stem for path in (ROOT / "fastprompt/ops").glob("[!_]*.py")}
+    assert pages == set(OPS)
+    assert set(OPS) <= set(fastprompt.ops.__all__)
+
+
+@each_op
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_siblings(name, sibling):
+    path = sibling.format(name)
+    if sibling.startswith("benchmarks") and not any((ROOT / "benchmarks").glob("bench_*.py")):
+        pytest.skip("there are no benchmarks yet")
+    assert (ROOT / path).exists() or excused(name, path), f"{path} is missing"
+
+
+@each_schema
+def test_launchers(name, member):
+    op = OPS[name]
+    assert member.startswith(name)
+    assert member in op._reference
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprompt::{member}", "Meta"), "no fake"
+    assert member in op._native
+    assert member in op._triton or excused(name, f"triton_kernels/{name}.py")
+
+
+@each_schema
+@pytest.mark.parametrize("source", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.cu"])
+def test_kernels_are_in_the_table(name, member, source):
+    path = source.format(name)
+    assert excused(name, path) or f"FP_KERNEL({member});" in (ROOT / path).read_text()
+
+
+@each_schema
+def test_kernels_of_all_targets_have_one_signature(name, member, emulated):
+    tables = {**_native.TARGETS, "emulated": emulated}
+    signatures = {target: getattr(table, member).signature for target, table in tables.items()}
+    assert len(set(signatures.values())) == 1, signatures
+
+
+@each_op
+def test_documentation(name):
+    assert page(name).__doc__.startswith(f"{name}: "), "the page begins with the op's name"
+    assert "\nSource: " in page(name).__doc__
+    function = getattr(fastprompt.ops, name)
+    sections = re.split(r"\n\n(Args|Returns|Raises):\n", inspect.getdoc(function))
+    assert sections[1::2] == ["Args", "Returns", "Raises"]
+    documented = re.findall(r"^    ([\w, ]+):", sections[2], re.MULTILINE)
+    assert ", ".join(documented).split(", ") == list(inspect.signature(function).parameters)
