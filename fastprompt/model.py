@@ -62,12 +62,13 @@ class PromptModel(nn.Module):
         if not isinstance(config, (PromptConfig, Mapping)):
             got = type(config).__name__
             raise TypeError(f"PromptModel: config must be a PromptConfig or a dict of them, got {got}")
-        self.model: Any = model.requires_grad_(False)
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.prompts = PromptBank()
         self.configs: dict[str, PromptConfig] = {}
         for name, each in ({"default": config} if isinstance(config, PromptConfig) else config).items():
             self.add_prompt(name, each)
+        model.requires_grad_(False)
         self.train(model.training)
         self._keywords = frozenset(inspect.signature(model.forward).parameters) | _HF_KEYWORDS
         self.register_load_state_dict_post_hook(_allow_missing_model)

@@ -2,12 +2,13 @@
 """The mask of [prompt | tokens | filling], against a loop over its rows."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastprompt.prompts.mask import prepend_mask
 
 
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 6), st.booleans(), st.randoms())
 def test_every_row_is_prompt_then_tokens_then_filling(lengths, num_tokens, masked, random):
     mask = torch.tensor([[random.randint(0, 1) for _ in range(num_tokens)] for _ in lengths])
