@@ -73,10 +73,10 @@ packaging: setup
 	$(PYTEST) tests/packaging
 
 bench: setup
-	$(TEST_ENV) $(BIN)/python -m pytest benchmarks --benchmark-group-by=group
+	$(TEST_ENV) $(BIN)/python -m pytest -s -q -p no:cacheprovider benchmarks/bench_*.py --benchmark-group-by=group
 
 bench-quick: setup
-	$(PYTEST) benchmarks --quick
+	$(PYTEST) benchmarks/bench_*.py --quick
 
 wheel: setup
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .

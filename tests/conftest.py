@@ -32,7 +32,7 @@ settings.load_profile("fastprompt")
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests' tensors live")
-    parser.addoption("--backends", help="comma list: only these, and no test without a backend; default: all")
+    parser.addoption("--backends", help="comma list: test ops on these only; default: all that run here")
 
 
 def pytest_configure(config):
@@ -48,6 +48,7 @@ def pytest_configure(config):
     unknown = [f"{name} ({elsewhere.get(name, 'no such backend')})" for name in chosen if name not in here]
     if unknown:
         raise pytest.UsageError(f"--backends: cannot run {', '.join(unknown)}; here: {', '.join(here)}")
+    elsewhere |= {name: "left out by --backends" for name in here if name not in chosen}
     config.fastprompt_backends, config.fastprompt_elsewhere = chosen, elsewhere
     torch.set_num_threads(2)
 
@@ -82,17 +83,18 @@ def pytest_generate_tests(metafunc):
     chosen = metafunc.config.fastprompt_backends
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", chosen, indirect=True)
-    if "kernels" in metafunc.fixturenames:
+    elif "kernels" in metafunc.fixturenames:
         native = [name for name in chosen if name.startswith(("cpu", "cuda", "emulated"))]
         metafunc.parametrize("kernels", native, indirect=True)
 
 
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
-        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if {"backend", "kernels"}.isdisjoint(item.fixturenames):
-            return config.getoption("backends") is None
-        return backend not in SLOW or not item.get_closest_marker("big")
+            return config.getoption("backends") is None or item.path.parent.name != "ops"
+        if "kernels" in item.fixturenames and item.get_closest_marker("skip"):
+            return False  # none of the chosen backends is native
+        return item.callspec.params.get("backend") not in SLOW or not item.get_closest_marker("big")
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]
@@ -158,9 +160,15 @@ def kernels(request):
 
 
 @pytest.fixture
-def examples(backend):
+def slow(backend):
+    """An interpreted backend, to be asked for little."""
+    return backend in SLOW
+
+
+@pytest.fixture
+def examples(slow):
     """How many examples hypothesis should draw."""
-    return 8 if backend in SLOW else 60
+    return 8 if slow else 60
 
 
 def pytest_terminal_summary(terminalreporter, config):

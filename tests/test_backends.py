@@ -26,7 +26,7 @@ def ran(function=lambda: rms_norm(X, W), op="rms_norm"):
 
 def test_the_default_is_the_best_one():
     assert ran() == backends("rms_norm")[0]
-    assert backends("rms_norm")[-1] == "reference" or os.environ.get("TRITON_INTERPRET") == "1"
+    assert ran() == ("cpu" if CPU_TARGETS else "reference")
 
 
 @compiled

@@ -21,5 +21,5 @@ step build 150 "$PYTHON" -m pip install --no-index --no-build-isolation --no-dep
 export PYTHONPATH=$site PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 failed=0
 step tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops --device cuda || failed=1
-step benchmarks 180 "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks --device cuda --results "$OUT" || failed=1
+step benchmarks 180 "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/bench_*.py --device cuda --results "$OUT" || failed=1
 exit $failed

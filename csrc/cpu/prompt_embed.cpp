@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // prompt_embed on the CPU: each output row is written once, straight from its source.
 // Layout, shapes and dtypes: fastprompt/ops/prompt_embed.py.
-#include <stdlib.h>
-
 #include "common/kernel.h"
 #include "cpu/simd.h"
 
 namespace {
 
-constexpr int64_t kBadRange = -1, kBadDType = -2, kNoMemory = -3;
+constexpr int64_t kBadRange = -1, kBadDType = -2;
 constexpr int64_t kRowsPerTask = 16;
+constexpr int64_t kRowsAhead = 4;
+constexpr int64_t kRowsPerSum = 64;
+constexpr int64_t kColumnsAhead = 64;
 
 // Where the rows of each sequence come from and go to. Null arrays stand for the regular case.
 struct Layout {
@@ -58,68 +59,80 @@ struct Layout {
     }
 };
 
+// Where a row of the output comes from: a row of the prompts or of the vocabulary table; null for zeros.
+struct Source {
+    const void* row;
+    bool prompt;
+};
+
+struct Input {
+    const void *ids, *weight, *prompts;
+    int64_t V, weight_row, prompt_row;  // sizes of rows in bytes
+    bool ids_are_int64;
+
+    // Row r of the output, in sequence b. Lowers `first_bad` to the flat index of a token id outside the vocabulary.
+    Source source(const Layout& layout, int64_t b, int64_t r, int64_t* first_bad) const {
+        const int64_t l = r - layout.row_begin(b), token = l - layout.length(b);
+        if (token < 0) return {static_cast<const char*>(prompts) + (layout.start(b) + l) * prompt_row, true};
+        if (token >= layout.tokens(b)) return {nullptr, false};
+        const int64_t index = layout.token_begin(b) + token;
+        const int64_t id =
+            ids_are_int64 ? static_cast<const int64_t*>(ids)[index] : static_cast<const int32_t*>(ids)[index];
+        if (id >= 0 && id < V) return {static_cast<const char*>(weight) + id * weight_row, false};
+        if (index < *first_bad) *first_bad = index;
+        return {nullptr, false};
+    }
+};
+
+// Copies a row while fetching the next one: table rows lie anywhere, where no hardware prefetcher looks for them.
+template <bool kStreaming>
+void copy_row(const void* from, void* to, int64_t bytes, const void* next) {
+    const char *source = static_cast<const char*>(from), *ahead = static_cast<const char*>(next);
+    char* target = static_cast<char*>(to);
+    int64_t i = 0;
+    for (; i + kLine <= bytes; i += kLine) {
+        __builtin_prefetch(ahead + i);
+        for (int64_t part = i; part < i + kLine; part += static_cast<int64_t>(sizeof(vfloat))) {
+            vfloat value;
+            memcpy(&value, source + part, sizeof(value));
+            if constexpr (kStreaming) {
+                stream(target + part, value);
+            } else {
+                memcpy(target + part, &value, sizeof(value));
+            }
+        }
+    }
+    memcpy(target + i, source + i, static_cast<size_t>(bytes - i));
+}
+
 template <class P, class W>
 void convert_row(const P* from, W* to, int64_t D) {
-    if constexpr (std::is_same_v<P, W>) {
-        memcpy(to, from, static_cast<size_t>(D) * sizeof(W));
-    } else {
-        for (int64_t d = 0; d < D; d += kLanes) store_at(to, d, D, load_at(from, d, D));
-    }
+    each_vector(D, [&](int64_t d, auto extent) { store_at(to, d, extent, load_at(from, d, extent)); });
+}
+
+void convert_row(int64_t from_dtype, const void* from, int64_t to_dtype, void* to, int64_t D) {
+    with_type(from_dtype, [&](auto from_type) {
+        with_type(to_dtype, [&](auto to_type) {
+            convert_row(static_cast<const decltype(from_type)*>(from), static_cast<decltype(to_type)*>(to), D);
+        });
+    });
 }
 
 template <class W>
 void drop_row(const float* factors, W* row, int64_t D) {
-    for (int64_t d = 0; d < D; d += kLanes) store_at(row, d, D, load_at(row, d, D) * load_at(factors, d, D));
+    each_vector(D, [&](int64_t d, auto extent) {
+        store_at(row, d, extent, load_at(row, d, extent) * load_at(factors, d, extent));
+    });
 }
 
-// Returns INT64_MAX, or the flat index of the first token id outside the vocabulary; its row is zero.
-template <class Id, class P, class W>
-int64_t embed(const Layout& layout, const Id* ids, const W* weight, const P* prompts, const Dropout& dropout, W* out,
-              int64_t V, int64_t D, bool* memory) {
-    const int64_t total = layout.all_rows();
-    const int64_t tasks = (total + kRowsPerTask - 1) / kRowsPerTask;
-    int64_t first_bad = INT64_MAX;
-#pragma omp parallel if (total * D >= kParallelElements) reduction(min : first_bad)
-    {
-        float* factors =
-            dropout.active() ? static_cast<float*>(malloc(static_cast<size_t>(D) * sizeof(float))) : nullptr;
-        const bool ready = factors != nullptr || !dropout.active();
-        if (!ready) {
-#pragma omp atomic write
-            *memory = false;
-        }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; ++task) {
-            if (!ready) continue;
-            const int64_t end = total < (task + 1) * kRowsPerTask ? total : (task + 1) * kRowsPerTask;
-            int64_t b = layout.sequence(task * kRowsPerTask);
-            for (int64_t r = task * kRowsPerTask; r < end; ++r) {
-                while (r >= layout.row_begin(b + 1)) ++b;
-                const int64_t l = r - layout.row_begin(b), token = l - layout.length(b);
-                W* row = out + r * D;
-                if (token < 0) {
-                    convert_row(prompts + (layout.start(b) + l) * D, row, D);
-                } else if (token < layout.tokens(b)) {
-                    const int64_t index = layout.token_begin(b) + token, id = ids[index];
-                    if (id >= 0 && id < V) {
-                        memcpy(row, weight + id * D, static_cast<size_t>(D) * sizeof(W));
-                    } else {
-                        memset(static_cast<void*>(row), 0, static_cast<size_t>(D) * sizeof(W));
-                        if (index < first_bad) first_bad = index;
-                    }
-                } else {
-                    memset(static_cast<void*>(row), 0, static_cast<size_t>(D) * sizeof(W));
-                    continue;
-                }
-                if (dropout.active()) {
-                    dropout.factors(r * D, D, factors);
-                    drop_row(factors, row, D);
-                }
-            }
-        }
-        free(factors);
-    }
-    return first_bad;
+void drop(const Dropout& dropout, int64_t first, int64_t dtype, void* row, int64_t D) {
+    float factors[kChunk];
+    with_type(dtype, [&](auto type) {
+        each_chunk(D, [&](int64_t begin, int64_t count) {
+            dropout.factors(first + begin, count, factors);
+            drop_row(factors, static_cast<decltype(type)*>(row) + begin, count);
+        });
+    });
 }
 
 // Returns 0, 1 + the flat index of the first bad token id, or a negative code. `error` is for GPUs.
@@ -128,39 +141,90 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
                      void* out, int64_t* /*error*/, int64_t B, int64_t S, int64_t L, int64_t R, int64_t V, int64_t D,
                      double dropout_p, int64_t ids_are_int64, int64_t prompt_dtype, int64_t dtype, void* /*stream*/) {
     const Layout layout{starts, lens, cu_tokens, cu_rows, B, S, L, R};
+    if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return kBadDType;
     if (!layout.prompts_valid() || !layout.rows_valid() || !layout.tokens_valid()) return kBadRange;
     const Dropout dropout(seed, dropout_p);
+    const int64_t bytes = D * size_of(dtype), total = layout.all_rows();
+    const Input input{ids, weight, prompts, V, bytes, D * size_of(prompt_dtype), ids_are_int64 != 0};
+    const bool streaming = !dropout.active() && streams(out, bytes, total);
+    const int64_t tasks = (total + kRowsPerTask - 1) / kRowsPerTask;
     int64_t first_bad = INT64_MAX;
-    bool known = false, memory = true;
-    with_type(dtype, [&](auto w_type) {
-        known = with_type(prompt_dtype, [&](auto p_type) {
-            using W = decltype(w_type);
-            using P = decltype(p_type);
-            const W* table = static_cast<const W*>(weight);
-            const P* rows = static_cast<const P*>(prompts);
-            W* to = static_cast<W*>(out);
-            first_bad = ids_are_int64 != 0
-                            ? embed(layout, static_cast<const int64_t*>(ids), table, rows, dropout, to, V, D, &memory)
-                            : embed(layout, static_cast<const int32_t*>(ids), table, rows, dropout, to, V, D, &memory);
-        });
-    });
-    if (!known) return kBadDType;
-    if (!memory) return kNoMemory;
+#pragma omp parallel if (total * D >= kParallelElements) reduction(min : first_bad)
+    {
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t first = task * kRowsPerTask, left = total - first;
+            Source sources[kRowsPerTask + kRowsAhead];
+            int64_t b = layout.sequence(first);
+            for (int64_t i = 0; i < kRowsPerTask + kRowsAhead; ++i) {
+                while (i < left && first + i >= layout.row_begin(b + 1)) ++b;
+                sources[i] = i < left ? input.source(layout, b, first + i, &first_bad) : Source{nullptr, false};
+            }
+            for (int64_t i = 0; i < kRowsPerTask && i < left; ++i) {
+                const Source source = sources[i];
+                void* row = static_cast<char*>(out) + (first + i) * bytes;
+                if (source.row == nullptr) {
+                    memset(row, 0, static_cast<size_t>(bytes));
+                    continue;
+                }
+                if (const char* later = static_cast<const char*>(sources[i + kRowsAhead].row)) {
+                    __builtin_prefetch(later);  // for the page's address: a table is larger than the TLB's reach
+                    __builtin_prefetch(later + bytes - 1);
+                }
+                if (source.prompt && prompt_dtype != dtype) {
+                    convert_row(prompt_dtype, source.row, dtype, row, D);
+                } else {
+                    const void* next = sources[i + 1].row != nullptr ? sources[i + 1].row : source.row;
+                    streaming ? copy_row<true>(source.row, row, bytes, next)
+                              : copy_row<false>(source.row, row, bytes, next);
+                }
+                if (dropout.active()) drop(dropout, (first + i) * D, dtype, row, D);
+            }
+        }
+        stream_fence();
+    }
     return first_bad == INT64_MAX ? 0 : first_bad + 1;
 }
 
-// total += row in Kahan's compensated sum; `lost` is what rounding took so far. -ffp-contract=off keeps it exact.
-template <class T>
-void add_row(const T* row, const float* factors, float* total, float* lost, int64_t D) {
-    for (int64_t d = 0; d < D; d += kLanes) {
-        vfloat value = load_at(row, d, D);
-        if (factors != nullptr) value *= load_at(factors, d, D);
-        const vfloat old = load_at(total, d, D);
-        const vfloat addend = value - load_at(lost, d, D);
-        const vfloat grown = old + addend;
-        store_at(lost, d, D, (grown - old) - addend);
-        store_at(total, d, D, grown);
+// Adds columns [d, d + kVectors * kLanes) of the rows that begin at `rows` to total, by Kahan's compensated sum: `lost`
+// is what rounding took so far. -ffp-contract=off keeps it exact. The sums stay in registers over all rows.
+template <bool kDrop, int kVectors, class T, class Extent>
+FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, int64_t d,
+                           Extent extent, float* total, float* lost) {
+    constexpr int kVectorsPerLine = kLine / (kLanes * static_cast<int64_t>(sizeof(T)));
+    vfloat sum[kVectors], low[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        sum[v] = load(total + d + v * kLanes);
+        low[v] = load(lost + d + v * kLanes);
     }
+    for (int64_t i = 0; i < count; ++i) {
+        float factors[kVectors * kLanes];
+        if constexpr (kDrop) dropout.factors(rows[i] + d, kVectors * kLanes, factors);
+        for (int v = 0; v < kVectors; ++v) {
+            // Past the row's end lies the next prompt row of the same sequence.
+            if (v % kVectorsPerLine == 0) fetch(dout + rows[i] + d + kColumnsAhead + v * kLanes);
+            vfloat value = load_at(dout + rows[i], d + v * kLanes, extent);
+            if constexpr (kDrop) value *= load(factors + v * kLanes);
+            const vfloat addend = value - low[v];
+            const vfloat grown = sum[v] + addend;
+            low[v] = (grown - sum[v]) - addend;
+            sum[v] = grown;
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+        store(total + d + v * kLanes, sum[v]);
+        store(lost + d + v * kLanes, low[v]);
+    }
+}
+
+template <bool kDrop, class T>
+void add_rows(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, float* total, float* lost,
+              int64_t D) {
+    constexpr int kVectors = 32 / FP_LANES;
+    int64_t d = 0;
+    for (; d + 32 <= D; d += 32) add_columns<kDrop, kVectors>(dout, rows, count, dropout, d, Whole{}, total, lost);
+    for (; d + kLanes <= D; d += kLanes) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Whole{}, total, lost);
+    if (d < D) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Part{D - d}, total, lost);
 }
 
 // dprompts[r] = sum over b of the row of dout that copied prompt row r, b ascending: one order, hence one result.
@@ -168,43 +232,31 @@ int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int
                               const int64_t* seed, void* dprompts, int64_t B, int64_t L, int64_t R, int64_t D,
                               double dropout_p, int64_t dtype, int64_t prompt_dtype, void* /*stream*/) {
     const Layout layout{starts, lens, nullptr, cu_rows, B, 0, L, R};
+    if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return kBadDType;
     if (!layout.prompts_valid() || !layout.rows_valid()) return kBadRange;
     const Dropout dropout(seed, dropout_p);
-    bool known = true, memory = true;
-#pragma omp parallel if (B * R * D >= kParallelElements)
-    {
-        float* total = static_cast<float*>(malloc(3 * static_cast<size_t>(D) * sizeof(float)));
-        float *lost = total + D, *factors = lost + D;
-        if (total == nullptr) {
-#pragma omp atomic write
-            memory = false;
-        }
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < R; ++r) {
-            if (total == nullptr) continue;
-            memset(total, 0, 2 * static_cast<size_t>(D) * sizeof(float));
-            bool found = true;
-            for (int64_t b = 0; b < B; ++b) {
-                const int64_t l = r - layout.start(b);
-                if (l < 0 || l >= layout.length(b)) continue;
-                const int64_t row = layout.row_begin(b) + l;
-                if (dropout.active()) dropout.factors(row * D, D, factors);
-                found = with_type(dtype, [&](auto type) {
-                    add_row(static_cast<const decltype(type)*>(dout) + row * D, dropout.active() ? factors : nullptr,
-                            total, lost, D);
+#pragma omp parallel for schedule(static) if (B * R * D >= kParallelElements)
+    for (int64_t r = 0; r < R; ++r) {
+        each_chunk(D, [&](int64_t begin, int64_t count) {
+            float total[kChunk] = {}, lost[kChunk] = {};
+            for (int64_t b = 0; b < B;) {
+                int64_t rows[kRowsPerSum], found = 0;
+                for (; b < B && found < kRowsPerSum; ++b) {
+                    const int64_t l = r - layout.start(b);
+                    if (l >= 0 && l < layout.length(b)) rows[found++] = (layout.row_begin(b) + l) * D + begin;
+                }
+                with_type(dtype, [&](auto type) {
+                    const auto* from = static_cast<const decltype(type)*>(dout);
+                    dropout.active() ? add_rows<true>(from, rows, found, dropout, total, lost, count)
+                                     : add_rows<false>(from, rows, found, dropout, total, lost, count);
                 });
             }
-            found = found && with_type(prompt_dtype, [&](auto type) {
-                        convert_row(total, static_cast<decltype(type)*>(dprompts) + r * D, D);
-                    });
-            if (!found) {
-#pragma omp atomic write
-                known = false;
-            }
-        }
-        free(total);
+            with_type(prompt_dtype, [&](auto type) {
+                convert_row(total, static_cast<decltype(type)*>(dprompts) + r * D + begin, count);
+            });
+        });
     }
-    return !memory ? kNoMemory : known ? 0 : kBadDType;
+    return 0;
 }
 
 FP_KERNEL(prompt_embed);

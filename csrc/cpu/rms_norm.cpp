@@ -1,95 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0
-// rms_norm on the CPU: a row at a time, one read from memory; the second pass over the row finds it in L1.
-// Formulas, shapes and dtypes: fastprompt/ops/rms_norm.py.
-#include <stdlib.h>
-
+// rms_norm on the CPU: a row at a time, read from memory once; the second pass over a row finds it in L1, and asks for
+// the next row meanwhile. Formulas, shapes and dtypes: fastprompt/ops/rms_norm.py.
 #include "common/kernel.h"
 #include "cpu/simd.h"
 
 namespace {
 
-constexpr int64_t kBadDType = -1, kNoMemory = -2;
+constexpr int64_t kBadDType = -1;
 
 float rstd_of(float sum_of_squares, int64_t D, double eps) {
     return 1.0f / sqrtf(sum_of_squares / static_cast<float>(D) + static_cast<float>(eps));
 }
 
+// The distance in elements from row n to the row after it; 0 for the last.
+int64_t to_next_row(int64_t n, int64_t N, int64_t D) { return n + 1 < N ? D : 0; }
+
 template <class X>
 float sum_of_squares(const X* x, int64_t D) {
-    return RowSum().over(D, [&](int64_t d) {
-        const vfloat value = load_at(x, d, D);
+    RowSum sum;
+    sum.add(D, [&](int64_t d, auto extent) {
+        const vfloat value = load_at(x, d, extent);
         return value * value;
+    });
+    return sum.total();
+}
+
+// ahead(d) may fetch what the next row needs.
+template <class X, class W, class Ahead>
+void scale_row(const X* x, const W* w, float rstd, W* y, int64_t D, bool streaming, const Ahead& ahead) {
+    each_vector(D, [&](int64_t d, auto extent) {
+        ahead(d);
+        store_at(y, d, extent, load_at(w, d, extent) * (load_at(x, d, extent) * rstd), streaming);
     });
 }
 
+// rstd^2 * mean(g * h) with g = dy * w.
 template <class X, class W>
-void scale_row(const X* x, const W* w, float rstd, W* y, int64_t D) {
-    for (int64_t d = 0; d < D; d += kLanes) {
-        store_at(y, d, D, load_at(w, d, D) * (load_at(x, d, D) * rstd));
-    }
+float slope_of(const W* dy, const X* x, const W* w, float rstd, int64_t D) {
+    RowSum dot;
+    dot.add(D, [&](int64_t d, auto extent) {
+        return load_at(dy, d, extent) * load_at(w, d, extent) * load_at(x, d, extent);
+    });
+    return rstd * rstd * (dot.total() / static_cast<float>(D));
 }
 
-// dh = rstd * (g - h * rstd^2 * mean(g * h)), g = dy * w; visit(d, dh) takes each vector of it.
-template <class X, class W, class Visit>
-void backward_row(const W* dy, const X* x, const W* w, float rstd, int64_t D, const Visit& visit) {
-    const float dot =
-        RowSum().over(D, [&](int64_t d) { return load_at(dy, d, D) * load_at(w, d, D) * load_at(x, d, D); });
-    const float slope = rstd * rstd * (dot / static_cast<float>(D));
-    for (int64_t d = 0; d < D; d += kLanes) {
-        visit(d, rstd * (load_at(dy, d, D) * load_at(w, d, D) - load_at(x, d, D) * slope));
-    }
+// dh = rstd * (g - h * slope) at one vector.
+template <class X, class W, class Extent>
+FP_INLINE vfloat backward_at(const W* dy, const X* x, const W* w, float rstd, float slope, int64_t d, Extent extent) {
+    return rstd * (load_at(dy, d, extent) * load_at(w, d, extent) - load_at(x, d, extent) * slope);
 }
 
 int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps, int64_t x_dtype,
                  int64_t w_dtype, void* /*stream*/) {
-    bool known = false;
+    if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return kBadDType;
+    const bool streaming = streams(y, D * size_of(w_dtype), N);
     with_type(x_dtype, [&](auto x_type) {
-        known = with_type(w_dtype, [&](auto w_type) {
+        with_type(w_dtype, [&](auto w_type) {
             using X = decltype(x_type);
             using W = decltype(w_type);
-            const X* xs = static_cast<const X*>(x);
-            W* ys = static_cast<W*>(y);
-#pragma omp parallel for schedule(static) if (N * D >= kParallelElements)
-            for (int64_t n = 0; n < N; ++n) {
-                const X* row = xs + n * D;
-                rstd[n] = rstd_of(sum_of_squares(row, D), D, eps);
-                scale_row(row, static_cast<const W*>(w), rstd[n], ys + n * D, D);
+#pragma omp parallel if (N * D >= kParallelElements)
+            {
+#pragma omp for schedule(static)
+                for (int64_t n = 0; n < N; ++n) {
+                    const X* row = static_cast<const X*>(x) + n * D;
+                    const X* next = row + to_next_row(n, N, D);
+                    rstd[n] = rstd_of(sum_of_squares(row, D), D, eps);
+                    scale_row(row, static_cast<const W*>(w), rstd[n], static_cast<W*>(y) + n * D, D, streaming,
+                              [next](int64_t d) { fetch(next + d); });
+                }
+                stream_fence();
             }
         });
     });
-    return known ? 0 : kBadDType;
+    return 0;
+}
+
+template <class X, class W>
+void backward_row(const W* dy, const X* x, const W* w, float rstd, X* dx, int64_t D, int64_t next, bool streaming) {
+    const float slope = slope_of(dy, x, w, rstd, D);
+    each_vector(D, [&](int64_t d, auto extent) {
+        fetch(dy + next + d);
+        fetch(x + next + d);
+        store_at(dx, d, extent, backward_at(dy, x, w, rstd, slope, d, extent), streaming);
+    });
 }
 
 int64_t rms_norm_backward(const void* dy, const void* x, const void* w, const float* rstd, void* dx, int64_t N,
                           int64_t D, int64_t x_dtype, int64_t w_dtype, void* /*stream*/) {
-    bool known = false;
+    if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return kBadDType;
+    const bool streaming = streams(dx, D * size_of(x_dtype), N);
     with_type(x_dtype, [&](auto x_type) {
-        known = with_type(w_dtype, [&](auto w_type) {
+        with_type(w_dtype, [&](auto w_type) {
             using X = decltype(x_type);
             using W = decltype(w_type);
-#pragma omp parallel for schedule(static) if (N * D >= kParallelElements)
-            for (int64_t n = 0; n < N; ++n) {
-                X* out = static_cast<X*>(dx) + n * D;
-                backward_row(static_cast<const W*>(dy) + n * D, static_cast<const X*>(x) + n * D,
-                             static_cast<const W*>(w), rstd[n], D,
-                             [&](int64_t d, vfloat value) { store_at(out, d, D, value); });
+#pragma omp parallel if (N * D >= kParallelElements)
+            {
+#pragma omp for schedule(static)
+                for (int64_t n = 0; n < N; ++n) {
+                    backward_row(static_cast<const W*>(dy) + n * D, static_cast<const X*>(x) + n * D,
+                                 static_cast<const W*>(w), rstd[n], static_cast<X*>(dx) + n * D, D,
+                                 to_next_row(n, N, D), streaming);
+                }
+                stream_fence();
             }
         });
     });
-    return known ? 0 : kBadDType;
+    return 0;
 }
 
 // torch.promote_types(x, residual): equal types stay, different ones meet in float32.
 int64_t promote(int64_t a, int64_t b) { return a == b ? a : static_cast<int64_t>(fp::kFloat32); }
 
-// h = residual + dropout(x), rounded to its storage type; the norm then reads the rounded row, as HF's does.
+// h = residual + dropout(x), rounded to its storage type: the norm reads the rounded row, as HF's does.
 template <class H, class X, class R>
-void add_row(const X* x, const R* residual, const float* factors, H* h, int64_t D) {
-    for (int64_t d = 0; d < D; d += kLanes) {
-        vfloat value = load_at(x, d, D);
-        if (factors != nullptr) value *= load_at(factors, d, D);
-        store_at(h, d, D, load_at(residual, d, D) + value);
-    }
+void add_row(const X* x, const R* residual, const float* factors, H* h, int64_t count, RowSum* squares) {
+    squares->add(count, [&](int64_t d, auto extent) {
+        vfloat value = load_at(x, d, extent);
+        if (factors != nullptr) value *= load_at(factors, d, extent);
+        store_at(h, d, extent, load_at(residual, d, extent) + value);
+        value = load_at(h, d, extent);
+        return value * value;
+    });
 }
 
 template <class X, class R>
@@ -98,57 +129,73 @@ using Promoted = std::conditional_t<std::is_same_v<X, R>, X, float>;
 int64_t rms_norm_residual(const void* x, const void* residual, const void* w, const int64_t* seed, void* h, void* y,
                           float* rstd, int64_t N, int64_t D, double eps, double dropout_p, int64_t x_dtype,
                           int64_t residual_dtype, int64_t w_dtype, void* /*stream*/) {
+    if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return kBadDType;
     const Dropout dropout(seed, dropout_p);
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
-    bool known = true, memory = true;
+    const int64_t x_size = size_of(x_dtype), residual_size = size_of(residual_dtype);
+    const bool streaming = streams(y, D * size_of(w_dtype), N);
 #pragma omp parallel if (N * D >= kParallelElements)
     {
-        float* factors =
-            dropout.active() ? static_cast<float*>(malloc(static_cast<size_t>(D) * sizeof(float))) : nullptr;
-        const bool ready = factors != nullptr || !dropout.active();
-        if (!ready) {
-#pragma omp atomic write
-            memory = false;
-        }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; ++n) {
-            if (!ready) continue;
-            if (dropout.active()) dropout.factors(n * D, D, factors);
-            bool found = false;
+            RowSum squares;
             with_type(x_dtype, [&](auto x_type) {
                 with_type(residual_dtype, [&](auto r_type) {
                     using X = decltype(x_type);
                     using R = decltype(r_type);
-                    add_row(static_cast<const X*>(x) + n * D, static_cast<const R*>(residual) + n * D, factors,
-                            static_cast<Promoted<X, R>*>(h) + n * D, D);
+                    each_chunk(D, [&](int64_t begin, int64_t count) {
+                        float factors[kChunk];
+                        const int64_t first = n * D + begin;
+                        if (dropout.active()) dropout.factors(first, count, factors);
+                        add_row(static_cast<const X*>(x) + first, static_cast<const R*>(residual) + first,
+                                dropout.active() ? factors : nullptr, static_cast<Promoted<X, R>*>(h) + first, count,
+                                &squares);
+                    });
                 });
             });
+            rstd[n] = rstd_of(squares.total(), D, eps);
+            const int64_t next = n * D + to_next_row(n, N, D);
+            const char* next_x = static_cast<const char*>(x) + next * x_size;
+            const char* next_residual = static_cast<const char*>(residual) + next * residual_size;
             with_type(h_dtype, [&](auto h_type) {
-                found = with_type(w_dtype, [&](auto w_type) {
-                    using H = decltype(h_type);
+                with_type(w_dtype, [&](auto w_type) {
                     using W = decltype(w_type);
-                    const H* row = static_cast<const H*>(h) + n * D;
-                    rstd[n] = rstd_of(sum_of_squares(row, D), D, eps);
-                    scale_row(row, static_cast<const W*>(w), rstd[n], static_cast<W*>(y) + n * D, D);
+                    scale_row(static_cast<const decltype(h_type)*>(h) + n * D, static_cast<const W*>(w), rstd[n],
+                              static_cast<W*>(y) + n * D, D, streaming, [=](int64_t d) {
+                                  fetch(next_x + d * x_size);
+                                  fetch(next_residual + d * residual_size);
+                              });
                 });
             });
-            if (!found) {
-#pragma omp atomic write
-                known = false;
-            }
         }
-        free(factors);
+        stream_fence();
     }
-    return !memory ? kNoMemory : known ? 0 : kBadDType;
+    return 0;
 }
 
 template <class T>
-void store_row(const float* row, const float* factors, T* out, int64_t D) {
-    for (int64_t d = 0; d < D; d += kLanes) {
-        vfloat value = load_at(row, d, D);
-        if (factors != nullptr) value *= load_at(factors, d, D);
-        store_at(out, d, D, value);
-    }
+void store_row(const float* row, const float* factors, T* out, int64_t count, bool streaming) {
+    each_vector(count, [&](int64_t d, auto extent) {
+        vfloat value = load_at(row, d, extent);
+        if (factors != nullptr) value *= load_at(factors, d, extent);
+        store_at(out, d, extent, value, streaming);
+    });
+}
+
+// The gradient of h at `count` elements: the norm's, and what came to h itself (`above` may be null).
+template <class H, class W>
+void total_row(const W* dy, const H* above, const H* h, const W* w, float rstd, float slope, float* total,
+               int64_t count, int64_t next) {
+    each_vector(count, [&](int64_t d, auto extent) {
+        fetch(dy + next + d);
+        fetch(h + next + d);
+        vfloat value = backward_at(dy, h, w, rstd, slope, d, extent);
+        if (above != nullptr) {
+            fetch(above + next + d);
+            value += load_at(above, d, extent);
+        }
+        store_at(total, d, extent, value);
+    });
 }
 
 // dh may be null (nobody used h); dx is null where it would equal dresidual.
@@ -156,51 +203,45 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
                                    const int64_t* seed, void* dresidual, void* dx, int64_t N, int64_t D,
                                    double dropout_p, int64_t x_dtype, int64_t residual_dtype, int64_t w_dtype,
                                    void* /*stream*/) {
+    if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return kBadDType;
     const Dropout dropout(seed, dropout_p);
-    const int64_t h_dtype = promote(x_dtype, residual_dtype);
-    bool known = true, memory = true;
+    const bool stream_residual = streams(dresidual, D * size_of(residual_dtype), N);
+    const bool stream_x = streams(dx, D * size_of(x_dtype), N);
+    with_type(promote(x_dtype, residual_dtype), [&](auto h_type) {
+        with_type(w_dtype, [&](auto w_type) {
+            using H = decltype(h_type);
+            using W = decltype(w_type);
 #pragma omp parallel if (N * D >= kParallelElements)
-    {
-        float* total = static_cast<float*>(malloc(2 * static_cast<size_t>(D) * sizeof(float)));
-        float* factors = total + D;
-        if (total == nullptr) {
-#pragma omp atomic write
-            memory = false;
-        }
+            {
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; ++n) {
-            if (total == nullptr) continue;
-            bool found = false;
-            with_type(h_dtype, [&](auto h_type) {
-                found = with_type(w_dtype, [&](auto w_type) {
-                    using H = decltype(h_type);
-                    using W = decltype(w_type);
+                for (int64_t n = 0; n < N; ++n) {
+                    const W* dys = static_cast<const W*>(dy) + n * D;
+                    const H* hs = static_cast<const H*>(h) + n * D;
                     const H* above = dh == nullptr ? nullptr : static_cast<const H*>(dh) + n * D;
-                    backward_row(static_cast<const W*>(dy) + n * D, static_cast<const H*>(h) + n * D,
-                                 static_cast<const W*>(w), rstd[n], D, [&](int64_t d, vfloat value) {
-                                     if (above != nullptr) value += load_at(above, d, D);
-                                     store_at(total, d, D, value);
-                                 });
-                });
-            });
-            with_type(residual_dtype, [&](auto r_type) {
-                store_row(total, nullptr, static_cast<decltype(r_type)*>(dresidual) + n * D, D);
-            });
-            if (dx != nullptr) {
-                if (dropout.active()) dropout.factors(n * D, D, factors);
-                with_type(x_dtype, [&](auto x_type) {
-                    store_row(total, dropout.active() ? factors : nullptr, static_cast<decltype(x_type)*>(dx) + n * D,
-                              D);
-                });
+                    const W* ws = static_cast<const W*>(w);
+                    const float slope = slope_of(dys, hs, ws, rstd[n], D);
+                    each_chunk(D, [&](int64_t begin, int64_t count) {
+                        float total[kChunk], factors[kChunk];
+                        const int64_t first = n * D + begin;
+                        total_row(dys + begin, above == nullptr ? nullptr : above + begin, hs + begin, ws + begin,
+                                  rstd[n], slope, total, count, to_next_row(n, N, D));
+                        with_type(residual_dtype, [&](auto type) {
+                            store_row(total, nullptr, static_cast<decltype(type)*>(dresidual) + first, count,
+                                      stream_residual);
+                        });
+                        if (dx == nullptr) return;
+                        if (dropout.active()) dropout.factors(first, count, factors);
+                        with_type(x_dtype, [&](auto type) {
+                            store_row(total, dropout.active() ? factors : nullptr,
+                                      static_cast<decltype(type)*>(dx) + first, count, stream_x);
+                        });
+                    });
+                }
+                stream_fence();
             }
-            if (!found) {
-#pragma omp atomic write
-                known = false;
-            }
-        }
-        free(total);
-    }
-    return !memory ? kNoMemory : known ? 0 : kBadDType;
+        });
+    });
+    return 0;
 }
 
 FP_KERNEL(rms_norm);

@@ -23,7 +23,6 @@ constexpr int64_t kLanes = FP_LANES;
 using vfloat = float __attribute__((vector_size(FP_LANES * 4)));
 using vuint = uint32_t __attribute__((vector_size(FP_LANES * 4)));
 using vushort = uint16_t __attribute__((vector_size(FP_LANES * 2)));
-using vulong = uint64_t __attribute__((vector_size(FP_LANES * 8)));
 
 template <class To, class From>
 FP_INLINE To bit_cast(From from) {
@@ -44,7 +43,12 @@ FP_INLINE vfloat load(const float* from) {
 FP_INLINE vfloat load(const fp::bf16* from) {
     vushort bits;
     memcpy(&bits, from, sizeof(bits));
-    return bit_cast<vfloat>(__builtin_convertvector(bits, vuint) << 16);
+#if FP_LANES == 8 && defined(__AVX2__)
+    const auto wide = bit_cast<vuint>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+    const auto wide = __builtin_convertvector(bits, vuint);
+#endif
+    return bit_cast<vfloat>(wide << 16);
 }
 
 FP_INLINE vfloat load(const fp::fp16* from) {
@@ -59,55 +63,149 @@ FP_INLINE vfloat load(const fp::fp16* from) {
 #endif
 }
 
-FP_INLINE void store(float* to, vfloat value) { memcpy(to, &value, sizeof(value)); }
-
-FP_INLINE void store(fp::bf16* to, vfloat value) {
-    const vuint bits = bit_cast<vuint>(value);
-    const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vuint nan = vuint{} + 0x7fc0u;
-    const vushort narrow = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, vushort);
-    memcpy(to, &narrow, sizeof(narrow));
-}
-
-FP_INLINE void store(fp::fp16* to, vfloat value) {
-#if FP_LANES == 8 && defined(__F16C__)
-    const __m128i narrow = _mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow);
-#elif FP_LANES == 16 && defined(__AVX512F__)
-    const __m256i narrow = _mm512_cvtps_ph(bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow);
-#else
-    for (int64_t i = 0; i < kLanes; ++i) to[i] = from_float<fp::fp16>(value[i]);
-#endif
-}
-
-// The first `count` < kLanes elements; the other lanes are zero.
+// A vector of T, as it lies in memory.
 template <class T>
-FP_INLINE vfloat load_some(const T* from, int64_t count) {
-    vfloat value{};
-    for (int64_t i = 0; i < kLanes - 1 && i < count; ++i) value[i] = to_float(from[i]);
+FP_INLINE auto pack(vfloat value);
+
+template <>
+FP_INLINE auto pack<float>(vfloat value) {
     return value;
 }
 
-template <class T>
-FP_INLINE void store_some(T* to, vfloat value, int64_t count) {
-    for (int64_t i = 0; i < kLanes - 1 && i < count; ++i) to[i] = from_float<T>(value[i]);
+template <>
+FP_INLINE auto pack<fp::bf16>(vfloat value) {
+    const vuint bits = bit_cast<vuint>(value);
+    const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const vuint narrow = value != value ? vuint{} + 0x7fc0u : rounded;  // a quiet NaN for any NaN
+#if FP_LANES == 8 && defined(__AVX2__)
+    const auto lanes = bit_cast<__m256i>(narrow);
+    const auto packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lanes, lanes), 0b1000);
+    return bit_cast<vushort>(_mm256_castsi256_si128(packed));
+#else
+    return __builtin_convertvector(narrow, vushort);
+#endif
 }
 
-// Visits a row of D elements: body(offset, whole vector?, count), where count < kLanes only for the last, partial
-// vector. Spelled as load_at/store_at so that a kernel writes its arithmetic once.
-template <class T>
-FP_INLINE vfloat load_at(const T* row, int64_t offset, int64_t D) {
-    return offset + kLanes <= D ? load(row + offset) : load_some(row + offset, D - offset);
+template <>
+FP_INLINE auto pack<fp::fp16>(vfloat value) {
+#if FP_LANES == 8 && defined(__F16C__)
+    const auto narrow = _mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return bit_cast<vushort>(narrow);
+#elif FP_LANES == 16 && defined(__AVX512F__)
+    const auto narrow = _mm512_cvtps_ph(bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return bit_cast<vushort>(narrow);
+#else
+    vushort narrow;
+    for (int64_t i = 0; i < kLanes; ++i) narrow[i] = from_float<fp::fp16>(value[i]).bits;
+    return narrow;
+#endif
 }
 
 template <class T>
-FP_INLINE void store_at(T* row, int64_t offset, int64_t D, vfloat value) {
-    if (offset + kLanes <= D) {
-        store(row + offset, value);
+FP_INLINE void store(T* to, vfloat value) {
+    const auto packed = pack<T>(value);
+    memcpy(to, &packed, sizeof(packed));
+}
+
+// Streaming stores write whole lines past the caches, without reading them first. They pay once the output outgrows a
+// core's share of the last-level cache: its reader then finds it in memory anyway (docs/performance-notes.md).
+constexpr int64_t kLine = 64;              // bytes
+constexpr int64_t kStreamBytes = 4 << 20;  // of output
+
+FP_INLINE bool streams(const void* to, int64_t row_bytes, int64_t rows) {
+    const bool whole_lines = reinterpret_cast<uintptr_t>(to) % kLine == 0 && row_bytes % kLine == 0;
+    return FP_LANES > 1 && whole_lines && row_bytes * rows >= kStreamBytes;
+}
+
+template <class Packed>
+FP_INLINE void stream(void* to, Packed value) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(value) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(value));
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(value) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(value));
+    if constexpr (sizeof(value) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(value));
+#endif
+    memcpy(to, &value, sizeof(value));
+}
+
+// Streaming stores become visible to other threads only after this.
+FP_INLINE void stream_fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// A row of D elements is visited in vectors: those inside the row, and the last, partial one. The extent is a type, so
+// that the loop over whole vectors carries no branch for the other.
+struct Whole {};
+struct Part {
+    int64_t count;  // of elements, below kLanes
+};
+
+// body(offset, extent) for each vector of a row.
+template <class Body>
+FP_INLINE void each_vector(int64_t D, const Body& body) {
+    int64_t d = 0;
+    for (; d + kLanes <= D; d += kLanes) body(d, Whole{});
+    if (d < D) body(d, Part{D - d});
+}
+
+template <class T>
+FP_INLINE vfloat load_at(const T* row, int64_t offset, Whole) {
+    return load(row + offset);
+}
+
+// The lanes past the row are zero.
+template <class T>
+FP_INLINE vfloat load_at(const T* row, int64_t offset, Part part) {
+    T elements[kLanes] = {};
+    memcpy(elements, row + offset, static_cast<size_t>(part.count) * sizeof(T));
+    return load(elements);
+}
+
+template <class T>
+FP_INLINE void store_at(T* row, int64_t offset, Whole, vfloat value, bool streaming = false) {
+    if (streaming) {
+        stream(row + offset, pack<T>(value));
     } else {
-        store_some(row + offset, value, D - offset);
+        store(row + offset, value);
     }
+}
+
+template <class T>
+FP_INLINE void store_at(T* row, int64_t offset, Part part, vfloat value, bool /*streaming*/ = false) {
+    T elements[kLanes];
+    store(elements, value);
+    memcpy(row + offset, elements, static_cast<size_t>(part.count) * sizeof(T));
+}
+
+// Starts reading what is needed soon. Scalar loops go without: a request per element costs more than it brings.
+template <class T>
+FP_INLINE void fetch(const T* address) {
+    if constexpr (FP_LANES > 1) __builtin_prefetch(address);
+}
+
+// The value that a T can hold.
+template <class T>
+FP_INLINE vfloat round_to(vfloat value) {
+    T elements[kLanes];
+    store(elements, value);
+    return load(elements);
+}
+
+template <>
+FP_INLINE vfloat round_to<float>(vfloat value) {
+    return value;
+}
+
+// Floats of a row that a kernel buffers at a time, on the stack. A multiple of RowSum's partial sums.
+constexpr int64_t kChunk = 1024;
+
+// body(begin, count) for each chunk of a row of D elements.
+template <class Body>
+FP_INLINE void each_chunk(int64_t D, const Body& body) {
+    for (int64_t begin = 0; begin < D; begin += kChunk) body(begin, D - begin < kChunk ? D - begin : kChunk);
 }
 
 // Sums over a row in 32 partial sums (element i goes to partial i % 32), whatever the width of the vectors: short
@@ -117,15 +215,20 @@ struct RowSum {
     static constexpr int kVectors = kPartials / FP_LANES;
     vfloat partial[kVectors] = {};
 
-    // term(offset) is the vector of terms at [offset, offset + kLanes), zero past D.
+    // Adds `count` terms of the row; term(offset, extent) is the vector of those there, zero past the last. All calls
+    // but the last add a multiple of kPartials.
     template <class Term>
-    FP_INLINE float over(int64_t D, const Term& term) {
-        for (int64_t block = 0; block < D; block += kPartials) {
-            for (int v = 0; v < kVectors; ++v) {
-                const int64_t offset = block + v * kLanes;
-                if (offset < D) partial[v] += term(offset);
-            }
+    FP_INLINE void add(int64_t count, const Term& term) {
+        int64_t block = 0;
+        for (; block + kPartials <= count; block += kPartials) {
+            for (int v = 0; v < kVectors; ++v) partial[v] += term(block + v * kLanes, Whole{});
         }
+        for (vfloat* sum = partial; block < count; block += kLanes, ++sum) {
+            *sum += block + kLanes <= count ? term(block, Whole{}) : term(block, Part{count - block});
+        }
+    }
+
+    FP_INLINE float total() const {
         float sums[kPartials];
         memcpy(sums, partial, sizeof(sums));
         for (int width = kPartials / 2; width > 0; width /= 2) {
@@ -135,26 +238,18 @@ struct RowSum {
     }
 };
 
-FP_INLINE void multiply(vulong a, uint32_t b, vulong* high, vulong* low) {
+// Philox words, one in the low half of each 64-bit lane; the high halves are never read.
+constexpr int kBlocks = FP_LANES > 1 ? FP_LANES / 2 : 1;
+using vwords = uint64_t __attribute__((vector_size(kBlocks * 8)));
+
+FP_INLINE vwords multiply(vwords a, uint32_t b) {
 #if FP_LANES == 16 && defined(__AVX512F__)
-    const __m512i factor = _mm512_set1_epi64(b);
-    __m512i half[2];
-    memcpy(half, &a, sizeof(half));
-    for (__m512i& part : half) part = _mm512_mul_epu32(part, factor);
-    vulong product;
-    memcpy(&product, half, sizeof(half));
+    return bit_cast<vwords>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
 #elif FP_LANES == 8 && defined(__AVX2__)
-    const __m256i factor = _mm256_set1_epi64x(b);
-    __m256i half[2];
-    memcpy(half, &a, sizeof(half));
-    for (__m256i& part : half) part = _mm256_mul_epu32(part, factor);
-    vulong product;
-    memcpy(&product, half, sizeof(half));
+    return bit_cast<vwords>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 #else
-    const vulong product = a * b;
+    return (a & 0xffffffffu) * b;
 #endif
-    *high = product >> 32;
-    *low = product & 0xffffffffu;
 }
 
 // Multiplies values by the dropout mask's 0 or `scale`: element i of the tensor is kept when its Philox word >=
@@ -162,68 +257,95 @@ FP_INLINE void multiply(vulong a, uint32_t b, vulong* high, vulong* low) {
 class Dropout {
 public:
     Dropout(const int64_t* seed, double p)
-        : active_(seed != nullptr && p > 0.0),
-          seed_(active_ ? static_cast<uint64_t>(*seed) : 0),
-          threshold_(drop_threshold(p)),
-          scale_(keep_scale(p)) {}
+        : active_(seed != nullptr && p > 0.0), threshold_(drop_threshold(p)), scale_(keep_scale(p)) {
+        const uint64_t key = active_ ? static_cast<uint64_t>(*seed) : 0;
+        for (uint32_t round = 0; round < kRounds; ++round) {
+            keys_[round][0] = static_cast<uint32_t>(key) + round * 0x9E3779B9u;
+            keys_[round][1] = static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85u;
+        }
+    }
 
     bool active() const { return active_; }
 
     // factors[i] for elements [first, first + count) of the tensor.
     void factors(int64_t first, int64_t count, float* factors) const {
-        int64_t done = 0;
-        uint32_t words[4 * FP_LANES];
-        for (uint64_t block = static_cast<uint64_t>(first) / 4; done < count; block += FP_LANES) {
+        constexpr int64_t kWords = 4 * kBlocks * kChains;
+        uint64_t block = static_cast<uint64_t>(first) / 4;
+        for (int64_t i = -(first % 4); i < count; i += kWords, block += kBlocks * kChains) {
+            vuint words[kWords / kLanes];
             words_of(block, words);
-            const int64_t skip = done == 0 ? first % 4 : 0;
-            for (int64_t i = skip; i < 4 * kLanes && done < count; ++i, ++done) {
-                factors[done] = words[i] >= threshold_ ? scale_ : 0.0f;
+            float values[kWords];
+            for (int64_t k = 0; k < kWords / kLanes; ++k) {
+                const auto keep = bit_cast<vuint>(words[k] >= threshold_);  // all bits or none
+                store(values + k * kLanes, bit_cast<vfloat>(keep & float_bits(scale_)));
+            }
+            if (i >= 0 && i + kWords <= count) {
+                memcpy(factors + i, values, sizeof(values));
+            } else {
+                for (int64_t k = i < 0 ? -i : 0; k < kWords && i + k < count; ++k) factors[i + k] = values[k];
             }
         }
     }
 
 private:
-    // The words of blocks [block, block + kLanes), in element order.
-    void words_of(uint64_t block, uint32_t* words) const {
-        vulong counter;
-        for (int64_t i = 0; i < kLanes; ++i) counter[i] = block + static_cast<uint64_t>(i);
-        vulong c0 = counter & 0xffffffffu, c1 = counter >> 32, c2{}, c3{};
-        uint32_t k0 = static_cast<uint32_t>(seed_), k1 = static_cast<uint32_t>(seed_ >> 32);
-        for (int round = 0; round < 10; ++round) {
-            vulong high0, low0, high2, low2;
-            multiply(c0, 0xD2511F53u, &high0, &low0);
-            multiply(c2, 0xCD9E8D57u, &high2, &low2);
-            c0 = high2 ^ c1 ^ k0;
-            c1 = low2;
-            c2 = high0 ^ c3 ^ k1;
-            c3 = low0;
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
+    static constexpr uint32_t kRounds = 10;
+
+    // Groups of blocks computed side by side: one alone would wait for its own multiplications.
+    static constexpr int kChains = 2;
+
+    // The words of blocks [block, block + kBlocks * kChains), in element order.
+    FP_INLINE void words_of(uint64_t block, vuint* words) const {
+        vwords c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};
+        for (int chain = 0; chain < kChains; ++chain) {
+            vwords counter{};
+            for (int i = 0; i < kBlocks; ++i) counter[i] = block + static_cast<uint64_t>(chain * kBlocks + i);
+            c0[chain] = counter;
+            c1[chain] = counter >> 32;
         }
-        for (int64_t i = 0; i < kLanes; ++i) {
-            words[4 * i] = static_cast<uint32_t>(c0[i]);
-            words[4 * i + 1] = static_cast<uint32_t>(c1[i]);
-            words[4 * i + 2] = static_cast<uint32_t>(c2[i]);
-            words[4 * i + 3] = static_cast<uint32_t>(c3[i]);
+        for (const auto& key : keys_) {
+            for (int chain = 0; chain < kChains; ++chain) {
+                const vwords product0 = multiply(c0[chain], 0xD2511F53u), product2 = multiply(c2[chain], 0xCD9E8D57u);
+                c0[chain] = (product2 >> 32) ^ c1[chain] ^ key[0];
+                c1[chain] = product2;
+                c2[chain] = (product0 >> 32) ^ c3[chain] ^ key[1];
+                c3[chain] = product0;
+            }
+        }
+        for (int chain = 0; chain < kChains; ++chain) {
+            const vwords pairs[2] = {(c0[chain] & 0xffffffffu) | (c1[chain] << 32),
+                                     (c2[chain] & 0xffffffffu) | (c3[chain] << 32)};
+            interleave(pairs, words + chain * 4 * kBlocks / kLanes);
+        }
+    }
+
+    FP_INLINE static void interleave(const vwords (&pairs)[2], vuint* words) {
+        if constexpr (kBlocks == 1) {
+            memcpy(words, pairs, sizeof(pairs));
+        } else {
+            vwords first{};
+            for (int i = 0; i < kBlocks; ++i) first[i] = static_cast<uint64_t>(i / 2 + i % 2 * kBlocks);
+            words[0] = bit_cast<vuint>(__builtin_shuffle(pairs[0], pairs[1], first));
+            words[1] = bit_cast<vuint>(__builtin_shuffle(pairs[0], pairs[1], first + kBlocks / 2));
         }
     }
 
     bool active_;
-    uint64_t seed_;
     uint32_t threshold_;
     float scale_;
+    uint64_t keys_[kRounds][2];  // of each round; 64 bits wide for the lanes
 };
 
-// Calls visit(T{}) with the storage type of `dtype`; false for an unknown code.
+// Calls visit(T{}) with the storage type of a valid `dtype`.
 template <class Visit>
-FP_INLINE bool with_type(int64_t dtype, const Visit& visit) {
+FP_INLINE void with_type(int64_t dtype, const Visit& visit) {
     switch (dtype) {
-        case fp::kFloat32: visit(float{}); return true;
-        case fp::kBFloat16: visit(fp::bf16{}); return true;
-        case fp::kFloat16: visit(fp::fp16{}); return true;
-        default: return false;
+        case fp::kFloat32: return visit(float{});
+        case fp::kBFloat16: return visit(fp::bf16{});
+        default: return visit(fp::fp16{});
     }
 }
+
+FP_INLINE bool is_dtype(int64_t dtype) { return dtype >= fp::kFloat32 && dtype <= fp::kFloat16; }
 
 FP_INLINE int64_t size_of(int64_t dtype) { return dtype == fp::kFloat32 ? 4 : 2; }
 

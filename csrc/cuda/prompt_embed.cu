@@ -171,25 +171,10 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
                      int64_t D, double dropout_p, int64_t wide_ids, int64_t prompt_dtype, int64_t weight_dtype,
                      void* stream) {
     const fp::DType type = dtype(weight_dtype);
-    const Forward a = {ids,
-                       weight,
-                       prompts,
-                       starts,
-                       lens,
-                       cu_tokens,
-                       cu_rows,
-                       out,
-                       error,
-                       B,
-                       S,
-                       rows,
-                       R,
-                       vocabulary,
-                       D,
-                       make_dropout(seed, dropout_p),
-                       wide_ids != 0,
-                       dtype(prompt_dtype),
-                       type};
+    Forward a = {ids, weight, prompts, starts, lens, cu_tokens, cu_rows, out, error, B, S, rows, R, vocabulary, D};
+    a.dropout = make_dropout(seed, dropout_p);
+    a.wide_ids = wide_ids != 0;
+    a.prompt_type = dtype(prompt_dtype), a.type = type;
     const Operand operands[] = {{out, type}, {weight, type}, {prompts, type}};
     return with_vectors(D, operands, [&](auto V, auto) {
         return launch_rows<V>(embed_rows<V>, cu_rows == nullptr ? B * rows : rows, D, stream, a);
@@ -199,19 +184,10 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
 int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int64_t* lens, const int64_t* cu_rows,
                               const int64_t* seed, void* dprompts, int64_t B, int64_t rows, int64_t R, int64_t D,
                               double dropout_p, int64_t dout_dtype, int64_t prompt_dtype, void* stream) {
-    const Backward a = {dout,
-                        starts,
-                        lens,
-                        cu_rows,
-                        dprompts,
-                        B,
-                        rows,
-                        R,
-                        D,
-                        make_dropout(seed, dropout_p),
-                        dtype(dout_dtype),
-                        dtype(prompt_dtype)};
-    const Operand operands[] = {{dout, a.type}, {dprompts, a.prompt_type}};
+    const fp::DType type = dtype(dout_dtype), prompt_type = dtype(prompt_dtype);
+    const Dropout dropout = make_dropout(seed, dropout_p);
+    const Backward a = {dout, starts, lens, cu_rows, dprompts, B, rows, R, D, dropout, type, prompt_type};
+    const Operand operands[] = {{dout, type}, {dprompts, prompt_type}};
     return with_vectors(D, operands, [&](auto V, auto) {
         const int64_t blocks = (R * (D / V) + kBackwardThreads - 1) / kBackwardThreads;
         return launch(embed_rows_backward<V>, dim3(limit_blocks(blocks)), dim3(kBackwardThreads), 0, stream, a);

@@ -132,7 +132,13 @@ int64_t atomics(const int* x, int* positive, int* largest, float* total, int* fi
     return launch(gather, dim3(blocks), dim3(threads), 0, stream, x, positive, largest, total, first);
 }
 
-// out[i] = x[i], one element too far.
+__global__ void copy_four(const float* x, float* out) {
+    *reinterpret_cast<float4*>(out) = *reinterpret_cast<const float4*>(x);
+}
+int64_t copied_four(const float* x, float* out, void* stream) {
+    return launch(copy_four, dim3(1), dim3(1), 0, stream, x, out);
+}
+
 __global__ void copy(const float* x, float* out, int64_t count) {
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) out[i] = x[i];
 }
@@ -155,5 +161,6 @@ FP_KERNEL(grid_places);
 FP_KERNEL(launch_shape);
 FP_KERNEL(atomics);
 FP_KERNEL(copied);
+FP_KERNEL(copied_four);
 
 }  // namespace

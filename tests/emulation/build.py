@@ -14,13 +14,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulation"
 FLAGS = [
-    *"-x c++ -std=c++17 -O2 -g1 -ffp-contract=off -fno-strict-aliasing -fPIC -fvisibility=hidden".split(),
-    "-DFP_EMULATE",
-    "-DFP_TARGET=\"emulated\"",
-    f"-I{ROOT / 'csrc'}",
-    f"-I{HERE}",
+    *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
+    "-ffp-contract=off",  # a GPU's __fmul_rn and __fadd_rn never fuse
+    "-fno-strict-aliasing",  # kernels read a tensor's bytes as the vectors that suit them
+    "-fsanitize=alignment",  # emulate.cpp reports what it finds
+    *("-DFP_EMULATE", '-DFP_TARGET="emulated"', f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
 ]
-SANITIZE = "-O1 -fsanitize=address,alignment -fno-sanitize-recover=alignment -fno-omit-frame-pointer".split()
+ADDRESS = "-fsanitize=address"
 SCHEDULES = ("forward", "reverse", "shuffled")
 
 _libraries: dict[Path, ctypes.CDLL] = {}
@@ -66,9 +66,10 @@ def emulated_kernels(sources: Sequence[Path] | None = None, *, sanitize: bool = 
 
     Args:
         sources: .cu files.
-        sanitize: with AddressSanitizer and alignment checks; this process must then run under LD_PRELOAD=libasan.so.
+        sanitize: with AddressSanitizer; this process must then run under LD_PRELOAD=libasan.so.
     """
-    library = _load(_build(sources or sorted(ROOT.glob("csrc/cuda/*.cu")), FLAGS + (SANITIZE if sanitize else [])))
+    sources = sources or sorted(ROOT.glob("csrc/cuda/*.cu"))
+    library = _load(_build(sources, [*FLAGS, "-O1", ADDRESS] if sanitize else FLAGS))
     return SimpleNamespace(**{kernel.name: kernel for kernel in _kernels(library)})
 
 
@@ -102,8 +103,10 @@ def _load(path: Path) -> ctypes.CDLL:
 def _build(sources: Sequence[Path], flags: list[str]) -> Path:
     headers = [*ROOT.glob("csrc/c*/*.h"), *HERE.glob("*.h")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _compile(source, headers, flags), [HERE / "emulate.cpp", *sources]))
-    return _make(_key(objects, flags), ".so", ["-shared", *(flag for flag in flags if "sanitize" in flag), *map(str, objects)])
+        compiled = pool.map(lambda source: _compile(source, headers, flags), [HERE / "emulate.cpp", *sources])
+        objects = list(compiled)
+    link = ["-shared", ADDRESS] if ADDRESS in flags else ["-shared"]
+    return _make(_key(objects, flags), ".so", [*link, *map(str, objects)])
 
 
 def _compile(source: Path, headers: Sequence[Path], flags: list[str]) -> Path:

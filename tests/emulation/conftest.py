@@ -35,9 +35,13 @@ def run_sanitized(build):
     """Runs a Python script, which finds ``build`` and ``numpy``, in a process where sanitized kernels can be loaded."""
 
     def run(script):
-        libasan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+        find = ["g++", "-print-file-name=libasan.so"]
+        libasan = subprocess.run(find, capture_output=True, text=True).stdout.strip()
         environment = os.environ | {"LD_PRELOAD": libasan, "ASAN_OPTIONS": "detect_leaks=0"}
-        lines = ["import sys", f"sys.path.insert(0, {str(build.HERE)!r})", "import build, numpy", textwrap.dedent(script)]
-        return subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True)
+        lines = (
+            f"import sys; sys.path.insert(0, {str(build.HERE)!r})\nimport build, numpy\n"
+            + textwrap.dedent(script)
+        )
+        return subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True)
 
     return run

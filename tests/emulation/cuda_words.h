@@ -52,7 +52,6 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __frsqrt_rn(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float rsqrtf(float a) { return __frsqrt_rn(a); }
-inline int __popc(unsigned a) { return __builtin_popcount(a); }
 
 template <class T>
 T __ldg(const T* address) {
@@ -81,16 +80,5 @@ T atomicCAS(T* address, T expected, T value) {
 
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
 constexpr int kMostDynamicShared = 227 * 1024;  // bytes per block, on a Hopper GPU
-
-inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    return cudaSuccess;
-}
-// Two multiprocessors: grids sized by them take several turns.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : kMostDynamicShared;
-    return cudaSuccess;
-}

@@ -358,9 +358,18 @@ cudaError_t allow_dynamic_shared(const void* kernel, int bytes) {
 
 }  // namespace emulate
 
-// What build.py calls.
-
 extern "C" {
+
+// Where -fsanitize=alignment sends an access that a GPU would refuse, with the place in the source.
+struct Misalignment {
+    const char* file;
+    uint32_t line;
+};
+__attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(const Misalignment* found, uintptr_t) {
+    emulate::fail(std::string("misaligned access at ") + found->file + ":" + std::to_string(found->line));
+}
+
+// What build.py calls.
 
 __attribute__((visibility("hidden"))) extern const fp::Kernel* const __start_fp_kernels[];
 __attribute__((visibility("hidden"))) extern const fp::Kernel* const __stop_fp_kernels[];

@@ -59,7 +59,11 @@ class Case:
         def random(dtype, *shape):
             return place(torch.randn(*shape, generator=generator).to(dtype), offset)[0]
 
-        self.x, self.residual, self.w = random(x_dtype, N, D), random(residual_dtype, N, D), random(w_dtype, D)
+        self.x, self.residual, self.w = (
+            random(x_dtype, N, D),
+            random(residual_dtype, N, D),
+            random(w_dtype, D),
+        )
         self.dy, self.dh = random(w_dtype, N, D), random(self.h_dtype, N, D)
         self.table = random(residual_dtype, 20, D)
         self.ids = torch.randint(0, 20, (N,), generator=generator)
@@ -133,12 +137,15 @@ def test_every_alignment(emulated, dtype, offset):
     expected = aligned.everything()
     results = Case(emulated, 37, 24, dtype, dtype, dtype, offset).everything()
     scale = aligned.gradient_scale(expected[1].double())
-    for result, other, scale_ in zip(results, expected, (None, None, scale, None, None, None, scale, scale, None, None), strict=True):
-        assert error(result, other.double(), scale_) <= 4
+    scales = (None, None, scale, None, None, None, scale, scale, None, None)  # the gradients'
+    for result, other, scale_or_none in zip(results, expected, scales, strict=True):
+        assert error(result, other.double(), scale_or_none) <= 4
     assert all(map(torch.equal, results[-2:], expected[-2:]))  # prompt_embed sums in one order only
 
 
-@pytest.mark.parametrize("types", list(itertools.product(DTYPES, DTYPES, DTYPES)), ids=lambda t: "-".join(map(str, t)))
+@pytest.mark.parametrize(
+    "types", list(itertools.product(DTYPES, DTYPES, DTYPES)), ids=lambda t: "-".join(map(str, t))
+)
 @pytest.mark.parametrize("D", [7, 20])
 def test_every_mix_of_types(emulated, types, D):
     """Against the reference: what is stored between the two steps, h, has its bits."""
@@ -156,8 +163,9 @@ def test_every_mix_of_types(emulated, types, D):
             torch.float64, torch.float64,
         )  # fmt: skip
     assert torch.equal(h, expected_h)
-    for value, truth in (y, expected_y), (rstd, expected_rstd), (fused_y, fused_expected_y), (fused_rstd, fused_expected_rstd):
+    for value, truth in (y, expected_y), (rstd, expected_rstd), (fused_y, fused_expected_y):
         assert error(value, truth) <= 3
+    assert error(fused_rstd, fused_expected_rstd) <= 3
     scale = case.gradient_scale(fused_expected_rstd) / 0.75
     for value, truth in (dx, expected_dx), (dresidual, expected_dresidual), (fused_dx, fused_expected_dx):
         assert error(value, truth, scale) <= 3
@@ -188,9 +196,9 @@ def test_every_length_of_row(emulated, D, dtype):
 
 @pytest.mark.parametrize(("D", "dtype"), [(7, torch.float32), (768, torch.bfloat16), (2048, torch.float32)])
 def test_every_order_of_threads_gives_the_same_bits(emulated, build, schedule, D, dtype):
-    results = Case(emulated, 37, D, dtype, dtype, dtype).everything()
+    results = Case(emulated, 20, D, dtype, dtype, dtype).everything()
     build.set_schedule("forward")
-    expected = Case(emulated, 37, D, dtype, dtype, dtype).everything()
+    expected = Case(emulated, 20, D, dtype, dtype, dtype).everything()
     assert all(torch.equal(result, other) for result, other in zip(results, expected, strict=True))
 
 
@@ -211,15 +219,23 @@ def test_prompt_gradient_has_the_bits_of_the_reference(emulated, p, dtype, packe
     results = []
     for backend in ("reference", "emulated"):
         with use_backend("prompt_embed", backend):
-            results.append(torch.ops.fastprompt.prompt_embed_backward(dout, prompts, starts, lens, cu_rows, seed, p))
+            results.append(
+                torch.ops.fastprompt.prompt_embed_backward(dout, prompts, starts, lens, cu_rows, seed, p)
+            )
     assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("bad", [[(0, 0, -1)], [(2, 4, 50)], [(1, 3, -(2**31)), (1, 4, 2**31 - 1), (3, 0, 50)]])
+@pytest.mark.parametrize(
+    "bad", [[(0, 0, -1)], [(2, 4, 50)], [(1, 3, -(2**31)), (1, 4, 2**31 - 1), (3, 0, 50)]]
+)
 def test_error_word(emulated, schedule, id_dtype, bad):
     B, S, P, V, D = 4, 5, 3, 50, 12
-    ids, weight, prompts = torch.arange(B * S).reshape(B, S).to(id_dtype), torch.randn(V, D), torch.randn(P, D)
+    ids, weight, prompts = (
+        torch.arange(B * S).reshape(B, S).to(id_dtype),
+        torch.randn(V, D),
+        torch.randn(P, D),
+    )
     expected = torch.cat([prompts.expand(B, P, D), weight[ids.long()]], 1)
     for b, s, value in bad:
         ids[b, s], expected[b, P + s] = value, 0.0
@@ -276,7 +292,9 @@ def test_no_access_out_of_bounds(run_sanitized):
             rstd, seed = floats(N), numpy.zeros(1, numpy.int64)
             kernels.rms_norm(p(x), p(w), p(y), p(rstd), N, D, 1e-6, 0, 0, 0)
             kernels.rms_norm_backward(p(y), p(x), p(w), p(rstd), p(h), N, D, 0, 0, 0)
-            kernels.rms_norm_residual(p(x), p(residual), p(w), p(seed), p(h), p(y), p(rstd), N, D, 1e-6, 0.5, 0, 0, 0, 0)
+            kernels.rms_norm_residual(
+                p(x), p(residual), p(w), p(seed), p(h), p(y), p(rstd), N, D, 1e-6, 0.5, 0, 0, 0, 0
+            )
             kernels.rms_norm_residual_backward(
                 p(y), p(x), p(h), p(w), p(rstd), p(seed), p(residual), p(y), N, D, 0.5, 0, 0, 0, 0
             )
@@ -290,9 +308,13 @@ def test_no_access_out_of_bounds(run_sanitized):
                 cu = (p(indices[2]), p(indices[3])) if packed else (0, 0)
                 n, s = (rows * B, S * B) if packed else (rows, S)
                 starts, lens = p(indices[0]), p(indices[1])
-                kernels.prompt_embed(p(ids), p(weight), p(prompts), starts, lens, *cu, p(seed), p(out), 0,
-                                     B, s, n, R, V, D, 0.5, 0, 0, 0, 0)
-                kernels.prompt_embed_backward(p(out), starts, lens, cu[1], p(seed), p(prompts), B, n, R, D, 0.5, 0, 0, 0)
+                kernels.prompt_embed(
+                    p(ids), p(weight), p(prompts), starts, lens, *cu, p(seed), p(out), 0,
+                    B, s, n, R, V, D, 0.5, 0, 0, 0, 0,
+                )
+                kernels.prompt_embed_backward(
+                    p(out), starts, lens, cu[1], p(seed), p(prompts), B, n, R, D, 0.5, 0, 0, 0
+                )
 
         for D in (1, 7, 8, 12, 768, 1030):
             norm(37, D)

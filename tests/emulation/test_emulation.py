@@ -33,7 +33,7 @@ def test_block_sum_is_right_in_every_order(planted, schedule, x, name):
 
 def test_missing_barrier_is_reported_in_every_order(planted, schedule, x):
     out = np.zeros(4, np.float32)
-    with pytest.raises(RuntimeError, match=r"sum_without_barrier: block \(.*\): thread \(.*\): (race on|reads) shared partial"):
+    with pytest.raises(RuntimeError, match=r"^sum_without_barrier: block .*: (race on|reads) shared partial"):
         planted.sum_without_barrier(address(x), address(out), 4, 64, 0)
 
 
@@ -50,17 +50,21 @@ def test_missing_barrier_out_of_sight_is_wrong_in_some_order(planted, build, x):
 
 def test_shared_memory_reused_too_early(planted, schedule, x):
     out = np.zeros(128, np.float32)
-    with pytest.raises(RuntimeError, match=r"race on shared value\[0\]: it (writes|reads) what was (read|written) by thread"):
+    with pytest.raises(RuntimeError, match=r"race on shared value\[0\]: it (writes|reads) what was"):
         planted.reuse_without_barrier(address(x), address(out), 64, 0)
 
 
 def test_barrier_that_some_threads_never_reach(planted, schedule):
-    with pytest.raises(RuntimeError, match=r"waits for its block at .*block_kernels.cu:\d+, but thread \(\d+, 0, 0\) has ended"):
+    with pytest.raises(
+        RuntimeError, match=r"waits for its block at .*_kernels.cu:\d+, but thread .* has ended"
+    ):
         planted.barrier_that_some_miss(0)
 
 
 def test_barriers_in_two_places(planted, schedule):
-    with pytest.raises(RuntimeError, match=r"waits for its block at .*, but thread .* waits for its block at"):
+    with pytest.raises(
+        RuntimeError, match=r"waits for its block at .*, but thread .* waits for its block at"
+    ):
         planted.barriers_in_two_places(0)
 
 
@@ -134,7 +138,7 @@ def test_warp_exchanges(planted, schedule):
     np.testing.assert_array_equal(out[1], value[LANES ^ 3])
     np.testing.assert_array_equal(out[2], value[np.maximum(LANES - 1, 0)])
     np.testing.assert_array_equal(out[3], np.where(LANES % 8 < 5, value + 3, value))
-    np.testing.assert_array_equal(out[4].astype(np.uint32), np.full(32, sum(1 << i for i in range(0, 32, 3)), np.uint32))
+    np.testing.assert_array_equal(out[4], np.full(32, sum(1 << i for i in range(0, 30, 3)) + (1 << 30)))
     np.testing.assert_array_equal(out[5], np.ones(32))
     np.testing.assert_array_equal(out[6], np.zeros(32))
     np.testing.assert_array_equal(out[7], np.where(LANES < 16, 100, 131))
@@ -160,8 +164,14 @@ def test_syncwarp_orders_shared_memory(planted, schedule):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("shuffle_with_lane_at_barrier", r"waits for lanes 0xffffffff of its warp at .*, but thread \(9, 0, 0\) waits for its block"),
-        ("shuffle_with_different_masks", "waits for lanes .* of its warp at .*, but thread .* waits for lanes"),
+        (
+            "shuffle_with_lane_at_barrier",
+            r"waits for lanes 0xffffffff .*, but thread \(9, 0, 0\) waits for its block",
+        ),
+        (
+            "shuffle_with_different_masks",
+            "waits for lanes .* of its warp at .*, but thread .* waits for lanes",
+        ),
         ("shuffle_from_absent_lane", "reads? lane 20, which takes no part"),
         ("shuffle_outside_mask", "which it is not one of"),
     ],
@@ -180,6 +190,18 @@ def test_lanes_that_have_ended_are_not_waited_for(planted, schedule):
 def test_arguments_are_checked(planted):
     with pytest.raises(TypeError, match="sum: takes 5 arguments, got 1"):
         planted.sum(0)
+
+
+def test_misaligned_vector(planted):
+    memory = np.arange(64, dtype=np.float32)
+    begin = -memory.ctypes.data // 4 % 4  # of a 16-byte unit
+    x, out = address(memory[begin:]), np.zeros(8, np.float32)
+    out = out[-out.ctypes.data // 4 % 4 :]
+    planted.copied_four(x, address(out), 0)
+    np.testing.assert_array_equal(out[:4], memory[begin : begin + 4])
+    for misaligned in ((x + 4, address(out)), (x, address(out) + 8)):
+        with pytest.raises(RuntimeError, match=r"misaligned access at .*block_kernels.cu:\d+"):
+            planted.copied_four(*misaligned, 0)
 
 
 def test_address_sanitizer_sees_a_global_access_out_of_bounds(run_sanitized):

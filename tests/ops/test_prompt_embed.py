@@ -162,6 +162,14 @@ def test_dropout_is_the_same_on_every_backend_and_in_backward(backend, device, p
     torch.testing.assert_close(prompt.grad, factors.float()[:, :5].sum(0), rtol=1e-6, atol=0)
 
 
+def test_what_is_dropped_leaves_nothing_behind(backend, device):
+    prompt = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0] * 8, device=device)[None]
+    seed, ids = torch.tensor([4], device=device), torch.zeros(1, 0, dtype=torch.int64, device=device)
+    out = prompt_embed(ids, torch.ones(1, 32, device=device), prompt, dropout_p=0.5, seed=seed)
+    kept = keep_mask((1, 1, 32), 0.5, seed)
+    torch.testing.assert_close(out, torch.where(kept, 2 * prompt, 0.0), equal_nan=True, rtol=0, atol=0)
+
+
 def test_seed_is_drawn_from_torchs_generator(backend, device):
     weight, prompt = torch.ones(3, 33, device=device), torch.ones(5, 33, device=device)
     input_ids, results = torch.zeros(2, 6, dtype=torch.int64, device=device), []

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from fastprompt.ops import prompt_embed
+from fastprompt.ops import prompt_embed, raise_device_errors
 
 OP = "prompt_embed"
 IDS, SEED = torch.tensor([[1, 2, 3], [0, 8, 4]]), torch.tensor([1])
@@ -93,23 +93,32 @@ def test_a_weight_to_be_trained_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=re.escape("weight.requires_grad_(False)")):
         prompt_embed(IDS, weight, torch.ones(2, 4))
     with pytest.raises(ValueError, match="weight must be frozen"):
-        raw(weight=weight)
+        raw(weight=torch.ones(9, 40, requires_grad=True))
 
 
 @pytest.mark.parametrize("bad", [-1, 9, 2**31 - 1, -(2**31), 2**40, -(2**63), 2**63 - 1])
-@pytest.mark.parametrize("ends", [None, ENDS])
-def test_token_id_outside_the_vocabulary(backend, device, bad, ends):
+@pytest.mark.parametrize("packed", [False, True])
+def test_token_id_outside_the_vocabulary(backend, device, bad, packed):
+    """Refused at once, or, where the values are on a GPU, a zero row now and an error later."""
     weight, prompt = torch.ones(9, 40, device=device), torch.ones(2, 40, device=device)
-    input_ids = IDS.clone() if ends is None else IDS.reshape(-1).clone()
-    input_ids[..., 2] = bad
-    for id_dtype in (torch.int64, torch.int32) if abs(bad) < 2**31 else (torch.int64,):
-        ids = input_ids.to(device, id_dtype)
+    ids, ends = (IDS.reshape(-1), ENDS.to(device)) if packed else (IDS, None)
+    good, ids = ids.to(device), ids.to(device, copy=True)
+    ids[..., 2] = bad
+    for dtype in (torch.int64, torch.int32) if abs(bad) < 2**31 else (torch.int64,):
         if backend.startswith(("reference", "cpu")):
-            with pytest.raises(
-                IndexError, match=rf"^fastprompt::prompt_embed: input_ids .*V\)=\[0, 9\), got {bad}"
-            ):
-                prompt_embed(ids, weight, prompt, cu_seqlens=ends)
-        prompt_embed(ids.clamp(0, 8), weight, prompt, cu_seqlens=ends)
+            message = rf"^fastprompt::prompt_embed: input_ids must lie in \[0, V\)=\[0, 9\), got {bad}\. "
+            with pytest.raises(IndexError, match=message):
+                prompt_embed(ids.to(dtype), weight, prompt, cu_seqlens=ends)
+        else:
+            out = prompt_embed(ids.to(dtype), weight, prompt, cu_seqlens=ends)
+            out = out[0] if packed else out
+            assert int((out == 0).all(-1).sum()) == int((ids == bad).sum())
+            if device.type == "cuda":
+                with pytest.raises(
+                    IndexError, match=r"^fastprompt::prompt_embed: an earlier call on cuda.* index 2"
+                ):
+                    raise_device_errors(synchronize=True)
+        prompt_embed(good.to(dtype), weight, prompt, cu_seqlens=ends)
 
 
 ARGUMENTS = {
@@ -128,8 +137,16 @@ def refusal(backend):
     return pytest.raises(errors) if backend.startswith("cpu") else contextlib.suppress(*errors)
 
 
-def raw(**changes):
-    return torch.ops.fastprompt.prompt_embed(*(ARGUMENTS | changes).values())
+def on(device, arguments):
+    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments.values()]
+
+
+def raw(device="cpu", **changes):
+    return torch.ops.fastprompt.prompt_embed(*on(device, ARGUMENTS | changes))
+
+
+def raw_backward(device, **changes):
+    return torch.ops.fastprompt.prompt_embed_backward(*on(device, BACKWARD | changes))
 
 
 HOSTILE = [
@@ -158,33 +175,31 @@ HOSTILE = [
     PACKED | {"rows": 12},
 ]
 # Differences of these wrap around to positive numbers.
-WRAPPING = torch.tensor([0, HUGE, -HUGE - 1, -1, 13])
-WRAPPED = PACKED | {"starts": torch.zeros(4).long(), "lens": torch.zeros(4).long()}
-HOSTILE += [
-    WRAPPED | {"cu_tokens": torch.tensor([0, 1, 2, 3, 4]), "cu_rows": WRAPPING},
-    WRAPPED | {"cu_tokens": WRAPPING - 7, "cu_rows": torch.tensor([0, 1, 2, 3, 13])},
-]
+WRAPPING = {"starts": torch.zeros(4).long(), "lens": torch.zeros(4).long()}
+WRAPPING["cu_rows"] = torch.tensor([0, HUGE, -HUGE - 1, -1, 13])
+HOSTILE.append(PACKED | WRAPPING | {"cu_tokens": torch.tensor([0, 1, 2, 3, 4])})
 
 
 def describe(changes):
-    shown = {k: v for k, v in changes.items() if v is not PACKED.get(k)}
+    shown = {k: v for k, v in changes.items() if PACKED.get(k, "") is not v}
     return "-".join(
         f"{k}={v.tolist() if k in NUMBERS and v is not None else getattr(v, 'shape', v)}"
         for k, v in shown.items()
     )
 
 
+@pytest.mark.filterwarnings("ignore:Truncating the start")
 @pytest.mark.parametrize("changes", HOSTILE, ids=describe)
 def test_raw_op_with_hostile_arguments(backend, device, changes):
     with refusal(backend):
-        raw(**changes)
-    raw()
-    raw(**PACKED)
+        raw(device, **changes)
+    raw(device)
+    raw(device, **PACKED)
 
 
 BACKWARD = {
     "dout": torch.ones(2, 7, 40), "prompts": torch.ones(7, 40), "starts": torch.tensor([0, 4]),
-    "lens": torch.tensor([4, 3]), "cu_rows": None, "seed": SEED, "dropout_p": 0.5,
+    "lens": torch.tensor([4, 3]), "cu_rows": None, "seed": None, "dropout_p": 0.0,
 }  # fmt: skip
 PACKED_BACKWARD = {"dout": torch.ones(13, 40), "cu_rows": torch.tensor([0, 6, 13])}
 HOSTILE_BACKWARD = [
@@ -199,20 +214,21 @@ HOSTILE_BACKWARD = [
     {"dout": torch.ones(2, 7, 39)},
     {"dout": torch.ones(1, 7, 40)},
     {"dout": torch.ones(14, 40)},
-    {"seed": None},
-    {"dropout_p": 2.0},
+    {"dout": torch.ones(())},
+    {"dropout_p": 0.5},
+    {"dropout_p": 2.0, "seed": SEED},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 6, 14])},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, HUGE, 13])},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, -6, 13])},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 13])},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 6, 13], dtype=torch.int32)},
-    PACKED_BACKWARD | {"cu_rows": WRAPPING, "starts": WRAPPED["starts"], "lens": WRAPPED["lens"]},
+    PACKED_BACKWARD | WRAPPING,
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Truncating the start")
 @pytest.mark.parametrize("changes", HOSTILE_BACKWARD, ids=describe)
 def test_raw_backward_with_hostile_arguments(backend, device, changes):
     with refusal(backend):
-        torch.ops.fastprompt.prompt_embed_backward(*(BACKWARD | changes).values())
-    torch.ops.fastprompt.prompt_embed_backward(*BACKWARD.values())
-    torch.ops.fastprompt.prompt_embed_backward(*(BACKWARD | PACKED_BACKWARD).values())
+        raw_backward(device, **changes)
+    raw_backward(device)

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from fastprompt import use_backend
+from fastprompt._native import CPU_TARGETS
 from fastprompt.ops import rms_norm
 from fastprompt.testing import assert_within_budget, random_rows, saved_bytes
 
@@ -140,6 +142,20 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.skipif(len(CPU_TARGETS) < 2, reason="needs two instruction sets")
+def test_same_bits_with_every_instruction_set():
+    x, residual = (random_rows((5, 1001), torch.float32, torch.device("cpu"), seed) for seed in (0, 1))
+    w, results = weight(1001, torch.float32, torch.device("cpu")), []
+    for isa in CPU_TARGETS:
+        with use_backend(OP, f"cpu:{isa}"):
+            leaf = x.clone().requires_grad_()
+            y, h = rms_norm(leaf, w, residual=residual)
+            torch.autograd.backward((y, h), (x, residual))
+            results.append((*value_and_gradient(rms_norm, x, w, x), y, h, leaf.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_saves_the_input_and_one_float_per_row(backend, device):

@@ -70,9 +70,14 @@ def test_the_raw_ops_refuse_a_weight_to_be_trained():
         torch.ops.fastprompt.rms_norm_residual(x, x, w, None, 1e-6, 0.0)
 
 
-def backward_arguments(**changes):
+def on(device, arguments):
+    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments.values()]
+
+
+def raw_backward(device, **changes):
     x = torch.randn(3, 40)
-    return {"dy": x, "x": x, "w": torch.ones(40), "rstd": torch.ones(3)} | changes
+    arguments = {"dy": x, "x": x, "w": torch.ones(40), "rstd": torch.ones(3)}
+    return torch.ops.fastprompt.rms_norm_backward(*on(device, arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -88,17 +93,17 @@ def backward_arguments(**changes):
     ],
     ids=lambda changes: "-".join(f"{k}{tuple(v.shape)}{str(v.dtype)[5:]}" for k, v in changes.items()),
 )
-def test_raw_backward_with_hostile_tensors(backend, changes):
+def test_raw_backward_with_hostile_tensors(backend, device, changes):
     with pytest.raises((ValueError, TypeError, RuntimeError)):
-        torch.ops.fastprompt.rms_norm_backward(*backward_arguments(**changes).values())
-    torch.ops.fastprompt.rms_norm_backward(*backward_arguments().values())
+        raw_backward(device, **changes)
+    raw_backward(device)
 
 
-def residual_backward_arguments(**changes):
+def raw_residual_backward(device, **changes):
     h = torch.randn(3, 40)
     arguments = {"dy": h, "dh": h, "h": h, "w": torch.ones(40), "rstd": torch.ones(3), "seed": SEED}
     dtypes = {"dropout_p": 0.1, "x_dtype": torch.float32, "residual_dtype": torch.float32}
-    return arguments | dtypes | changes
+    return torch.ops.fastprompt.rms_norm_residual_backward(*on(device, arguments | dtypes | changes))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def residual_backward_arguments(**changes):
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_raw_residual_backward_with_hostile_tensors(backend, changes):
+def test_raw_residual_backward_with_hostile_tensors(backend, device, changes):
     with pytest.raises((ValueError, TypeError, RuntimeError)):
-        torch.ops.fastprompt.rms_norm_residual_backward(*residual_backward_arguments(**changes).values())
-    torch.ops.fastprompt.rms_norm_residual_backward(*residual_backward_arguments().values())
+        raw_residual_backward(device, **changes)
+    raw_residual_backward(device)

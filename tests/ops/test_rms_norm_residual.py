@@ -123,6 +123,15 @@ def test_mask_is_the_same_on_every_backend_and_in_backward(backend, device, p):
     assert torch.equal(dx, expected.float())
 
 
+def test_what_is_dropped_leaves_nothing_behind(backend, device):
+    """Zero, where F.dropout would make NaN of a dropped infinity: 0 * inf."""
+    x = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0] * 8, device=device)[None]
+    seed, w, zero = seed_of(4, device), torch.ones(32, device=device), torch.zeros(1, 32, device=device)
+    _, h = ours(x, zero, w, 0.5, seed)
+    kept = keep_mask((1, 32), 0.5, seed)
+    torch.testing.assert_close(h, torch.where(kept, 2 * x, 0.0), equal_nan=True, rtol=0, atol=0)
+
+
 def test_seed_is_drawn_from_torchs_generator(backend, device):
     x, w = torch.ones(64, 32, device=device), torch.ones(32, device=device)
     results = []

@@ -48,7 +48,7 @@ class Result(NamedTuple):
     variant: str  # constants and argument types
     cc: int
     registers: int
-    spills: int  # instructions that load or store local memory: the stack, where spilled registers go
+    spills: int  # instructions that move registers to the stack and back
     shared: int  # bytes
     loads: int  # load instructions in Triton's own code, one per tile and tensor
     narrow: int  # instructions that move less than 4 bytes per thread to or from device memory
@@ -104,18 +104,25 @@ def inspect(kernel: JITFunction, code: Any, cc: int) -> Result:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(code.asm["cubin"])
         cubin.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _cuobjdump("--dump-resource-usage", cubin.name)
+        registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+        # Disassembling takes longer than compiling, and without a stack there is nothing to find.
+        code_text = _cuobjdump("--dump-sass", cubin.name) if stack or local else ""
+    accesses = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bus](\d+)\b", code.asm["ptx"])
     return Result(
         kernel=kernel.__name__,
         variant=describe(code),
         cc=cc,
-        registers=int(re.search(r"\bREG:(\d+)", text)[1]),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", text)),
+        registers=registers,
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code_text)),
         shared=code.metadata.shared,
         loads=code.asm["ttir"].count("tt.load"),
-        narrow=len(re.findall(r"\b(?:LDG|STG)\.\S*\b[US](?:8|16)\b", text)),
+        narrow=sum(int(vector or 1) * int(bits) < 32 for vector, bits in accesses),
     )
+
+
+def _cuobjdump(*arguments: str) -> str:
+    return subprocess.run([CUOBJDUMP, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def describe(code: Any) -> str:

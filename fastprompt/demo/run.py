@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo from start to end: load, measure the frozen model, tune, measure again, compare, report."""
+
+import argparse
+import copy
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils import logging
+
+from .batches import encode, encode_labels, in_order, shuffled
+from .race import race
+from .report import table, write_json, write_plot
+from .scoring import accuracy
+from .task import AREAS, load_task
+from .tune import Recipe, new_prompt, optimizer_for, tune
+
+TINY_T5 = Path(__file__).parent / "tiny_t5"
+RACE_STEPS = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo and writes `prompt.safetensors`, `results.json` and `loss.png`. Returns the exit status."""
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(
+        prog="fastprompt demo", description="Learns a soft prompt for a tiny frozen T5 on real text, offline."
+    )
+    parser.add_argument("--out", type=Path, default=Path("fastprompt-demo"), help="folder for the results")
+    parser.add_argument(
+        "--steps", type=int, default=recipe.steps, help="training steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=recipe.seed, help="of the prompt and the order of examples"
+    )
+    options = parser.parse_args(argv)
+    if options.steps < 1:
+        parser.error(f"--steps must be 1 or more, got {options.steps}")
+    recipe = Recipe(steps=options.steps, seed=options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(TINY_T5)
+    # Stored in float16 for its size, computed in float32.
+    model = AutoModelForSeq2SeqLM.from_pretrained(TINY_T5, dtype=torch.float32).eval()
+    task = load_task()
+    encoded = {split: encode(examples, tokenizer, recipe.max_tokens) for split, examples in task.items()}
+    labels = encode_labels(list(AREAS), tokenizer)
+    sizes = {split: len(examples) for split, examples in task.items()}
+    print(f"{len(AREAS)} areas of the standard library: {', '.join(AREAS)}")
+    print("documents, split by module: " + ", ".join(f"{size} {split}" for split, size in sizes.items()))
+
+    frozen = accuracy(model, in_order(encoded["test"], 64), labels)
+    prompted = new_prompt(model, tokenizer, list(AREAS), recipe)
+    untrained = copy.deepcopy(prompted)
+    curve = tune(prompted, encoded["train"], encoded["dev"], labels, recipe)
+    tuned = accuracy(prompted, in_order(encoded["test"], 64), labels)
+    result = race(
+        untrained,
+        shuffled(encoded["train"], recipe.batch_size, recipe.seed),
+        lambda parameters: optimizer_for(parameters, recipe),
+        min(RACE_STEPS, recipe.steps),
+    )
+
+    results = {
+        "labels": list(AREAS),
+        "documents": sizes,
+        "test_accuracy": {
+            "majority": max(Counter(example.label for example in task["test"]).values()) / sizes["test"],
+            "frozen": frozen,
+            "prompt": tuned,
+        },
+        "parameters": {
+            "trained": prompted.num_trainable_parameters,
+            "model": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "race": result and asdict(result),
+        "recipe": asdict(recipe),
+        "curve": asdict(curve),
+        "seconds": time.perf_counter() - began,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    prompted.save_prompt("default", options.out / "prompt.safetensors")
+    write_json(options.out / "results.json", results)
+    written = ["prompt.safetensors", "results.json"]
+    if write_plot(options.out / "loss.png", curve):
+        written.append("loss.png")
+    else:
+        print("no loss curve: matplotlib is not installed (pip install matplotlib)")
+    print(f"\n{table(results)}\n")
+    print(f"{results['seconds']:.0f} s; {', '.join(written)} in {options.out}")
+    return 0

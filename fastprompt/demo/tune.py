@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning the prompt: the recipe of Lester et al. 2021 in small, with stock PyTorch around `PromptModel`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from fastprompt import PromptConfig, PromptModel
+
+from .batches import Pair, in_order, shuffled
+from .scoring import accuracy
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the prompt is learned. Prompt rows begin as the labels' embeddings; the learning rate is constant."""
+
+    num_tokens: int = 20
+    steps: int = 300
+    batch_size: int = 32
+    lr: float = 0.1
+    max_tokens: int = 64
+    dev_every: int = 25
+    seed: int = 0
+
+
+@dataclass
+class Curve:
+    """What training saw: the loss of every step (nats per target token) and, by step, the accuracy on dev."""
+
+    losses: list[float] = field(default_factory=list)
+    dev_accuracy: dict[int, float] = field(default_factory=dict)
+    best_step: int = 0
+
+
+def new_prompt(model: PreTrainedModel, tokenizer: Any, labels: Sequence[str], recipe: Recipe) -> PromptModel:
+    """`model`, frozen, with a prompt whose first rows are the labels' embeddings: the paper's best initialiser."""
+    config = PromptConfig(recipe.num_tokens, init="labels", labels=list(labels), seed=recipe.seed)
+    return PromptModel(model, config, tokenizer=tokenizer)
+
+
+def optimizer_for(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam without decay, in place of the paper's unfactored Adafactor: the two agree but for momentum and clipping."""
+    return torch.optim.Adam(parameters, lr=recipe.lr)
+
+
+def tune(
+    prompted: PromptModel,
+    train: Sequence[Pair],
+    dev: Sequence[Pair],
+    labels: Sequence[Sequence[int]],
+    recipe: Recipe,
+) -> Curve:
+    """Trains the prompt in place and leaves it as it was where its accuracy on dev was best (paper, section 3).
+
+    `train`, `dev`: encoded examples; `labels`: the token ids of each class's word.
+    """
+    prompt = prompted.prompts["default"]
+    optimizer = optimizer_for([prompt], recipe)
+    batches = shuffled(train, recipe.batch_size, recipe.seed)
+    curve, best = Curve(), prompt.detach().clone()
+    prompted.train()
+    with tqdm(total=recipe.steps, desc="tuning the prompt", unit="step", ncols=79) as bar:
+        for step in range(1, recipe.steps + 1):
+            loss = prompted(**next(batches)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.losses.append(loss.item())
+            if step % recipe.dev_every == 0 or step == recipe.steps:
+                curve.dev_accuracy[step] = accuracy(prompted, in_order(dev, 64), labels)
+                if curve.dev_accuracy[step] > curve.dev_accuracy.get(curve.best_step, -1.0):
+                    curve.best_step, best = step, prompt.detach().clone()
+                bar.set_postfix_str(
+                    f"loss {loss.item():.2f}, dev {curve.dev_accuracy[step]:.0%}", refresh=False
+                )
+            bar.update()
+    with torch.no_grad():
+        prompt.copy_(best)
+    prompted.eval()
+    return curve

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo end to end with a handful of steps, and the scoring that its claim rests on."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from fastprompt.demo import main, race, report, run
+from fastprompt.demo.batches import Pair, collate, in_order, shuffled
+from fastprompt.demo.scoring import accuracy, label_scores
+from fastprompt.demo.tune import Curve, Recipe, new_prompt, optimizer_for
+
+PAIRS: list[Pair] = [([5, 6, 7, 1], [8, 1]), ([9, 1], [10, 11, 1]), ([12, 13, 1], [8, 1])]
+
+
+@pytest.fixture
+def model():
+    return AutoModelForSeq2SeqLM.from_pretrained(run.TINY_T5, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def prompted(model):
+    tokenizer = AutoTokenizer.from_pretrained(run.TINY_T5)
+    return new_prompt(model, tokenizer, ["network", "mail"], Recipe(num_tokens=4))
+
+
+def test_main_writes_its_files_and_prints_the_table(tmp_path, capsys, monkeypatch):
+    full = run.load_task()
+    monkeypatch.setattr(run, "load_task", lambda: {split: examples[::6] for split, examples in full.items()})
+    assert main(["--out", str(tmp_path / "out"), "--steps", "3", "--seed", "1"]) == 0
+    output = capsys.readouterr().out
+    assert all(len(line) < 80 for line in output.splitlines() if str(tmp_path) not in line)
+    assert "frozen T5 with the prompt" in output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["test_accuracy"]) == {"majority", "frozen", "prompt"}
+    assert len(results["curve"]["losses"]) == 3
+    assert results["parameters"]["trained"] == Recipe().num_tokens * 192
+    assert (tmp_path / "out" / "prompt.safetensors").is_file()
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    if importlib.util.find_spec("peft"):
+        assert results["race"]["largest_loss_difference"] < 1e-3
+
+
+def test_zero_steps_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--steps", "0"])
+    assert "--steps must be 1 or more" in capsys.readouterr().err
+
+
+def test_label_scores_are_the_labels_log_likelihoods(model):
+    batch = collate(PAIRS)
+    scores = label_scores(model, batch, [[8, 1], [10, 11, 1]])
+    for row, (source, _) in enumerate(PAIRS):
+        for column, label in enumerate([[8, 1], [10, 11, 1]]):
+            loss = model(input_ids=torch.tensor([source]), labels=torch.tensor([label])).loss
+            assert math.isclose(scores[row, column].item(), -loss.item() * len(label), rel_tol=1e-4)
+
+
+def test_accuracy_ranks_the_own_label_and_restores_the_mode(prompted):
+    class Oracle(torch.nn.Module):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, encoder_outputs=None):
+            # Prefers label [8, 1] for every row.
+            logits = torch.zeros(*labels.shape, 20)
+            logits[..., 8] = 5.0
+            hidden = torch.zeros(len(labels), 1, 1)
+            return type("Output", (), {"logits": logits, "encoder_last_hidden_state": hidden})
+
+    model = Oracle().train()
+    assert accuracy(model, in_order(PAIRS, 2), [[8, 1], [10, 11, 1]]) == pytest.approx(2 / 3)
+    assert model.training
+
+
+def test_the_same_prompt_scores_alike_in_fastprompt_and_by_hand(model, prompted):
+    batch = collate(PAIRS)
+    prompt = prompted.prompts["default"].detach()
+    embeds = torch.cat(
+        [prompt.expand(len(PAIRS), -1, -1), model.get_input_embeddings()(batch["input_ids"])], dim=1
+    )
+    mask = torch.nn.functional.pad(batch["attention_mask"], (len(prompt), 0), value=1)
+    stock = model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"])
+    ours = prompted(**batch)
+    torch.testing.assert_close(ours.logits, stock.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_pad_and_shuffle():
+    batch = collate(PAIRS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [9, 1, 0, 0], [12, 13, 1, 0]]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2, 3]
+    assert batch["labels"].tolist() == [[8, 1, -100], [10, 11, 1], [8, 1, -100]]
+    first, again = shuffled(PAIRS, 2, seed=3), shuffled(PAIRS, 2, seed=3)
+    assert all(torch.equal(next(first)["input_ids"], next(again)["input_ids"]) for _ in range(5))
+
+
+def test_the_race_leaves_the_prompt_alone_and_agrees(prompted):
+    pytest.importorskip("peft")
+    before = prompted.prompts["default"].detach().clone()
+    batches = shuffled(PAIRS, 2, seed=0)
+    result = race.race(prompted, batches, lambda parameters: optimizer_for(parameters, Recipe()), 3)
+    assert result is not None
+    assert result.steps == 3
+    assert result.largest_loss_difference < 1e-3
+    assert torch.equal(prompted.prompts["default"], before)
+
+
+def test_without_the_extras_the_demo_says_so(prompted, tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert race.race(prompted, iter(()), lambda parameters: None, 3) is None
+    assert not report.write_plot(tmp_path / "loss.png", Curve([1.0], {1: 0.5}, 1))
+    text = report.table(
+        {
+            "test_accuracy": {"majority": 0.1, "frozen": 0.1, "prompt": 0.6},
+            "parameters": {"trained": 10, "model": 1000},
+            "race": None,
+            "documents": {"test": 5},
+            "labels": ["a", "b"],
+        }
+    )
+    assert "peft is not installed" in text

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's dropout draws the words of fastprompt/ops/_dropout.py, for every counter and every width."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastprompt.ops import _dropout
+from fastprompt.triton_kernels import _philox
+from fastprompt.triton_kernels._philox import keep_mask, philox
+
+SEEDS = [0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1, -1]
+
+
+@triton.jit
+def words_kernel(seed, blocks, words, N: tl.constexpr):
+    o = tl.arange(0, N)
+    word0, word1, word2, word3 = philox(tl.load(seed), tl.load(blocks + o))
+    tl.store(words + o * 4, word0.to(tl.int64))
+    tl.store(words + o * 4 + 1, word1.to(tl.int64))
+    tl.store(words + o * 4 + 2, word2.to(tl.int64))
+    tl.store(words + o * 4 + 3, word3.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def keep_kernel(
+    seed, firsts, keep, threshold: tl.uint32, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):
+    o_n = tl.arange(0, BN)
+    b_keep = keep_mask(tl.load(seed), tl.load(firsts + o_n), threshold, D, BN, BD)
+    tl.store(keep + o_n[:, None] * BD + tl.arange(0, BD)[None, :], b_keep)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_words(device, seed):
+    blocks = [0, 1, 2, 3, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**34 + 5, 2**40, 2**48 + 7, 2**59, 2**61 - 1]
+    blocks = torch.tensor(blocks + blocks[:3], device=device)
+    seed = torch.tensor([seed], device=device)
+    words = torch.empty(16, 4, dtype=torch.int64, device=device)
+    words_kernel[(1,)](seed, blocks, words, N=16)
+    assert torch.equal(words, _dropout.philox(seed, blocks))
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 0.75, 1.0])
+def test_threshold_and_scale(p):
+    assert _philox.keep_scale(p) == _dropout.keep_scale(p)
+    words = torch.tensor([0, 1, 2**31, 2**32 - 2, 2**32 - 1])
+    assert torch.equal(words >= _philox.drop_threshold(p), words >= min(int(p * 2**32), 2**32 - 1))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.75])
+@pytest.mark.parametrize("D", [12, 13, 14, 15])
+def test_keep_mask_of_any_width(device, D, p):
+    N, seed = 5, torch.tensor([7], device=device)
+    firsts = torch.zeros(8, dtype=torch.int64, device=device)
+    firsts[:N] = torch.arange(N) * D
+    keep = torch.empty(8, 16, dtype=torch.bool, device=device)
+    keep_kernel[(1,)](seed, firsts, keep, _philox.drop_threshold(p), D=D, BN=8, BD=16)
+    assert torch.equal(keep[:N, :D], _dropout.keep_mask((N, D), p, seed))
+
+
+@pytest.mark.parametrize("D", [4, 3])
+def test_keep_mask_of_a_large_tensor(device, D):
+    """Element 2^34 takes its word from block 2^32: the counter's second word counts."""
+    first, seed = 3 * 2**34, torch.tensor([7], device=device)
+    keep = torch.empty(1, 16, dtype=torch.bool, device=device)
+    keep_kernel[(1,)](seed, torch.tensor([first], device=device), keep, 2**31, D=D, BN=1, BD=16)
+    words = _dropout.philox(seed, first // 4 + torch.arange(4, device=device)).reshape(1, -1)
+    assert torch.equal(keep, words >= 2**31)
