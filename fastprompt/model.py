@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from fastprompt.ops import prompt_embed
+from fastprompt.ops.prompt_embed import prompt_embed
 from fastprompt.prompts import checks
 from fastprompt.prompts.bank import Names, PromptBank
 from fastprompt.prompts.config import PromptConfig

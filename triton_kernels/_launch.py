@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 
 class Architecture(NamedTuple):
@@ -17,11 +16,11 @@ class Architecture(NamedTuple):
     processors: int  # multiprocessors; fewer programs than twice this leave some idle
 
 
-# By Little's law an A100 keeps about 12 KiB per multiprocessor in flight, an H100 or H200 25 KiB, a B200 40 KiB: two to
-# five programs of a bf16 tile of this size, and a program of four warps holds it in 16 or 32 registers per thread.
+# By Little's law an A100 must keep about 12 KiB per multiprocessor in flight, an H100 or H200 25 KiB, a B200 40 KiB:
+# two to five programs with a bf16 tile of this size, which four warps hold in 16 or 32 fp32 registers per thread.
 ARCHITECTURES = {8: Architecture(2048, 108), 9: Architecture(4096, 132), 10: Architecture(4096, 148)}
 INTERPRETER = Architecture(2048, 0)  # one program after another: the fewer the faster
-MAX_BLOCK = 8192  # columns of a tile; a wider row is read in several, twice where a kernel needs its statistics first
+MAX_BLOCK = 8192  # columns of a tile; a wider row is cut into several
 
 
 class RowTile(NamedTuple):
@@ -33,8 +32,8 @@ class RowTile(NamedTuple):
 def architecture(device: torch.device) -> Architecture:
     if device.type == "cpu":
         return INTERPRETER
-    major = compute_capability(device) // 10
-    return ARCHITECTURES[max((known for known in ARCHITECTURES if known <= major), default=min(ARCHITECTURES))]
+    known = [major for major in ARCHITECTURES if major <= compute_capability(device) // 10]
+    return ARCHITECTURES[max(known, default=8)]
 
 
 @cache
@@ -45,11 +44,11 @@ def compute_capability(device: torch.device) -> int:
 
 
 def row_tile(N: int, D: int, device: torch.device) -> RowTile:
-    """The tile [BN, BD] of a kernel over rows [N, D]: whole rows, and several of them if enough programs remain."""
+    """The tile [BN, BD] of a kernel over rows [N, D]: whole rows, and several if enough programs remain."""
     elements, processors = architecture(device)
     BD = min(max(triton.next_power_of_2(D), 16), MAX_BLOCK)
     BN = max(elements // BD, 1)
-    if N < 2 * processors * BN:
+    if triton.cdiv(N, BN) < 2 * processors:
         BN = 1
     return RowTile(BN, BD, num_warps=max(4, BD // 1024))
 
@@ -57,8 +56,8 @@ def row_tile(N: int, D: int, device: torch.device) -> RowTile:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
     """Run ``kernel`` on ``device``, which need not be the current one.
 
-    No multiplication is fused into the addition after it: dropout and compensated sums then round as they do in the
-    references, and these kernels wait for memory, not for arithmetic.
+    No multiplication is fused into the addition after it: dropout and compensated sums then round as they do in
+    the references, and these kernels wait for memory, not for arithmetic.
     """
     if 0 in grid:
         return

@@ -2,7 +2,7 @@
 """Dropout by counter: Philox 4x32-10 in Triton, the same words as ``csrc/common/philox.h`` draws in C++.
 
 Element i of a contiguous tensor takes word i % 4 of the block with counter i // 4 under the key ``seed``, and is kept
-when that word >= p * 2^32. So the mask is a pure function of (seed, i): the backward pass rebuilds it, nobody stores it.
+when that word >= p * 2^32. The mask is a pure function of (seed, i): the backward pass rebuilds it, nobody stores it.
 """
 
 import triton
@@ -36,7 +36,7 @@ def keep_mask(seed, o_first, threshold, D: tl.constexpr, BN: tl.constexpr, BD: t
         even = tl.join(word0 >= threshold, word2 >= threshold)
         odd = tl.join(word1 >= threshold, word3 >= threshold)
         return tl.reshape(tl.join(even, odd), (BN, BD))
-    else:
+    else:  # noqa: RET505 (Triton needs both branches of a constexpr condition spelled out)
         o = o_first[:, None] + tl.arange(0, BD)[None, :]
         word0, word1, word2, word3 = philox(seed, o >> 2)
         i_word = o & 3

@@ -168,7 +168,7 @@ def prompt_embed_backward(
 
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
-    """Launcher calls for tests/triton_aot: every tile with dropout, which takes the most registers, and every variant."""
+    """Launcher calls for tests/triton_aot: every tile with dropout, which takes most registers; every variant."""
     meta = partial(torch.empty, device="meta")
     bf16, fp32, int64 = torch.bfloat16, torch.float32, torch.int64
     tiles = [(16, D, bf16) for D in (512, 768, 2048, 4096, 16384)]
@@ -176,7 +176,11 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
     for B, D, dtype in tiles + variants:
         P, S, L = 100, 512, 612
         ids, weight, prompts = meta(B, S, dtype=int64), meta(32128, D, dtype=dtype), meta(P, D, dtype=fp32)
-        out, packed_ids, rows = meta(B, L, D, dtype=dtype), meta(B * S, dtype=int64), meta(B * L, D, dtype=dtype)
+        out, packed_ids, rows = (
+            meta(B, L, D, dtype=dtype),
+            meta(B * S, dtype=int64),
+            meta(B * L, D, dtype=dtype),
+        )
         each, cu, word = meta(B, dtype=int64), meta(B + 1, dtype=int64), meta(1, dtype=int64)
         yield prompt_embed, packed_ids, weight, prompts, each, each, cu, cu, word, rows, word, 0.1
         if (B, D, dtype) in variants:

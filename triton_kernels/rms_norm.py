@@ -167,7 +167,7 @@ def _backward(
 
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
-    """Launcher calls for tests/triton_aot: every tile with dropout, which takes the most registers, and every variant."""
+    """Launcher calls for tests/triton_aot: every tile with dropout, which takes most registers; every variant."""
     meta = partial(torch.empty, device="meta")
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     tiles = [(8192, D, bf16, bf16, bf16) for D in (512, 768, 2048, 4096, 16384)]

@@ -67,7 +67,7 @@ struct Source {
 
 struct Input {
     const void *ids, *weight, *prompts;
-    int64_t V, weight_row, prompt_row;  // sizes of rows in bytes
+    int64_t V, weight_row, prompt_row;  // the vocabulary; bytes in a row of each
     bool ids_are_int64;
 
     // Row r of the output, in sequence b. Lowers `first_bad` to the flat index of a token id outside the vocabulary.
@@ -126,7 +126,7 @@ void drop_row(const float* factors, W* row, int64_t D) {
 }
 
 void drop(const Dropout& dropout, int64_t first, int64_t dtype, void* row, int64_t D) {
-    float factors[kChunk];
+    float factors[kChunk] = {};
     with_type(dtype, [&](auto type) {
         each_chunk(D, [&](int64_t begin, int64_t count) {
             dropout.factors(first + begin, count, factors);

@@ -198,49 +198,60 @@ void total_row(const W* dy, const H* above, const H* h, const W* w, float rstd, 
     });
 }
 
-// dh may be null (nobody used h); dx is null where it would equal dresidual.
+struct ResidualBackward {
+    const void *dy, *dh, *h, *w;  // dh may be null: nobody used h
+    const float* rstd;
+    void *dresidual, *dx;  // dx is null where it would equal dresidual
+    int64_t N, D, x_dtype, residual_dtype;
+    Dropout dropout;
+
+    template <class H, class W>
+    void row(int64_t n, bool stream_residual, bool stream_x) const {
+        const int64_t first = n * D, next = to_next_row(n, N, D);
+        const W *dys = static_cast<const W*>(dy) + first, *ws = static_cast<const W*>(w);
+        const H* hs = static_cast<const H*>(h) + first;
+        const H* above = dh == nullptr ? nullptr : static_cast<const H*>(dh) + first;
+        const float slope = slope_of(dys, hs, ws, rstd[n], D);
+        each_chunk(D, [&](int64_t begin, int64_t count) {
+            float total[kChunk], factors[kChunk];
+            total_row(dys + begin, above == nullptr ? nullptr : above + begin, hs + begin, ws + begin, rstd[n], slope,
+                      total, count, next);
+            with_type(residual_dtype, [&](auto type) {
+                auto* out = static_cast<decltype(type)*>(dresidual) + first + begin;
+                store_row(total, nullptr, out, count, stream_residual);
+            });
+            if (dx == nullptr) return;
+            if (dropout.active()) dropout.factors(first + begin, count, factors);
+            with_type(x_dtype, [&](auto type) {
+                auto* out = static_cast<decltype(type)*>(dx) + first + begin;
+                store_row(total, dropout.active() ? factors : nullptr, out, count, stream_x);
+            });
+        });
+    }
+};
+
 int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h, const void* w, const float* rstd,
                                    const int64_t* seed, void* dresidual, void* dx, int64_t N, int64_t D,
                                    double dropout_p, int64_t x_dtype, int64_t residual_dtype, int64_t w_dtype,
                                    void* /*stream*/) {
     if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return kBadDType;
-    const Dropout dropout(seed, dropout_p);
+    const ResidualBackward call{dy, dh, h, w,       rstd,           dresidual,
+                                dx, N,  D, x_dtype, residual_dtype, Dropout(seed, dropout_p)};
+    const int64_t h_dtype = promote(x_dtype, residual_dtype);
     const bool stream_residual = streams(dresidual, D * size_of(residual_dtype), N);
     const bool stream_x = streams(dx, D * size_of(x_dtype), N);
-    with_type(promote(x_dtype, residual_dtype), [&](auto h_type) {
-        with_type(w_dtype, [&](auto w_type) {
-            using H = decltype(h_type);
-            using W = decltype(w_type);
 #pragma omp parallel if (N * D >= kParallelElements)
-            {
+    {
 #pragma omp for schedule(static)
-                for (int64_t n = 0; n < N; ++n) {
-                    const W* dys = static_cast<const W*>(dy) + n * D;
-                    const H* hs = static_cast<const H*>(h) + n * D;
-                    const H* above = dh == nullptr ? nullptr : static_cast<const H*>(dh) + n * D;
-                    const W* ws = static_cast<const W*>(w);
-                    const float slope = slope_of(dys, hs, ws, rstd[n], D);
-                    each_chunk(D, [&](int64_t begin, int64_t count) {
-                        float total[kChunk], factors[kChunk];
-                        const int64_t first = n * D + begin;
-                        total_row(dys + begin, above == nullptr ? nullptr : above + begin, hs + begin, ws + begin,
-                                  rstd[n], slope, total, count, to_next_row(n, N, D));
-                        with_type(residual_dtype, [&](auto type) {
-                            store_row(total, nullptr, static_cast<decltype(type)*>(dresidual) + first, count,
-                                      stream_residual);
-                        });
-                        if (dx == nullptr) return;
-                        if (dropout.active()) dropout.factors(first, count, factors);
-                        with_type(x_dtype, [&](auto type) {
-                            store_row(total, dropout.active() ? factors : nullptr,
-                                      static_cast<decltype(type)*>(dx) + first, count, stream_x);
-                        });
-                    });
-                }
-                stream_fence();
-            }
-        });
-    });
+        for (int64_t n = 0; n < N; ++n) {
+            with_type(h_dtype, [&](auto h_type) {
+                with_type(w_dtype, [&](auto w_type) {
+                    call.row<decltype(h_type), decltype(w_type)>(n, stream_residual, stream_x);
+                });
+            });
+        }
+        stream_fence();
+    }
     return 0;
 }
 

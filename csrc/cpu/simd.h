@@ -32,8 +32,6 @@ FP_INLINE To bit_cast(From from) {
     return to;
 }
 
-FP_INLINE vfloat splat(float value) { return vfloat{} + value; }
-
 FP_INLINE vfloat load(const float* from) {
     vfloat value;
     memcpy(&value, from, sizeof(value));
@@ -113,8 +111,8 @@ constexpr int64_t kLine = 64;              // bytes
 constexpr int64_t kStreamBytes = 4 << 20;  // of output
 
 FP_INLINE bool streams(const void* to, int64_t row_bytes, int64_t rows) {
-    const bool whole_lines = reinterpret_cast<uintptr_t>(to) % kLine == 0 && row_bytes % kLine == 0;
-    return FP_LANES > 1 && whole_lines && row_bytes * rows >= kStreamBytes;
+    return FP_LANES > 1 && reinterpret_cast<uintptr_t>(to) % kLine == 0 && row_bytes % kLine == 0 &&
+           row_bytes * rows >= kStreamBytes;
 }
 
 template <class Packed>
@@ -186,19 +184,6 @@ FP_INLINE void fetch(const T* address) {
     if constexpr (FP_LANES > 1) __builtin_prefetch(address);
 }
 
-// The value that a T can hold.
-template <class T>
-FP_INLINE vfloat round_to(vfloat value) {
-    T elements[kLanes];
-    store(elements, value);
-    return load(elements);
-}
-
-template <>
-FP_INLINE vfloat round_to<float>(vfloat value) {
-    return value;
-}
-
 // Floats of a row that a kernel buffers at a time, on the stack. A multiple of RowSum's partial sums.
 constexpr int64_t kChunk = 1024;
 
@@ -239,7 +224,7 @@ struct RowSum {
 };
 
 // Philox words, one in the low half of each 64-bit lane; the high halves are never read.
-constexpr int kBlocks = FP_LANES > 1 ? FP_LANES / 2 : 1;
+constexpr int64_t kBlocks = FP_LANES > 1 ? FP_LANES / 2 : 1;
 using vwords = uint64_t __attribute__((vector_size(kBlocks * 8)));
 
 FP_INLINE vwords multiply(vwords a, uint32_t b) {
@@ -249,6 +234,25 @@ FP_INLINE vwords multiply(vwords a, uint32_t b) {
     return bit_cast<vwords>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 #else
     return (a & 0xffffffffu) * b;
+#endif
+}
+
+// a0 b0 a1 b1 ...
+FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
+#if FP_LANES == 16 && defined(__AVX512F__)
+    const auto low = bit_cast<__m512i>(a), high = bit_cast<__m512i>(b);
+    to[0] = bit_cast<vuint>(_mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high));
+    to[1] = bit_cast<vuint>(_mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), high));
+#elif FP_LANES == 8 && defined(__AVX2__)
+    const __m256i even = _mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b));  // a0 b0 a2 b2
+    const __m256i odd = _mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b));   // a1 b1 a3 b3
+    to[0] = bit_cast<vuint>(_mm256_permute2x128_si256(even, odd, 0x20));
+    to[1] = bit_cast<vuint>(_mm256_permute2x128_si256(even, odd, 0x31));
+#else
+    for (int64_t i = 0; i < kBlocks; ++i) {
+        memcpy(to + 4 * i, reinterpret_cast<const char*>(&a) + 8 * i, 8);
+        memcpy(to + 4 * i + 2, reinterpret_cast<const char*>(&b) + 8 * i, 8);
+    }
 #endif
 }
 
@@ -291,19 +295,21 @@ private:
     static constexpr uint32_t kRounds = 10;
 
     // Groups of blocks computed side by side: one alone would wait for its own multiplications.
-    static constexpr int kChains = 2;
+    static constexpr int64_t kChains = 2;
 
     // The words of blocks [block, block + kBlocks * kChains), in element order.
     FP_INLINE void words_of(uint64_t block, vuint* words) const {
         vwords c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};
-        for (int chain = 0; chain < kChains; ++chain) {
+        for (int64_t chain = 0; chain < kChains; ++chain) {
             vwords counter{};
-            for (int i = 0; i < kBlocks; ++i) counter[i] = block + static_cast<uint64_t>(chain * kBlocks + i);
+            for (int64_t i = 0; i < kBlocks; ++i) {
+                counter[i] = block + static_cast<uint64_t>(chain * kBlocks + i);
+            }
             c0[chain] = counter;
             c1[chain] = counter >> 32;
         }
         for (const auto& key : keys_) {
-            for (int chain = 0; chain < kChains; ++chain) {
+            for (int64_t chain = 0; chain < kChains; ++chain) {
                 const vwords product0 = multiply(c0[chain], 0xD2511F53u), product2 = multiply(c2[chain], 0xCD9E8D57u);
                 c0[chain] = (product2 >> 32) ^ c1[chain] ^ key[0];
                 c1[chain] = product2;
@@ -311,21 +317,9 @@ private:
                 c3[chain] = product0;
             }
         }
-        for (int chain = 0; chain < kChains; ++chain) {
-            const vwords pairs[2] = {(c0[chain] & 0xffffffffu) | (c1[chain] << 32),
-                                     (c2[chain] & 0xffffffffu) | (c3[chain] << 32)};
-            interleave(pairs, words + chain * 4 * kBlocks / kLanes);
-        }
-    }
-
-    FP_INLINE static void interleave(const vwords (&pairs)[2], vuint* words) {
-        if constexpr (kBlocks == 1) {
-            memcpy(words, pairs, sizeof(pairs));
-        } else {
-            vwords first{};
-            for (int i = 0; i < kBlocks; ++i) first[i] = static_cast<uint64_t>(i / 2 + i % 2 * kBlocks);
-            words[0] = bit_cast<vuint>(__builtin_shuffle(pairs[0], pairs[1], first));
-            words[1] = bit_cast<vuint>(__builtin_shuffle(pairs[0], pairs[1], first + kBlocks / 2));
+        for (int64_t chain = 0; chain < kChains; ++chain) {
+            interleave((c0[chain] & 0xffffffffu) | (c1[chain] << 32), (c2[chain] & 0xffffffffu) | (c3[chain] << 32),
+                       words + chain * 4 * kBlocks / kLanes);
         }
     }
 

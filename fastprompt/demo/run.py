@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoded = {split: encode(examples, tokenizer, recipe.max_tokens) for split, examples in task.items()}
     labels = encode_labels(list(AREAS), tokenizer)
     sizes = {split: len(examples) for split, examples in task.items()}
-    print(f"{len(AREAS)} areas of the standard library: {', '.join(AREAS)}")
+    print(f"areas: {', '.join(AREAS)}")
     print("documents, split by module: " + ", ".join(f"{size} {split}" for split, size in sizes.items()))
 
     frozen = accuracy(model, in_order(encoded["test"], 64), labels)

@@ -21,11 +21,11 @@ class Recipe:
     """How the prompt is learned. Prompt rows begin as the labels' embeddings; the learning rate is constant."""
 
     num_tokens: int = 20
-    steps: int = 300
+    steps: int = 400
     batch_size: int = 32
-    lr: float = 0.1
-    max_tokens: int = 64
-    dev_every: int = 25
+    lr: float = 0.3
+    max_tokens: int = 48
+    dev_every: int = 50
     seed: int = 0
 
 

@@ -2,9 +2,9 @@
 """Everything in this folder is of Triton: in the interpreter (TRITON_INTERPRET=1), or on a GPU with --device cuda."""
 
 import pytest
+from fastprompt.triton_kernels import _launch
 
 from fastprompt.testing import poison_empty
-from fastprompt.triton_kernels import _launch
 
 
 @pytest.fixture(autouse=True)

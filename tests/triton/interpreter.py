@@ -14,7 +14,7 @@ Also: launches are quicker, and quiet about overflow, of which a GPU says nothin
 Made for triton 3.6 to 3.9. ``test_interpreter.py`` fails where it no longer holds.
 """
 
-from itertools import count
+import itertools
 
 import numpy as np
 import triton.language as tl
@@ -22,14 +22,16 @@ from triton.language.core import is_builtin
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-ARITHMETIC = (  # of floats; which of them there are depends on the version
+# Of floats; which of these there are depends on the version.
+_NAMES = (
     "fadd fsub fmul fdiv precise_divf approx_divf frem fneg fma clampf dot minimumf maximumf minnumf maxnumf"
-    " fcmpOLT fcmpOGT fcmpOLE fcmpOGE fcmpOEQ fcmpONE fcmpULT fcmpUGT fcmpULE fcmpUGE fcmpUEQ fcmpUNE"
-).split()
+)
+FLOAT_ARITHMETIC = {f"create_{name}" for name in _NAMES.split()} & set(dir(InterpreterBuilder))
+COMPARISONS = [name for name in dir(InterpreterBuilder) if name.startswith(("create_fcmp", "create_icmp"))]
 ADDRESS_BITS = 48
 
 _tensors = {}  # number of a tensor argument -> its first byte, the byte after its last, what to call it
-_numbers = count()
+_numbers = itertools.count()
 
 
 def apply() -> None:
@@ -37,9 +39,10 @@ def apply() -> None:
     if hasattr(InterpreterBuilder, "repaired"):
         return
     InterpreterBuilder.repaired = True
-    for name in ARITHMETIC:
-        if hasattr(InterpreterBuilder, f"create_{name}"):
-            _wrap(InterpreterBuilder, f"create_{name}", _in_float32)
+    for name in FLOAT_ARITHMETIC:
+        _wrap(InterpreterBuilder, name, _in_float32)
+    for name in COMPARISONS:
+        _wrap(InterpreterBuilder, name, _compare)
     _wrap(InterpreterBuilder, "cast_impl", _cast)
     _wrap(interpreter, "_implicit_cvt", _numbered)
     _wrap(InterpreterBuilder, "create_masked_load", _inside_tensor("load", pointer=0, mask=1))
@@ -77,8 +80,12 @@ def _patch_index(original, tensor, scope):
 def _in_float32(original, builder, *operands, **kwargs):
     result = original(builder, *map(_widened, operands), **kwargs)
     handles = [operand for operand in operands if isinstance(operand, TensorHandle)]
-    narrow = all(map(_is_bfloat16, handles)) and result.data.dtype == np.float32  # not so: a comparison, tl.dot
-    return _rounded(result) if narrow else result
+    return _rounded(result) if all(map(_is_bfloat16, handles)) else result  # tl.dot accumulates in float32
+
+
+def _compare(original, builder, a, b):
+    """Its result is said to be of the operands' type, which turns a scalar mask to integers once it is broadcast."""
+    return TensorHandle(original(builder, _widened(a), _widened(b)).data, tl.int1)
 
 
 def _cast(original, builder, source, dtype):
@@ -134,8 +141,10 @@ def _inside_tensor(access, pointer, mask):
             lanes = addresses[active & (numbers == number)].astype(np.int64)
             stray = lanes[(lanes < begin) | (lanes + width > end)]
             if stray.size:
-                where = f"{begin - stray[0]} bytes before" if stray[0] < begin else f"{stray[0] - end} bytes after"
-                raise IndexError(f"{access} out of bounds: {stray.size} of {lanes.size} lanes, the first {where} {name}")
+                before, after = begin - stray[0], stray[0] - end
+                where = f"{before} bytes before" if before > 0 else f"{after} bytes after"
+                count = f"{stray.size} of {lanes.size} lanes"
+                raise IndexError(f"{access} out of bounds: {count}, the first {where} {name}")
         args[pointer] = TensorHandle(addresses, pointers.dtype)
         return original(builder, *args, **kwargs)
 

@@ -149,10 +149,17 @@ def test_what_is_inside_or_masked_passes():
 
 
 def test_load_and_store_outside():
-    source, target = torch.arange(9.0)[:8], torch.zeros(16)[8:]  # both with memory of their own storage beside them
-    with pytest.raises(InterpreterError, match=r"load out of bounds: 1 of 8 lanes, the first 0 bytes after .*\[8\]"):
+    source, target = (
+        torch.arange(9.0)[:8],
+        torch.zeros(16)[8:],
+    )  # both with memory of their own storage beside them
+    with pytest.raises(
+        InterpreterError, match=r"load out of bounds: 1 of 8 lanes, the first 0 bytes after .*\[8\]"
+    ):
         copy(source, target, shift_load=1)
-    with pytest.raises(InterpreterError, match=r"store out of bounds: 2 of 8 lanes, the first 8 bytes before .*\[8\]"):
+    with pytest.raises(
+        InterpreterError, match=r"store out of bounds: 2 of 8 lanes, the first 8 bytes before .*\[8\]"
+    ):
         copy(source, target, shift_store=-2)
     with pytest.raises(InterpreterError, match="load out of bounds: 8 of 8 lanes"):
         copy(source[:0], target)

@@ -5,10 +5,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
-from fastprompt.ops import _dropout
 from fastprompt.triton_kernels import _philox
 from fastprompt.triton_kernels._philox import keep_mask, philox
+
+from fastprompt.ops import _dropout
 
 SEEDS = [0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1, -1]
 

@@ -3,9 +3,9 @@
 
 import pytest
 import torch
+from fastprompt.triton_kernels import prompt_embed as kernels
 
 from fastprompt.ops.prompt_embed import prompt_embed_backward_reference, prompt_embed_reference
-from fastprompt.triton_kernels import prompt_embed as kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MIXES = [(dtype, dtype) for dtype in FLOATS] + [(dtype, torch.float32) for dtype in FLOATS[1:]]
@@ -24,7 +24,9 @@ def arguments(layout, D, dtypes, device, id_dtype=torch.int64):
         lens, rows = lengths, 3 + S
     if "packed" in layout:
         tokens = torch.tensor([2, 0, 4, 1])
-        cu_tokens, cu_rows = (torch.cat((torch.zeros(1), n.cumsum(0))).long() for n in (tokens, tokens + lengths))
+        cu_tokens, cu_rows = (
+            torch.cat((torch.zeros(1), n.cumsum(0))).long() for n in (tokens, tokens + lengths)
+        )
         input_ids, rows = input_ids.reshape(-1)[: int(cu_tokens[-1])], int(cu_rows[-1])
     moved = [t if t is None else t.to(device) for t in (starts, lens, cu_tokens, cu_rows)]
     return input_ids, weight, prompts, *moved, rows
@@ -41,7 +43,17 @@ def out_shape(input_ids, weight, cu_rows, rows):
 def embed(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, rows, dropout_p=0.0, error=None):
     out = weight.new_empty(out_shape(input_ids, weight, cu_rows, rows))
     kernels.prompt_embed(
-        input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed_on(out.device), out, error, dropout_p
+        input_ids,
+        weight,
+        prompts,
+        starts,
+        lens,
+        cu_tokens,
+        cu_rows,
+        seed_on(out.device),
+        out,
+        error,
+        dropout_p,
     )
     return out
 
@@ -78,7 +90,10 @@ def test_backward(device, monkeypatch, dtypes, layout, dropout_p):
     monkeypatch.setattr(kernels, "BACKWARD_BD", 16)  # 24 columns: two programs
     input_ids, weight, prompts, starts, lens, _, cu_rows, rows = arguments(layout, 24, dtypes, device)
     dout = torch.randn(out_shape(input_ids, weight, cu_rows, rows)).to(device, dtypes[0])
-    for factor in (1.0, 1e4):  # the larger overwhelms what came before: without Kahan's compensation it is lost
+    for factor in (
+        1.0,
+        1e4,
+    ):  # the larger overwhelms what came before: without Kahan's compensation it is lost
         dout[len(dout) // 2] *= factor
         expected = prompt_embed_backward_reference(
             dout, prompts, starts, lens, cu_rows, seed_on(device), dropout_p
@@ -98,7 +113,10 @@ def test_no_sequences(device):
     prompts = torch.randn(R, 20, device=device)
     dout = torch.empty(0, R + S, 20, device=device)
     assert not gradient(dout, prompts, None, None, None, 0.0).any()
-    ids, cu = torch.empty(0, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    ids, cu = (
+        torch.empty(0, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
     assert embed(ids, prompts, prompts, None, None, cu, cu, 0).shape == (0, 20)
     assert not embed(ids, prompts, prompts, None, None, cu, cu, 3).any()
 
@@ -109,7 +127,9 @@ def test_token_outside_the_vocabulary(device, layout, bad):
     *tensors, rows = arguments(layout, 20, MIXES[0], device)
     input_ids, cu_rows = tensors[0], tensors[-1]
     expected = prompt_embed_reference(*tensors, None, rows, 0.0)
-    row = R + S + R + 2 if cu_rows is None else int(cu_rows[2]) + R + 3  # of the sixth token: [1, 2], or 3 in sequence 2
+    row = (
+        R + S + R + 2 if cu_rows is None else int(cu_rows[2]) + R + 3
+    )  # of the sixth token: [1, 2], or 3 in sequence 2
     expected.view(-1, 20)[row] = 0.0
     input_ids.view(-1)[5] = bad
     error = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from fastprompt.triton_kernels import rms_norm as kernels
 
 from fastprompt.ops.rms_norm import (
     rms_norm_backward_reference,
@@ -13,7 +14,6 @@ from fastprompt.ops.rms_norm import (
     rms_norm_residual_reference,
 )
 from fastprompt.testing import assert_within_budget, random_rows
-from fastprompt.triton_kernels import rms_norm as kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-6
@@ -75,9 +75,7 @@ def check_residual(device, shape, dtypes, dropout_p):
         backward = (dy, stream, h, w, stock_rstd, seed, dropout_p, x.dtype, residual.dtype)
         stock = rms_norm_residual_backward_reference(*backward)
         double = [t if t is None else t.double() for t in backward[:5]]
-        truth = rms_norm_residual_backward_reference(
-            *double, seed, dropout_p, torch.float64, torch.float64
-        )
+        truth = rms_norm_residual_backward_reference(*double, seed, dropout_p, torch.float64, torch.float64)
         dresidual, dx = (torch.empty_like(t) for t in stock)
         kernels.rms_norm_residual_backward(*backward[:7], dresidual, dx)
         assert_within_budget(dresidual, stock[0], truth[0])

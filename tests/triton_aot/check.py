@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
@@ -34,7 +34,14 @@ from triton.runtime.jit import JITFunction
 from fastprompt import triton_kernels
 
 TARGETS = (80, 90, 100)
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may have
+SHARED_LIMIT = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+}  # bytes a block may have
 SLICES = 4  # a module's cases per target are compiled in this many tasks
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -56,7 +63,9 @@ class Result(NamedTuple):
     @property
     def problem(self) -> str:
         over = self.shared > SHARED_LIMIT[self.cc]
-        return " ".join([f"{self.spills} spills"] * (self.spills > 0) + [f"shared > {SHARED_LIMIT[self.cc]}"] * over)
+        return " ".join(
+            [f"{self.spills} spills"] * (self.spills > 0) + [f"shared > {SHARED_LIMIT[self.cc]}"] * over
+        )
 
 
 class CompileOnlyDriver:
@@ -105,7 +114,9 @@ def inspect(kernel: JITFunction, code: Any, cc: int) -> Result:
         cubin.write(code.asm["cubin"])
         cubin.flush()
         usage = _cuobjdump("--dump-resource-usage", cubin.name)
-        registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+        registers, stack, local = (
+            int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
+        )
         # Disassembling takes longer than compiling, and without a stack there is nothing to find.
         code_text = _cuobjdump("--dump-sass", cubin.name) if stack or local else ""
     accesses = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bus](\d+)\b", code.asm["ptx"])
@@ -128,7 +139,9 @@ def _cuobjdump(*arguments: str) -> str:
 def describe(code: Any) -> str:
     """E.g. ``D=512 BN=4 BD=512 warps=4 x:bf16 w:fp32``: constants, then the tensors that are not None."""
     names = list(code.src.signature)
-    constants = [f"{names[i]}={value}" for (i,), value in code.src.constants.items() if isinstance(value, int)]
+    constants = [
+        f"{names[i]}={value}" for (i,), value in code.src.constants.items() if isinstance(value, int)
+    ]
     tensors = [f"{name}:{kind[1:]}" for name, kind in code.src.signature.items() if kind.startswith("*")]
     return " ".join([*constants, f"warps={code.metadata.num_warps}", *tensors])
 
