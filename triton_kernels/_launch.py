@@ -16,8 +16,8 @@ class Architecture(NamedTuple):
     processors: int  # multiprocessors; fewer programs than twice this leave some idle
 
 
-# By Little's law an A100 must keep about 12 KiB per multiprocessor in flight, an H100 or H200 25 KiB, a B200 40 KiB:
-# two to five programs with a bf16 tile of this size, which four warps hold in 16 or 32 fp32 registers per thread.
+# By Little's law an A100 must keep about 12 KiB per multiprocessor in flight, an H100 or H200 25 KiB, a B200
+# 40 KiB: two to five programs with a bf16 tile of this size, which four warps hold in 16 or 32 registers per thread.
 ARCHITECTURES = {8: Architecture(2048, 108), 9: Architecture(4096, 132), 10: Architecture(4096, 148)}
 INTERPRETER = Architecture(2048, 0)  # one program after another: the fewer the faster
 MAX_BLOCK = 8192  # columns of a tile; a wider row is cut into several
@@ -56,8 +56,8 @@ def row_tile(N: int, D: int, device: torch.device) -> RowTile:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
     """Run ``kernel`` on ``device``, which need not be the current one.
 
-    No multiplication is fused into the addition after it: dropout and compensated sums then round as they do in
-    the references, and these kernels wait for memory, not for arithmetic.
+    No multiplication is fused into the addition after it: dropout and compensated sums then round as in the
+    references, and these kernels wait for memory, not for arithmetic.
     """
     if 0 in grid:
         return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout by counter: Philox 4x32-10 in Triton, the same words as ``csrc/common/philox.h`` draws in C++.
 
-Element i of a contiguous tensor takes word i % 4 of the block with counter i // 4 under the key ``seed``, and is kept
-when that word >= p * 2^32. The mask is a pure function of (seed, i): the backward pass rebuilds it, nobody stores it.
+Element i of a contiguous tensor takes word i % 4 of the block with counter i // 4 under the key ``seed``; it is
+kept when that word >= p * 2^32. So the mask is a pure function of (seed, i), which the backward pass rebuilds.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 def drop_threshold(dropout_p: float) -> int:
-    """The smallest word that keeps its element. For p = 1 that is 2^32 - 1, and the scale of 0 silences it."""
+    """The smallest word that keeps its element; for p = 1 it is 2^32 - 1, which the scale of 0 silences."""
     return min(int(dropout_p * 2**32), 2**32 - 1)
 
 
@@ -21,7 +21,7 @@ def keep_scale(dropout_p: float) -> float:
 
 @triton.jit
 def dropout(b, seed, o_first, scale, threshold, D: tl.constexpr):
-    """Drop elements of the tile b [BN, BD] fp32, whose row n begins at element o_first[n] of a tensor [N, D]."""
+    """Dropout of the tile b [BN, BD] fp32, whose row n begins at element o_first[n] of a tensor [N, D]."""
     return tl.where(keep_mask(seed, o_first, threshold, D, b.shape[0], b.shape[1]), b * scale, 0.0)
 
 
@@ -29,8 +29,8 @@ def dropout(b, seed, o_first, scale, threshold, D: tl.constexpr):
 def keep_mask(seed, o_first, threshold, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     """Which elements [BN, BD] dropout keeps."""
     if D % 4 == 0:
-        # Every row of the tile begins a block: draw BD / 4 of them. The words are compared before they are put side by
-        # side, since it is cheaper to move bits between threads.
+        # Every row of the tile begins a block: draw BD / 4 of them. The words are compared before they are put
+        # side by side, since it is cheaper to move bits between threads.
         o_block = (o_first >> 2)[:, None] + tl.arange(0, BD // 4)[None, :]
         word0, word1, word2, word3 = philox(seed, o_block)
         even = tl.join(word0 >= threshold, word2 >= threshold)
@@ -47,5 +47,5 @@ def keep_mask(seed, o_first, threshold, D: tl.constexpr, BN: tl.constexpr, BD: t
 
 @triton.jit
 def philox(seed, o_block):
-    """The four uint32 words of the blocks with counters o_block (int64: its high half is the second counter word)."""
+    """The four uint32 words of the blocks with the 64-bit counters o_block."""
     return tl.randint4x(seed, o_block)

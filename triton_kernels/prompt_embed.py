@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prompt_embed: rows [N, D] of all sequences, each one's prompt rows followed by the embeddings of its tokens.
+"""prompt_embed: rows [N, D] of all sequences: of each its prompt rows, then the embeddings of its tokens.
 
     input_ids [B, S] or packed [T]     weight [V, D]     prompts [R, D]     starts, lens [B]
     padded: out [B, L, D], N = B * L   packed: cu_tokens, cu_rows [B + 1], out [N, D]
 
-Forward: a gather, one program per BN output rows. Backward: one program per prompt row and BD columns, which walks
-over the sequences in order. starts, lens and the cu arrays come from the GPU unchecked, so every access is masked with
-the bounds of its own tensor: wrong values give zero rows.
+Forward: a gather, one program per BN output rows. Backward: one program per prompt row and BD columns, which
+walks over the sequences in order. starts, lens and the cu arrays may come from a GPU unchecked, so every access is
+masked with the bounds of its own tensor: wrong values give zero rows.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from ._launch import launch, row_tile
 from ._philox import drop_threshold, dropout, keep_scale
 
 BACKWARD_BD = 256  # columns of a backward program, one warp: P * D / 256 programs fill a GPU at P = 100
-BACKWARD_UNROLL = 8  # sequences whose gradient rows it has in flight
+BACKWARD_STAGES = 8  # sequences whose gradient rows it has in flight
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def prompt_embed_kernel(
     N, B, L, S, T, R, V, scale, threshold: tl.uint32,
     D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """starts and lens are None for one prompt, cu_tokens and cu_rows if padded, seed where nothing is dropped."""
+    """starts and lens are None for one prompt, cu_tokens and cu_rows if padded, seed if nothing is dropped."""
     # The rows o_n of this program: row i_l of sequence i_b, whose tokens lie in [t_begin, t_end).
     i_tile = tl.program_id(0)
     if cu_rows is None:
@@ -87,34 +87,33 @@ def prompt_embed_kernel(
 @triton.jit(do_not_specialize=["N", "B", "L", "threshold"])
 def prompt_embed_backward_kernel(
     dout, starts, lens, cu_rows, seed, dprompts, N, B, L, scale, threshold: tl.uint32,
-    D: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dprompts[r] = sum over b ascending of the row of dout [N, D] that copied prompt row r; Kahan's sum in fp32."""
+    """dprompts[r] = Kahan's fp32 sum, over b ascending, of the rows of dout [N, D] that copied prompt row r."""
     i_r, i_d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD
     o_d = i_d + tl.arange(0, BD)[None, :]
     b_total = tl.zeros((1, BD), dtype=tl.float32)
     b_lost = tl.zeros((1, BD), dtype=tl.float32)  # what b_total is too large by
-    for i_first in range(0, B, UNROLL):
-        for i in tl.static_range(UNROLL):
-            i_b = i_first + i
-            m_b = i_b < B
-            i_l = i_r  # the row of sequence i_b that copied prompt row i_r
-            if starts is not None:
-                i_l = i_r - tl.load(starts + i_b, mask=m_b, other=0)
-                m_b &= (i_l >= 0) & (i_l < tl.load(lens + i_b, mask=m_b, other=0))
-            if cu_rows is None:
-                m_b &= i_l < L
-                o_n = i_b.to(tl.int64) * L + i_l
-            else:
-                o_n = tl.load(cu_rows + i_b, mask=m_b, other=0) + i_l
-            m_b &= (o_n >= 0) & (o_n < N)
-            b_row = tl.load(dout + o_n * D + o_d, mask=m_b & (o_d < D), other=0.0).to(tl.float32)
-            if seed is not None:
-                b_row = dropout(b_row, tl.load(seed), (o_n * D + i_d)[None], scale, threshold, D)
-            b_row -= b_lost
-            b_grown = b_total + b_row
-            b_lost = tl.where(m_b, (b_grown - b_total) - b_row, b_lost)
-            b_total = tl.where(m_b, b_grown, b_total)
+    for i_b in tl.range(0, B, num_stages=STAGES):
+        # Row i_l of sequence i_b, row o_n of all, copied prompt row i_r; m says whether there is one.
+        i_l, m = i_r, True
+        if starts is not None:
+            i_l = i_r - tl.load(starts + i_b)
+            m &= (i_l >= 0) & (i_l < tl.load(lens + i_b))
+        if cu_rows is None:
+            m &= i_l < L
+            o_n = i_b.to(tl.int64) * L + i_l
+        else:
+            o_n = tl.load(cu_rows + i_b) + i_l
+        m &= (o_n >= 0) & (o_n < N)
+
+        b_row = tl.load(dout + o_n * D + o_d, mask=m & (o_d < D), other=0.0).to(tl.float32)
+        if seed is not None:
+            b_row = dropout(b_row, tl.load(seed), (o_n * D + i_d)[None], scale, threshold, D)
+        b_row -= b_lost
+        b_grown = b_total + b_row
+        b_lost = tl.where(m, (b_grown - b_total) - b_row, b_lost)
+        b_total = tl.where(m, b_grown, b_total)
     tl.store(dprompts + i_r * D + o_d, b_total.to(dprompts.dtype.element_ty), mask=o_d < D)
 
 
@@ -145,8 +144,8 @@ def prompt_embed(
         programs = triton.cdiv(out.shape[0], tile.BN)
     launch(
         prompt_embed_kernel, (programs,), out.device,
-        input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed if dropout_p > 0.0 else None, out, error,
-        out.shape[0], B, L, S, input_ids.numel(), R, V, keep_scale(dropout_p), drop_threshold(dropout_p),
+        input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed if dropout_p > 0.0 else None, out,
+        error, out.shape[0], B, L, S, input_ids.numel(), R, V, keep_scale(dropout_p), drop_threshold(dropout_p),
         D=D, **tile._asdict(),
     )  # fmt: skip
 
@@ -159,16 +158,15 @@ def prompt_embed_backward(
     R, D = dprompts.shape
     N, L = (B * rows, rows) if cu_rows is None else (rows, 0)
     BD = min(max(triton.next_power_of_2(D), 16), BACKWARD_BD)
-    unroll = min(triton.next_power_of_2(max(B, 1)), BACKWARD_UNROLL)
     launch(
         prompt_embed_backward_kernel, (R, triton.cdiv(D, BD)), dout.device,
         dout, starts, lens, cu_rows, seed if dropout_p > 0.0 else None, dprompts, N, B, L,
-        keep_scale(dropout_p), drop_threshold(dropout_p), D=D, BD=BD, UNROLL=unroll, num_warps=1,
+        keep_scale(dropout_p), drop_threshold(dropout_p), D=D, BD=BD, STAGES=BACKWARD_STAGES, num_warps=1,
     )  # fmt: skip
 
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
-    """Launcher calls for tests/triton_aot: every tile with dropout, which takes most registers; every variant."""
+    """Launcher calls for tests/triton_aot: each tile with dropout, which takes most registers; each variant."""
     meta = partial(torch.empty, device="meta")
     bf16, fp32, int64 = torch.bfloat16, torch.float32, torch.int64
     tiles = [(16, D, bf16) for D in (512, 768, 2048, 4096, 16384)]

@@ -4,9 +4,9 @@
     x, residual, h, y, dy, dh [N, D]   w [D]   rstd [N] fp32
     backward, with g = dy * w:   dh + rstd * (g - h * rstd^2 * mean(g * h))
 
-One program takes BN rows. Both kernels go over a row twice, the first time for its statistics. The second pass repeats
-the loads of the first: where one tile holds the whole row the compiler merges the two, and every element is read from
-memory once (tests/triton_aot asserts it); a longer row comes from the cache the second time.
+One program takes BN rows. Both kernels go over a row twice, the first time for its statistics. The second pass
+repeats the loads of the first: where one tile holds the whole row the compiler merges the two, and every element is
+read once (tests/triton_aot asserts it); a longer row comes from the cache the second time.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def rms_norm_kernel(
         o_d, o, m = _tile(o_n, N, i_d, D, BD)
         b_h = _h_tile(x, residual, seed, h, o_n * D + i_d, o, m, scale, threshold, D)
         b_square += b_h * b_h
-    b_rstd = tl.rsqrt(tl.sum(b_square, 1) / D + eps)  # [BN]
+    b_rstd = tl.rsqrt(tl.sum(b_square, 1) * (1.0 / D) + eps)  # [BN]
 
     for i_d in range(0, D, BD):
         o_d, o, m = _tile(o_n, N, i_d, D, BD)
@@ -80,7 +80,7 @@ def rms_norm_backward_kernel(
     dy, dh, h, w, rstd, seed, dresidual, dx, N, scale, threshold: tl.uint32,
     D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dx is None where it would equal dresidual: in the plain form, and without dropout if the dtypes agree too."""
+    """dx is None where it would equal dresidual: in the plain form, and without dropout if the dtypes agree."""
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     b_rstd = tl.load(rstd + o_n, mask=o_n < N, other=0.0)  # [BN]
 
@@ -89,7 +89,7 @@ def rms_norm_backward_kernel(
         o_d, o, m = _tile(o_n, N, i_d, D, BD)
         b_g, b_h = _g_h_tile(dy, h, w, o, o_d, m, D)
         b_gh += b_g * b_h
-    b_pull = b_rstd * b_rstd * (tl.sum(b_gh, 1) / D)  # [BN]
+    b_pull = b_rstd * b_rstd * (tl.sum(b_gh, 1) * (1.0 / D))  # [BN]
 
     for i_d in range(0, D, BD):
         o_d, o, m = _tile(o_n, N, i_d, D, BD)
@@ -114,7 +114,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_residual(
     x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual [..., D], w [D], seed [1] -> y [..., D] in w's dtype, h [..., D] in the wider dtype, rstd [N]."""
+    """x, residual [..., D], w [D], seed [1] -> y [..., D] in w's dtype, h [..., D] in the wider, rstd [N]."""
     y, rstd = torch.empty_like(x, dtype=w.dtype), _rstd(x)
     h = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
     _forward(x, residual, w, seed, h, y, rstd, eps, dropout_p)
@@ -141,8 +141,8 @@ def _rstd(x: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, w: Tensor, seed: Tensor | None, h: Tensor | None, y: Tensor, rstd: Tensor,
-    eps: float, dropout_p: float,
+    x: Tensor, residual: Tensor | None, w: Tensor, seed: Tensor | None, h: Tensor | None, y: Tensor,
+    rstd: Tensor, eps: float, dropout_p: float,
 ) -> None:  # fmt: skip
     N, D = rstd.numel(), x.shape[-1]
     tile = row_tile(N, D, x.device)
@@ -167,7 +167,7 @@ def _backward(
 
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
-    """Launcher calls for tests/triton_aot: every tile with dropout, which takes most registers; every variant."""
+    """Launcher calls for tests/triton_aot: each tile with dropout, which takes most registers; each variant."""
     meta = partial(torch.empty, device="meta")
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     tiles = [(8192, D, bf16, bf16, bf16) for D in (512, 768, 2048, 4096, 16384)]

@@ -36,6 +36,15 @@ struct Layout {
         return low;
     }
 
+    // Each of 0 <= cu[0] <= ... <= cu[B] <= end: differences then cannot overflow.
+    bool rising(const int64_t* cu, int64_t end) const {
+        if (cu[0] < 0 || cu[B] > end) return false;
+        for (int64_t b = 0; b < B; ++b) {
+            if (cu[b] > cu[b + 1]) return false;
+        }
+        return true;
+    }
+
     // Every access that follows from this layout stays inside its tensor.
     bool prompts_valid() const {
         for (int64_t b = 0; b < B; ++b) {
@@ -44,16 +53,16 @@ struct Layout {
         return true;
     }
     bool rows_valid() const {
-        if (cu_rows != nullptr && (cu_rows[0] != 0 || cu_rows[B] != L)) return false;
+        if (cu_rows != nullptr && !(cu_rows[0] == 0 && cu_rows[B] == L && rising(cu_rows, L))) return false;
         for (int64_t b = 0; b < B; ++b) {
             if (rows(b) < length(b)) return false;
         }
         return true;
     }
     bool tokens_valid() const {
-        if (cu_tokens != nullptr && (cu_tokens[0] < 0 || cu_tokens[B] > S)) return false;
+        if (cu_tokens != nullptr && !rising(cu_tokens, S)) return false;
         for (int64_t b = 0; b < B; ++b) {
-            if (tokens(b) < 0 || tokens(b) > rows(b) - length(b)) return false;
+            if (tokens(b) > rows(b) - length(b)) return false;
         }
         return true;
     }
@@ -121,7 +130,7 @@ void convert_row(int64_t from_dtype, const void* from, int64_t to_dtype, void* t
 template <class W>
 void drop_row(const float* factors, W* row, int64_t D) {
     each_vector(D, [&](int64_t d, auto extent) {
-        store_at(row, d, extent, load_at(row, d, extent) * load_at(factors, d, extent));
+        store_at(row, d, extent, drop(load_at(row, d, extent), load_at(factors, d, extent)));
     });
 }
 
@@ -204,7 +213,7 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
             // Past the row's end lies the next prompt row of the same sequence.
             if (v % kVectorsPerLine == 0) fetch(dout + rows[i] + d + kColumnsAhead + v * kLanes);
             vfloat value = load_at(dout + rows[i], d + v * kLanes, extent);
-            if constexpr (kDrop) value *= load(factors + v * kLanes);
+            if constexpr (kDrop) value = drop(value, load(factors + v * kLanes));
             const vfloat addend = value - low[v];
             const vfloat grown = sum[v] + addend;
             low[v] = (grown - sum[v]) - addend;

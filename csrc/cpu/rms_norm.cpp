@@ -116,7 +116,7 @@ template <class H, class X, class R>
 void add_row(const X* x, const R* residual, const float* factors, H* h, int64_t count, RowSum* squares) {
     squares->add(count, [&](int64_t d, auto extent) {
         vfloat value = load_at(x, d, extent);
-        if (factors != nullptr) value *= load_at(factors, d, extent);
+        if (factors != nullptr) value = drop(value, load_at(factors, d, extent));
         store_at(h, d, extent, load_at(residual, d, extent) + value);
         value = load_at(h, d, extent);
         return value * value;
@@ -177,7 +177,7 @@ template <class T>
 void store_row(const float* row, const float* factors, T* out, int64_t count, bool streaming) {
     each_vector(count, [&](int64_t d, auto extent) {
         vfloat value = load_at(row, d, extent);
-        if (factors != nullptr) value *= load_at(factors, d, extent);
+        if (factors != nullptr) value = drop(value, load_at(factors, d, extent));
         store_at(out, d, extent, value, streaming);
     });
 }

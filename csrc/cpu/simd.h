@@ -256,6 +256,9 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 #endif
 }
 
+// Dropped means zero: an infinity times a factor of 0 would leave a NaN.
+FP_INLINE vfloat drop(vfloat value, vfloat factor) { return factor != 0.0f ? value * factor : vfloat{}; }
+
 // Multiplies values by the dropout mask's 0 or `scale`: element i of the tensor is kept when its Philox word >=
 // threshold.
 class Dropout {

@@ -43,5 +43,9 @@ def check_same_device(op: str, name: str, value: torch.Tensor, like: str, other:
 def check_frozen(op: str, name: str, value: torch.Tensor) -> None:
     """fastprompt computes no weight gradients: a weight that wants one is refused, never silently left without."""
     if value.requires_grad and torch.is_grad_enabled():
-        remedy = f"Call {name}.requires_grad_(False), or use the PyTorch op to train it"
-        fail(op, f"{name} must be frozen, got requires_grad=True. {remedy}")
+        refuse_gradient(op, name)
+
+
+def refuse_gradient(op: str, name: str) -> NoReturn:
+    remedy = f"Call {name}.requires_grad_(False), or use the PyTorch op to train it"
+    fail(op, f"{name} must be frozen, got requires_grad=True. {remedy}")

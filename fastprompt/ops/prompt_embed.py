@@ -25,7 +25,15 @@ from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
 from fastprompt._op import Op
-from fastprompt.ops._checks import FLOATS, check_frozen, check_same_device, check_shape, check_tensor, fail
+from fastprompt.ops._checks import (
+    FLOATS,
+    check_frozen,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+    refuse_gradient,
+)
 from fastprompt.ops._device_errors import device_error_word, raise_device_errors
 from fastprompt.ops._dropout import check_dropout, keep_mask, keep_scale, new_seed
 
@@ -108,11 +116,8 @@ def _table(prompts: Prompts) -> tuple[Tensor, list[int]]:
         )
     for i, prompt in enumerate(prompts):
         check_tensor("prompt_embed", f"prompts[{i}]", prompt, FLOATS)
-        if prompt.dim() != 2 or prompt.shape[1] != prompts[0].shape[-1]:
-            fail(
-                "prompt_embed",
-                f"prompts[{i}] must have shape [P, D]=[P, {prompts[0].shape[-1]}], got {list(prompt.shape)}",
-            )
+        if prompt.dim() != 2 or prompt.shape[1] != prompts[0].shape[1]:
+            fail("prompt_embed", f"prompts[{i}] must have shape [P, D] with one D, got {list(prompt.shape)}")
         check_same_device("prompt_embed", f"prompts[{i}]", prompt, "prompts[0]", prompts[0])
     return prompts[0] if len(prompts) == 1 else torch.cat(tuple(prompts)), [len(prompt) for prompt in prompts]
 
@@ -162,10 +167,19 @@ def _select(
     """starts [B], lens [B] (None: the only prompt for all), the longest chosen prompt, and the sum of lens."""
     if prompt_ids is None and len(lengths) == 1:
         return None, None, lengths[0], lengths[0] * sequences
-    chosen = [0] * sequences if prompt_ids is None else prompt_ids
-    chosen = chosen.tolist() if isinstance(chosen, Tensor) else [int(i) for i in chosen]
-    if len(chosen) != sequences:
-        fail("prompt_embed", f"prompt_ids must have shape [B]=[{sequences}], got [{len(chosen)}]")
+    if isinstance(prompt_ids, Tensor):
+        if prompt_ids.is_floating_point():
+            fail(
+                "prompt_embed",
+                f"prompt_ids must have dtype int64 or int32, got {prompt_ids.dtype}",
+                TypeError,
+            )
+        check_shape("prompt_embed", "prompt_ids", prompt_ids, (sequences,), "[B]")
+        chosen = prompt_ids.tolist()
+    else:
+        chosen = [0] * sequences if prompt_ids is None else [int(i) for i in prompt_ids]
+        if len(chosen) != sequences:
+            fail("prompt_embed", f"prompt_ids must have shape [B]=[{sequences}], got [{len(chosen)}]")
     for b, i in enumerate(chosen):
         if not 0 <= i < len(lengths):
             fail("prompt_embed", f"prompt_ids[{b}] must lie in [0, {len(lengths)}), got {i}", IndexError)
@@ -322,6 +336,7 @@ def _fake_prompt_embed_backward(
     dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
     seed: Tensor | None, dropout_p: float,
 ) -> Tensor:  # fmt: skip
+    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
     return torch.empty_like(prompts, memory_format=torch.contiguous_format)
 
 
@@ -335,6 +350,7 @@ def prompt_embed_backward_reference(
     seed: Tensor | None, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """``prompts`` lends its shape and dtype only."""
+    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
     total = torch.zeros_like(prompts, dtype=torch.promote_types(prompts.dtype, torch.float32))
     lost = torch.zeros_like(total)  # the low-order part of what Kahan's sum has so far
     dout = _drop(dout.to(total.dtype), dropout_p, seed)
@@ -350,7 +366,7 @@ def prompt_embed_backward_reference(
         grown = total[rows] + addend
         lost[rows] = (grown - total[rows]) - addend
         total[rows] = grown
-    return total.to(prompts.dtype)
+    return total.to(prompts.dtype).contiguous()
 
 
 @op.native
@@ -358,17 +374,20 @@ def _native_prompt_embed_backward(
     kernels: SimpleNamespace, dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
     cu_rows: Tensor | None, seed: Tensor | None, dropout_p: float,
 ) -> Any:  # fmt: skip
+    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
     if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
     dout = dout.contiguous()
     dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
     if dprompts.numel():
         B, rows = _layout(dout, cu_rows)
-        kernels.prompt_embed_backward(
+        status = kernels.prompt_embed_backward(
             dout.data_ptr(), pointer(starts), pointer(lens), pointer(cu_rows), pointer(seed), dprompts.data_ptr(),
             B, rows, dprompts.shape[0], dprompts.shape[1], dropout_p,
             DTYPE_CODES[dout.dtype], DTYPE_CODES[prompts.dtype], stream(dout),
         )  # fmt: skip
+        if status < 0:
+            fail("prompt_embed_backward", "starts, lens and cu_rows must stay inside prompts and dout")
     return dprompts
 
 
@@ -379,6 +398,7 @@ def _triton_prompt_embed_backward(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import prompt_embed as kernels
 
+    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
     if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
     dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
@@ -389,14 +409,49 @@ def _triton_prompt_embed_backward(
     return dprompts
 
 
+def _check_backward(
+    dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
+    seed: Tensor | None, dropout_p: float,
+) -> None:  # fmt: skip
+    """The kernels trust these shapes, and the op can be called by anyone."""
+    name = "prompt_embed_backward"
+    check_tensor(name, "dout", dout, FLOATS)
+    check_tensor(name, "prompts", prompts, FLOATS)
+    if (
+        prompts.dim() != 2
+        or dout.dim() != (3 if cu_rows is None else 2)
+        or dout.shape[-1] != prompts.shape[1]
+    ):
+        fail(
+            name,
+            f"dout must have prompts' width D and shape [B, L, D], or [N, D] with cu_rows, got {list(dout.shape)}",
+        )
+    check_same_device(name, "dout", dout, "prompts", prompts)
+    if (starts is None) != (lens is None):
+        fail(name, "starts and lens come in pairs")
+    B = _layout(dout, cu_rows)[0]
+    for what, value, size in (("starts", starts, B), ("lens", lens, B), ("cu_rows", cu_rows, B + 1)):
+        if value is not None:
+            check_tensor(name, what, value, (torch.int64,))
+            check_shape(name, what, value, (size,), "[B]" if size == B else "[B + 1]")
+            check_same_device(name, what, value, "prompts", prompts)
+    if starts is None and cu_rows is None and dout.shape[1] < prompts.shape[0]:
+        fail(
+            name,
+            f"dout must have at least the prompt's {prompts.shape[0]} rows per example, got {list(dout.shape)}",
+        )
+    check_dropout(name, dropout_p, seed, dout)
+
+
 def _layout(dout: Tensor, cu_rows: Tensor | None) -> tuple[int, int]:
     """B, and the rows per sequence L (padded) or N in all (packed)."""
     return (dout.shape[0], dout.shape[1]) if cu_rows is None else (cu_rows.shape[0] - 1, dout.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, prompts, starts, lens, _, cu_rows, seed, _, dropout_p = inputs
-    check_frozen("prompt_embed", "weight", weight)
+    _, _, prompts, starts, lens, _, cu_rows, seed, _, dropout_p = inputs
+    if ctx.needs_input_grad[1]:
+        refuse_gradient("prompt_embed", "weight")
     ctx.save_for_backward(prompts, starts, lens, cu_rows, seed)
     ctx.dropout_p = dropout_p
 

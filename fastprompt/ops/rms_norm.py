@@ -20,7 +20,15 @@ from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
 from fastprompt._op import Op
-from fastprompt.ops._checks import FLOATS, check_frozen, check_same_device, check_shape, check_tensor, fail
+from fastprompt.ops._checks import (
+    FLOATS,
+    check_frozen,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+    refuse_gradient,
+)
 from fastprompt.ops._dropout import check_dropout, keep_mask, keep_scale, new_seed
 
 op = Op("rms_norm")
@@ -62,6 +70,7 @@ def rms_norm(
         return torch.ops.fastprompt.rms_norm(x, w, eps)[0]
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(x.device)
+    _check_residual(x, residual, w, seed, eps, dropout_p)
     y, h, _ = torch.ops.fastprompt.rms_norm_residual(x, residual, w, seed, eps, dropout_p)
     return y, h
 
@@ -87,6 +96,38 @@ def _check_residual(
     check_dropout("rms_norm", dropout_p, seed, x)
 
 
+def _check_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> None:
+    """x is what was normed: the kernels trust these shapes, and the ops can be called by anyone."""
+    _check(x, w, 0.0)
+    for name, value, dtype in (("dy", dy, w.dtype), ("rstd", rstd, _wide(x, w))):
+        check_tensor("rms_norm_backward", name, value, (dtype,))
+        check_same_device("rms_norm_backward", name, value, "x", x)
+    check_shape("rms_norm_backward", "dy", dy, tuple(x.shape), "that of x")
+    check_shape("rms_norm_backward", "rstd", rstd, (_rows(x),), "[N]")
+
+
+def _check_residual_backward(
+    dy: Tensor | None, dh: Tensor | None, h: Tensor, w: Tensor, rstd: Tensor, seed: Tensor | None,
+    dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    name = "rms_norm_residual_backward"
+    _check_backward(h.new_empty(h.shape, dtype=w.dtype) if dy is None else dy, h, w, rstd)
+    if dh is not None:
+        check_tensor(name, "dh", dh, (h.dtype,))
+        check_shape(name, "dh", dh, tuple(h.shape), "that of h")
+        check_same_device(name, "dh", dh, "h", h)
+    check_dropout(name, dropout_p, seed, h)
+    if (
+        x_dtype not in FLOATS
+        or residual_dtype not in FLOATS
+        or torch.promote_types(x_dtype, residual_dtype) != h.dtype
+    ):
+        fail(
+            name,
+            f"x_dtype and residual_dtype must promote to h's {h.dtype}, got {x_dtype} and {residual_dtype}",
+        )
+
+
 def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1] if x.shape[-1] else 0
 
@@ -110,7 +151,7 @@ def rms_norm_reference(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor
     _check(x, w, eps)
     wide = x.to(_wide(x, w))
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (w * (wide * rstd)).to(w.dtype), rstd.reshape(-1)
+    return (w * (wide * rstd)).to(w.dtype).contiguous(), rstd.reshape(-1)
 
 
 @op.native
@@ -139,6 +180,7 @@ def _triton_rms_norm(x: Tensor, w: Tensor, eps: float) -> Any:
 
 
 def _fake_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    _check_backward(dy, x, w, rstd)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -146,6 +188,11 @@ def _fake_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> T
     "rms_norm_backward(Tensor dy, Tensor x, Tensor w, Tensor rstd) -> Tensor", fake=_fake_rms_norm_backward
 )
 def rms_norm_backward_reference(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    _check_backward(dy, x, w, rstd)
+    return _backward_of(dy, x, w, rstd)
+
+
+def _backward_of(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     wide, rstd = x.to(_wide(x, w)), rstd.reshape(*x.shape[:-1], 1)
     g = dy * w.to(wide.dtype)
     return (rstd * (g - wide * rstd.pow(2) * (g * wide).mean(-1, keepdim=True))).to(x.dtype).contiguous()
@@ -155,6 +202,7 @@ def rms_norm_backward_reference(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) 
 def _native_rms_norm_backward(
     kernels: SimpleNamespace, dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor
 ) -> Any:
+    _check_backward(dy, x, w, rstd)
     if not _native_covers(dy, x, w):
         return NotImplemented
     dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
@@ -171,6 +219,7 @@ def _native_rms_norm_backward(
 def _triton_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
+    _check_backward(dy, x, w, rstd)
     if not _native_covers(dy, x, w):
         return NotImplemented
     return kernels.rms_norm_backward(dy.contiguous(), x.contiguous(), w.contiguous(), rstd)
@@ -179,7 +228,8 @@ def _triton_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) ->
 def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, w, _ = inputs
     ctx.set_materialize_grads(False)
-    check_frozen("rms_norm", "w", w)
+    if ctx.needs_input_grad[1]:
+        refuse_gradient("rms_norm", "w")
     ctx.save_for_backward(x, w, output[1])
 
 
@@ -266,6 +316,7 @@ def _fake_rms_norm_residual_backward(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, w: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     dresidual = h.new_empty(h.shape, dtype=residual_dtype)
     same = dropout_p == 0.0 and x_dtype == residual_dtype
     return dresidual, h.new_empty((0,) if same else h.shape, dtype=x_dtype)
@@ -281,10 +332,11 @@ def rms_norm_residual_backward_reference(
     dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx is empty where it would equal dresidual: no dropout, same dtype."""
+    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     wide = _wide(h, w)
     total = torch.zeros(h.shape, dtype=wide, device=h.device)
     if dy is not None:
-        total = total + rms_norm_backward_reference(dy, h.to(wide), w, rstd)
+        total = total + _backward_of(dy, h.to(wide), w, rstd)
     if dh is not None:
         total = total + dh
     dresidual = total.to(residual_dtype)
@@ -301,6 +353,7 @@ def _native_rms_norm_residual_backward(
     kernels: SimpleNamespace, dy: Tensor | None, dh: Tensor | None, h: Tensor, w: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
+    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     if not _native_covers(h, w) or dy is None:
         return NotImplemented
     dy, h, w = dy.contiguous(), h.contiguous(), w.contiguous()
@@ -324,6 +377,7 @@ def _triton_rms_norm_residual_backward(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import rms_norm as kernels
 
+    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     if not _native_covers(h, w) or dy is None:
         return NotImplemented
     dresidual, dx = _fake_rms_norm_residual_backward(
@@ -342,7 +396,8 @@ def _setup_rms_norm_residual(
     x, residual, w, seed, _, dropout_p = inputs
     _, h, rstd = output
     ctx.set_materialize_grads(False)
-    check_frozen("rms_norm", "w", w)
+    if ctx.needs_input_grad[2]:
+        refuse_gradient("rms_norm", "w")
     ctx.save_for_backward(h, w, rstd, seed)
     ctx.dropout_p, ctx.dtypes = dropout_p, (x.dtype, residual.dtype)
 

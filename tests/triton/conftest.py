@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything in this folder is of Triton: in the interpreter (TRITON_INTERPRET=1), or on a GPU with --device cuda."""
+"""Everything here is of Triton: in the interpreter (TRITON_INTERPRET=1), or on a GPU with --device cuda."""
 
 import pytest
 from fastprompt.triton_kernels import _launch

@@ -2,14 +2,14 @@
 """What Triton's interpreter needs before its results may be believed: right bfloat16, and a memory checker.
 
 bfloat16: the interpreter keeps it in numpy arrays of uint16 and computes on these bit patterns; from float32 it
-truncates. Here the values are widened to float32 before each operation and rounded to nearest even after it, which is
+truncates. Here values are widened to float32 before each operation and rounded to nearest even after it, which is
 what a GPU does.
 
-Memory: every active lane of a load, store or atomic must lie inside the very tensor that its pointer was made from,
-which compute-sanitizer cannot tell. To that end each tensor argument gets a number, carried in the upper 16 bits of
-its address: pointer arithmetic leaves them alone, and no address in user space has them.
+Memory: every active lane of a load, store or atomic must lie inside the very tensor that its pointer was made
+from, which compute-sanitizer cannot tell. To that end each tensor argument gets a number, carried in the upper 16
+bits of its address: pointer arithmetic leaves them alone, and no address in user space has them.
 
-Also: launches are quicker, and quiet about overflow, of which a GPU says nothing either.
+Also, a launch takes less time, and says nothing of overflow, as a GPU does not.
 
 Made for triton 3.6 to 3.9. ``test_interpreter.py`` fails where it no longer holds.
 """
@@ -66,7 +66,7 @@ def _quietly(original, *args, **kwargs):
 
 
 def _patch_once(original, function):
-    """A kernel's launch has patched triton.language: again at every call inside it takes longer than the call."""
+    """A launch has patched triton.language: doing so again at every call inside takes longer than the call."""
     patched = not any(is_builtin(module.load) for module in (tl, tl.core))
     return interpreter._LangPatchScope() if patched else original(function)
 
@@ -84,7 +84,7 @@ def _in_float32(original, builder, *operands, **kwargs):
 
 
 def _compare(original, builder, a, b):
-    """Its result is said to be of the operands' type, which turns a scalar mask to integers once it is broadcast."""
+    """The interpreter's result claims its operands' type, so that broadcasting makes integers of a mask."""
     return TensorHandle(original(builder, _widened(a), _widened(b)).data, tl.int1)
 
 
@@ -126,7 +126,7 @@ def _numbered(original, argument):
 
 
 def _inside_tensor(access, pointer, mask):
-    """Check and strip the pointers of an access; ``pointer`` and ``mask`` are their positions in its arguments."""
+    """Check and strip the pointers of an access; ``pointer`` and ``mask`` are positions in its arguments."""
 
     def checked(original, builder, *args, **kwargs):
         args = list(args)

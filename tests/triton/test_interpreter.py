@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The repaired interpreter computes on bfloat16 as torch does, and every access outside a tensor is an error."""
+"""The repaired interpreter computes on bfloat16 as torch does; every access outside a tensor is an error."""
 
 import os
 from operator import add, eq, ge, gt, le, lt, mul, ne, sub, truediv

@@ -102,7 +102,7 @@ def test_backward(device, monkeypatch, dtypes, layout, dropout_p):
 
 
 def test_backward_over_more_sequences_than_are_in_flight(device):
-    many = 2 * kernels.BACKWARD_UNROLL + 3
+    many = 2 * kernels.BACKWARD_STAGES + 3
     dout, prompts = torch.randn(many, 3, 20, device=device), torch.empty(2, 20, device=device)
     dout[::3] *= 2**24
     expected = prompt_embed_backward_reference(dout, prompts, None, None, None, None, 0.0)
@@ -141,7 +141,7 @@ def test_token_outside_the_vocabulary(device, layout, bad):
 @pytest.mark.parametrize("name", ["starts", "lens", "cu_tokens", "cu_rows"])
 @pytest.mark.parametrize("value", [-(2**63), -1, 3, 10**6, 2**63 - 1])
 def test_wrong_offsets_stay_inside_the_tensors(device, name, value):
-    """On a GPU nobody checks them. Here the interpreter sees every access; there the rows must at least be numbers."""
+    """On a GPU nobody checks them. The interpreter sees every access; there, no NaN must have come in."""
     *tensors, rows = arguments("packed chosen prompts", 20, MIXES[0], device)
     offsets = tensors[("starts", "lens", "cu_tokens", "cu_rows").index(name) + 3]
     for i in (0, 2, -1):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every Triton kernel for GPUs that are not here, and read registers, spills and shared memory off the result.
+"""Compile every Triton kernel for GPUs that are not here; read registers, spills and shared memory off the result.
 
-Each module of ``fastprompt.triton_kernels`` lists calls of its launchers in ``aot_cases``. They run as on a GPU, but on
-meta tensors, with a driver that knows nothing except its target's name, and with compilation in place of the launch.
-So what is checked is what the launcher would have launched there: its tile, its warps, Triton's specialisation.
+Each module of ``fastprompt.triton_kernels`` lists calls of its launchers in ``aot_cases``. They run as on a GPU, but
+on meta tensors, with a driver that knows only its target's name, and with compilation in place of the launch. So
+what is checked is what the launcher would have launched there: its tile, its warps, Triton's specialisation.
 
     python tests/triton_aot/check.py --cc 80 90 100 --json FILE
 """
@@ -152,7 +152,7 @@ def modules() -> list[ModuleType]:
 
 
 def kernels(module: ModuleType) -> set[str]:
-    """The jitted functions of a module that no other jitted function calls: those that can only be launched."""
+    """The jitted functions of a module that none of its jitted functions calls: those that are launched."""
     jitted = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
     called = {name for function in jitted.values() for name in function.fn.__code__.co_names}
     return {name for name, function in jitted.items() if function.module == module.__name__} - called
@@ -173,9 +173,8 @@ def _compile_slice(module: str, cc: int, part: int) -> list[Result]:
 def table(results: list[Result]) -> str:
     lines = [f"{'kernel':30} {'sm':>3} {'regs':>4} {'spills':>6} {'shared':>6}  variant"]
     for r in results:
-        lines.append(
-            f"{r.kernel:30} {r.cc:3} {r.registers:4} {r.spills:6} {r.shared:6}  {r.variant}  {r.problem}".rstrip()
-        )
+        numbers = f"{r.kernel:30} {r.cc:3} {r.registers:4} {r.spills:6} {r.shared:6}"
+        lines.append(f"{numbers}  {r.variant}  {r.problem}".rstrip())
     return "\n".join(lines)
 
 

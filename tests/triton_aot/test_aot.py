@@ -57,7 +57,7 @@ def test_accesses_are_wide(check, results):
 
 
 def test_rows_are_read_once(results):
-    """Both passes of rms_norm share their loads where a tile holds the row; in longer rows each pass has its own."""
+    """Both passes of rms_norm share their loads if a tile holds the row; in longer rows each has its own."""
     outputs = {"h", "y", "rstd"}, {"dresidual", "dx"}
     seen = set()
     for result in results:
