@@ -16,7 +16,8 @@ environment = {
     "PYTHONPATH": build,
     "PYTHONSAFEPATH": "1",
 }
-check = f"import fastprompt; assert fastprompt.__file__.startswith({build!r}), fastprompt.__file__"
-subprocess.run([sys.executable, "-c", check], env=environment, check=True)
-tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "--backends", "native"]
-sys.exit(subprocess.run(tests, env=environment).returncode)
+ask = f"import fastprompt as f; assert f.__file__.startswith({build!r}), f.__file__; print(*f._native.CPU_TARGETS)"
+targets = subprocess.check_output([sys.executable, "-c", ask], env=environment, text=True).split()
+tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops"]
+backends = ",".join(f"cpu:{target}" for target in targets)
+sys.exit(subprocess.run([*tests, "--backends", backends], env=environment).returncode)
