@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 build = os.path.abspath(sys.argv[1])
-library = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
+# The C++ library too: AddressSanitizer intercepts exceptions, and looks for the real function when it is loaded.
+libraries = [
+    subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+    for name in ("libasan.so", "libstdc++.so.6")
+]
 environment = {
     **os.environ,
-    "LD_PRELOAD": library,
+    "LD_PRELOAD": " ".join(libraries),
     # Python and torch leave memory to the process's end.
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
