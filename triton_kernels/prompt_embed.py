@@ -102,7 +102,7 @@ def prompt_embed_backward_kernel(
             m &= (i_l >= 0) & (i_l < tl.load(lens + i_b))
         if cu_rows is None:
             m &= i_l < L
-            o_n = i_b.to(tl.int64) * L + i_l
+            o_n = tl.cast(i_b, tl.int64) * L + i_l
         else:
             o_n = tl.load(cu_rows + i_b) + i_l
         m &= (o_n >= 0) & (o_n < N)
