@@ -1,103 +1,279 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How contenders are timed: after a correctness gate, in interleaved rounds: a busy machine slows them alike."""
+"""Times contenders side by side: a correctness gate, then rounds in which each takes its turn, then ratios.
 
+A bench file offers ``specs(options)``, the tables to make, ``contenders(spec, options)``, their names, and
+``build(spec, options)``, which makes the tensors of one :class:`Case`. :func:`compare` does the rest.
+"""
+
+import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from _machine import environment, evictor, recycle_memory
+from torch import Tensor
+
+import fastprompt
+from fastprompt.testing import assert_within_budget
+
+OURS, COPY, LARGE_COPY = "fastprompt", "copy_, same bytes", "same bytes at the speed of memory"
+CALLS = {"cpu": 5, "cuda": 10}  # per contender and round
 
 Call = Callable[[], Any]
 
 
-def gate(name: str, ours: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor) -> None:
-    """Refuse to time a wrong answer: error against float64 at most the stock implementation's, plus 4 ulp."""
-    ulp = torch.finfo(stock.dtype).eps * truth.abs().max()
-    error, allowed = (ours.double() - truth).abs().max(), (stock.double() - truth).abs().max() + 4 * ulp
-    assert error <= allowed, (
-        f"{name}: error {error:.3g} exceeds {allowed:.3g}; no speed is reported for wrong results"
+@dataclass(frozen=True)
+class Options:
+    device: str
+    quick: bool
+    all_shapes: bool
+    cold: bool
+    clock: str
+    threads: int
+    seconds: float
+    results: str | None
+    assert_goals: bool
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """``add`` is argparse's add_argument or pytest's addoption, which take the same arguments."""
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quick", action="store_true", help="small shapes, few rounds: do the benchmarks work?")
+    add("--all-shapes", action="store_true", help="the whole grid of shapes, with torch.compile on each")
+    add("--cold", action="store_true", help="empty the caches before each call; always so on a GPU")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this thread's time; needs --threads 1")
+    add("--threads", type=int, default=0, help="of PyTorch; 0: its own choice")
+    add("--seconds", type=float, default=3.0, help="for the rounds of one table")
+    add("--results", metavar="DIR", help="append a JSON line per contender to DIR/OP.jsonl")
+    add("--assert-goals", action="store_true", help="fail where a stated ratio is missed")
+
+
+def prepare(values: dict[str, Any]) -> Options:
+    """Options from parsed values, and the process set up for them."""
+    options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
+    if options.clock == "cpu" and (options.threads, options.device) != (1, "cpu"):
+        raise SystemExit("--clock cpu counts one thread of the CPU: it needs --threads 1 --device cpu")
+    recycle_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return replace(
+        options,
+        threads=torch.get_num_threads(),
+        seconds=0.05 if options.quick else options.seconds,
+        cold=options.cold or options.device == "cuda",
     )
 
 
-def measure(calls: dict[str, Call], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds per call of each contender: median, p20 and p80 over ``rounds`` interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if flush is not None:
-                flush.zero_()  # the L2 cache holds nothing of the last round
-            times[name].append(_seconds(call, device))
-    return {name: _spread(samples) for name, samples in times.items()}
+@dataclass(frozen=True)
+class Spec:
+    """One table: what is timed, on which shape."""
+
+    what: str
+    dtype: torch.dtype
+    sizes: tuple[tuple[str, int], ...]
+    headline: bool = False  # the shape of the goals: torch.compile and pytest-benchmark take part
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.sizes)
+        dropout = f", p={self.dropout_p}" if self.dropout_p else ""
+        return f"{self.what}, {_name(self.dtype)}, {sizes}{dropout}"
 
 
-def _seconds(call: Call, device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+@dataclass
+class Contender:
+    """``call`` is what is timed; it returns a tensor or several. ``backend`` pins one of fastprompt's."""
+
+    call: Call
+    backend: str | None = None
+    saved_bytes: int | None = None  # what autograd holds for the backward pass, weights excluded
+
+
+@dataclass
+class Case:
+    op: str
+    spec: Spec
+    contenders: dict[str, Contender]
+    bytes_moved: int  # the least that the op can read and write
+    check: Callable[[], None]  # the correctness gate
+    goals: dict[str, float] = field(
+        default_factory=dict
+    )  # contender: the time it shall take, in fastprompt's
+
+
+def ours(op: str, call: Call, device: str, saved_bytes: int | None = None) -> dict[str, Contender]:
+    """The default backend, and on a GPU the others that run there."""
+    others = [name for name in fastprompt.backends(op, device)[1:] if name != "reference"]
+    found = {OURS: Contender(call, None, saved_bytes)}
+    if device == "cuda":
+        found |= {f"{OURS} ({name})": Contender(call, name, saved_bytes) for name in others}
+    return found
+
+
+def check_results(op: str, contenders: dict[str, Contender], stock: str, truth: tuple[Tensor, ...]) -> None:
+    """fastprompt must stay within the error budget that ``stock`` and the float64 ``truth`` set; all must agree."""
+    results = {}
+    for name, contender in contenders.items():
+        with scope(op, contender):
+            result = contender.call()
+        results[name] = [t.detach() for t in ((result,) if isinstance(result, Tensor) else result)]
+    for name, values in results.items():
+        for value, stock_value, true_value in zip(values, results[stock], truth, strict=True):
+            torch.testing.assert_close(value.double(), true_value, rtol=0.05, atol=0.05)
+            if name.startswith(OURS):
+                assert_within_budget(value, stock_value, true_value)
+
+
+def scope(op: str, contender: Contender) -> AbstractContextManager[Any]:
+    return fastprompt.use_backend(op, contender.backend) if contender.backend else nullcontext()
+
+
+def compare(case: Case, options: Options) -> list[dict[str, Any]]:
+    """Check and time one case, record it if asked; a row per contender."""
+    case.check()
+    contenders = {**case.contenders, COPY: Contender(_copy(case.bytes_moved, options.device))}
+    samples = interleave(case.op, contenders, options)
+    mine = [statistics.median(calls) for calls in samples[OURS]]
+    large_copy = _large_copy(options)
+    common = {"op": case.op, "what": case.spec.what, "dtype": _name(case.spec.dtype), **dict(case.spec.sizes)}
+    common |= {"dropout_p": case.spec.dropout_p, "clock": options.clock, "cold": options.cold}
+    rows = []
+    at_large_copy = case.bytes_moved / large_copy  # seconds that memory would take for as many bytes
+    samples[LARGE_COPY] = [[at_large_copy] for _ in mine]
+    for name, rounds in samples.items():
+        median, p20, p80 = _spread([call for calls in rounds for call in calls])
+        ratio = _spread([statistics.median(calls) / own for calls, own in zip(rounds, mine, strict=True)])
+        speed = case.bytes_moved / median
+        rows.append(common | {
+            "contender": name, "us": median * 1e6, "us_p20": p20 * 1e6, "us_p80": p80 * 1e6,
+            "ratio": ratio[0], "ratio_p20": ratio[1], "ratio_p80": ratio[2], "rounds": len(rounds),
+            "gb_per_s": speed / 1e9, "of_large_copy": speed / large_copy,
+            "saved_bytes": contenders[name].saved_bytes if name in contenders else None, "goal": case.goals.get(name),
+        } | environment(options.device, options.threads))  # fmt: skip
+    if options.results:
+        _append(Path(options.results) / f"{case.op}.jsonl", rows)
+    return rows
+
+
+def table(case: Case, rows: list[dict[str, Any]]) -> str:
+    head = f"{'us':>9} {'p20':>9} {'p80':>9} {'times fastprompt':>20} {'GB/s':>7} {'saved MiB':>10}  goal"
+    lines = [f"{case.op} {case.spec}", f"  {'':34}{head}"]
+    for row in rows:
+        ratio = f"{row['ratio']:.2f} ({row['ratio_p20']:.2f} - {row['ratio_p80']:.2f})"
+        saved = "" if row["saved_bytes"] is None else f"{row['saved_bytes'] / 2**20:.2f}"
+        goal = "" if row["goal"] is None else f"{row['goal']}: {'missed' if _missed(row) else 'met'}"
+        times = f"{row['us']:9.1f} {row['us_p20']:9.1f} {row['us_p80']:9.1f} {ratio:>20}"
+        lines.append(f"  {row['contender']:34}{times} {row['gb_per_s']:7.1f} {saved:>10}  {goal}".rstrip())
+    return "\n".join(lines)
+
+
+def missed_goals(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{row['contender']} {row['ratio']:.2f} < {row['goal']}" for row in rows if _missed(row)]
+
+
+def main(specs: Callable[[Options], list[Spec]], build: Callable[[Spec, Options], Case]) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser.add_argument)
+    options = prepare(vars(parser.parse_args()))
+    missed = []
+    for spec in specs(options):
+        case = build(spec, options)
+        rows = compare(case, options)
+        print(table(case, rows), end="\n\n", flush=True)
+        missed += [f"{case.op} {spec}: {goal}" for goal in missed_goals(rows)]
+    if options.assert_goals and missed:
+        raise SystemExit("goals missed: " + "; ".join(missed))
+
+
+def interleave(op: str, contenders: dict[str, Contender], options: Options) -> dict[str, list[list[float]]]:
+    """Seconds of each call, by round. In a round each contender takes its turn; every second round goes backwards."""
+    time_calls = _cuda_calls if options.device == "cuda" else _cpu_calls
+    cache = evictor(options.device) if options.cold else None
+    samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    end = time.monotonic() + options.seconds
+    for number in range(1000):
+        if number >= 3 and time.monotonic() > end:
+            break
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
+            with scope(op, contenders[name]):
+                samples[name].append(time_calls(contenders[name].call, cache, options.clock))
+    return samples
+
+
+def _cpu_calls(call: Call, cache: Tensor | None, clock: str) -> list[float]:
+    """The call that comes first is not timed: it finds in the caches what the contender before it left."""
+    now = time.thread_time if clock == "cpu" else time.perf_counter
+    call()
+    seconds = []
+    for _ in range(CALLS["cpu"]):
+        if cache is not None:
+            cache.add_(1)
+        begin = now()
+        result = call()
+        seconds.append(now() - begin)
+        del result  # to free it is not part of the next call
+    return seconds
+
+
+def _cuda_calls(call: Call, cache: Tensor | None, clock: str) -> list[float]:
+    """Time on the device. While it empties its L2 cache, the host launches what is timed."""
+    call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS["cuda"])]
+    for begin, end in events:
+        if cache is not None:
+            cache.zero_()
         begin.record()
         call()
         end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
-    begin_time = time.perf_counter()
-    call()
-    return time.perf_counter() - begin_time
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
 
-def _spread(samples: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(samples, n=10)
-    return {"median": statistics.median(samples), "p20": deciles[1], "p80": deciles[7]}
-
-
-def copy_call(num_bytes: int, device: torch.device) -> Call:
-    """A copy that reads ``num_bytes`` and writes as many: what the machine's memory can do."""
-    source = torch.ones(num_bytes // 4, device=device)
-    target = torch.empty_like(source)
+def _copy(bytes_moved: int, device: str) -> Call:
+    """Half as many bytes are copied: each is read and written."""
+    source = torch.ones(max(bytes_moved // 8, 1), device=device)
+    target = torch.ones_like(source)
     return lambda: target.copy_(source)
 
 
-def report(title: str, results: dict[str, dict[str, float]], ours: str = "fastprompt") -> None:
-    """Print one line per contender: milliseconds, and how many times as long as ours it takes."""
-    print(f"\n{title}")
-    for name, spread in results.items():
-        low, middle, high = (1000 * spread[key] for key in ("p20", "median", "p80"))
-        ratio = spread["median"] / results[ours]["median"]
-        print(f"  {name:24} {middle:9.3f} ms  ({low:.3f} to {high:.3f})  {ratio:6.2f} x ours")
+_large_copies: dict[tuple[str, int, str], float] = {}
 
 
-def record(
-    folder: str | None, name: str, shape: dict[str, Any], results: dict[str, dict[str, float]]
-) -> None:
-    """Append one JSON line to ``folder``/``name``.jsonl, with what the numbers depend on."""
-    if folder is None:
-        return
-    line = {"name": name, "shape": shape, "seconds": results, **environment()}
-    path = Path(folder) / f"{name}.jsonl"
+def _large_copy(options: Options) -> float:
+    """Bytes per second that memory can do: no cache holds half a gibibyte. Measured once."""
+    key, size = (options.device, options.threads, options.clock), 1 << (22 if options.quick else 29)
+    if key not in _large_copies:
+        brief = replace(options, cold=False, seconds=min(options.seconds, 1.0))
+        rounds = interleave("", {LARGE_COPY: Contender(_copy(size, options.device))}, brief)[LARGE_COPY]
+        _large_copies[key] = size / statistics.median([call for calls in rounds for call in calls])
+    return _large_copies[key]
+
+
+def _missed(row: dict[str, Any]) -> bool:
+    return row["goal"] is not None and row["ratio"] < row["goal"]
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    """median, p20, p80"""
+    values = sorted(values)
+    return statistics.median(values), values[len(values) // 5], values[len(values) * 4 // 5]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "commit": git.stdout.strip() or None,
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    with path.open("a") as file:
+        for row in rows:
+            values = {
+                key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()
+            }
+            file.write(json.dumps(values) + "\n")

@@ -1,99 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prompt_embed beside what a user has today: PEFT's path (lookup, repeat, slice, cast, cat) and a plain torch.cat.
+"""prompt_embed beside PEFT's prompt tuning, the leanest PyTorch for the same tensor, and torch.compile of that."""
 
-The goal shape is B=8, P=100, S=256, D=768 in fp32. Counted bytes: forward reads B (P + S) D elements and writes as
-many; backward reads B P D and writes P D.
-"""
+import importlib.util
+import itertools
+from functools import lru_cache, partial
 
-import pytest
 import torch
-from _harness import copy_call, gate, measure, record, report
-from peft import PromptTuningConfig
-from peft.tuners.prompt_tuning import PromptEmbedding
-from torch.nn import functional
+from _harness import LARGE_COPY, OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
+from torch import Tensor, nn
 
 from fastprompt.ops import prompt_embed
+from fastprompt.testing import saved_bytes
 
+PEFT, TORCH, COMPILED = "PEFT", "cat, expand, embedding", "torch.compile of that"
+V = 32128  # of T5
 GOAL = {"B": 8, "P": 100, "S": 256, "D": 768}
-SHAPES = [GOAL, {"B": 1, "P": 100, "S": 64, "D": 512}, {"B": 32, "P": 20, "S": 512, "D": 768}]
-QUICK = [{"B": 2, "P": 4, "S": 8, "D": 32}]
-V = 32_128
+GRID = {"B": (1, 8, 32), "P": (20, 100), "S": (64, 256, 512), "D": (512, 768)}
+TINY = {"B": 1, "P": 2, "S": 3, "D": 16}  # nothing to move: what a call costs
+QUICK = {"B": 2, "P": 5, "S": 7, "D": 64}
 
 
-class Case:
-    """The inputs of one shape, and the contenders as functions of nothing that return the rows [B, P + S, D]."""
+def specs(options: Options) -> list[Spec]:
+    goal, others = GOAL, [{**GOAL, name: size} for name, sizes in GRID.items() for size in sizes] + [TINY]
+    if options.quick:
+        goal, others = QUICK, [TINY]
+    elif options.all_shapes:
+        others = [dict(zip(GRID, sizes, strict=True)) for sizes in itertools.product(*GRID.values())]
+    return [
+        Spec(what, dtype, tuple(sizes.items()), sizes == goal)
+        for sizes in [goal, *(other for other in others if other != goal)]
+        for dtype in ((torch.float32, torch.bfloat16) if sizes == goal else (torch.float32,))
+        for what in ("forward", "backward")
+    ]
 
-    def __init__(self, shape, dtype, device):
-        B, P, S, D = shape.values()
-        generator = torch.Generator().manual_seed(0)
-        self.table = torch.randn(V, D, generator=generator).to(device, dtype)
-        self.ids = torch.randint(V, (B, S), generator=generator).to(device)
-        config = PromptTuningConfig(
-            task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, token_dim=D, num_transformer_submodules=2
+
+def contenders(spec: Spec, options: Options) -> list[str]:
+    names = [OURS, *([PEFT] if importlib.util.find_spec("peft") else []), TORCH]
+    return names + ([COMPILED] if not options.quick and (spec.headline or options.all_shapes) else [])
+
+
+def build(spec: Spec, options: Options) -> Case:
+    B, P, S, D = (size for _, size in spec.sizes)
+    names, item = contenders(spec, options), spec.dtype.itemsize
+    weight = vocabulary(D, spec.dtype, options.device)
+    prompt = nn.Parameter(torch.randn(P, D, device=options.device))  # an fp32 master copy, as in PEFT
+    input_ids = torch.randint(V, (B, S), device=options.device)
+    dout = torch.randn(B, P + S, D, dtype=spec.dtype, device=options.device)
+
+    def plain() -> Tensor:
+        tokens = nn.functional.embedding(input_ids, weight)
+        return torch.cat((prompt.to(spec.dtype).expand(B, -1, -1), tokens), 1)
+
+    forwards = {OURS: (lambda: prompt_embed(input_ids, weight, prompt), prompt), TORCH: (plain, prompt)}
+    if PEFT in names:
+        forwards[PEFT] = peft_forward(weight, prompt, input_ids)
+    if COMPILED in names:
+        torch._dynamo.reset()
+        torch._functorch.config.donated_buffer = False  # one graph is gone back through many times
+        forwards[COMPILED] = (torch.compile(plain, dynamic=False), prompt)
+
+    calls: dict[str, Contender] = {}
+    for name in names:
+        call, leaf = forwards[name]
+        with saved_bytes(exclude=(weight, leaf)) as saved:
+            out = call()
+        if spec.what == "backward":
+            call = backward(out, leaf, dout, P)
+        calls |= ours("prompt_embed", call, options.device, saved.bytes) if name == OURS else {
+            name: Contender(call, None, saved.bytes)
+        }  # fmt: skip
+
+    if spec.what == "forward":
+        truth = plain().detach().double()  # nothing is computed: every contender must copy exactly
+        moved, goals = (
+            8 * B * S + 4 * P * D + item * (B * S * D + B * (P + S) * D),
+            {PEFT: 3.0, LARGE_COPY: 0.7},
         )
-        self.peft = PromptEmbedding(config, None).to(device)  # [2 P, D], as PEFT has it for a T5
-        self.peft_tokens = torch.arange(2 * P, device=device)[None].expand(B, -1)
-        self.prompt = self.peft.embedding.weight.detach()[:P].clone().requires_grad_()
-        self.B, self.P, self.dtype = B, P, dtype
-
-    def fastprompt(self):
-        return prompt_embed(self.ids, self.table, self.prompt)
-
-    def peft_path(self):
-        """PeftModelForSeq2SeqLM.forward and get_prompt of peft 0.21, without the model."""
-        prompts = self.peft(self.peft_tokens[:1]).squeeze(0)
-        prompts = prompts.repeat(self.B, 1, 1).to(self.dtype)
-        return torch.cat((prompts[:, : self.P], functional.embedding(self.ids, self.table)), dim=1)
-
-    def torch_cat(self):
-        prompts = self.prompt.to(self.dtype).expand(self.B, -1, -1)
-        return torch.cat((prompts, functional.embedding(self.ids, self.table)), dim=1)
+    else:
+        truth = dout[:, :P].double().sum(0)
+        moved, goals = item * B * P * D + 4 * P * D, {PEFT: 3.0}
+    goals = goals if spec.headline and spec.dtype == torch.float32 and not options.quick else {}
+    return Case(
+        "prompt_embed",
+        spec,
+        calls,
+        moved,
+        partial(check_results, "prompt_embed", calls, TORCH, (truth,)),
+        goals,
+    )
 
 
-def backward_call(forward, leaf):
-    rows = forward()
-    gradient = torch.randn_like(rows)
-    return lambda: torch.autograd.grad(rows, leaf, gradient, retain_graph=True)
+def backward(out: Tensor, leaf: Tensor, dout: Tensor, P: int) -> Call:
+    """The gradient of the prompt [P, D]. PEFT's leaf has 2P rows, of which a T5 uses the first P."""
+    return lambda: torch.autograd.grad(out, leaf, dout, retain_graph=True)[0][:P]
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def dtype(request):
-    return request.param
+@lru_cache(maxsize=2)
+def vocabulary(D: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(V, D, dtype=dtype, device=device)
 
 
-@pytest.fixture(params=range(len(SHAPES)))
-def shape(request, quick):
-    shapes = QUICK if quick else SHAPES
-    if request.param >= len(shapes):
-        pytest.skip("one small shape is enough for --quick")
-    return shapes[request.param]
+def peft_forward(weight: Tensor, prompt: Tensor, input_ids: Tensor) -> tuple[Call, Tensor]:
+    """PeftModelForSeq2SeqLM's own forward, around a T5 that hands back the embeddings it is given; and PEFT's leaf."""
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import T5Config, T5ForConditionalGeneration
 
+    class EmbeddingsOnly(T5ForConditionalGeneration):
+        def forward(self, inputs_embeds: Tensor, **_: object) -> Tensor:
+            return inputs_embeds
 
-def test_prompt_embed(shape, dtype, device, rounds, results, goal):
-    case = Case(shape, dtype, device)
-    truth = torch.cat((case.prompt.double().expand(case.B, -1, -1), case.table.double()[case.ids]), 1)
-    gate("prompt_embed", case.fastprompt(), case.torch_cat(), truth)
-
-    forward = {"fastprompt": case.fastprompt, "PEFT": case.peft_path, "torch.cat": case.torch_cat}
+    P, D = prompt.shape
+    with torch.device("meta"):
+        t5 = EmbeddingsOnly(T5Config(vocab_size=V, d_model=D, d_ff=8, d_kv=8, num_heads=1, num_layers=1))
+    t5.set_input_embeddings(nn.Embedding.from_pretrained(weight))
+    model = get_peft_model(t5, PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P))
+    leaf = model.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
-        moved = case.fastprompt().numel() * case.table.element_size()
-        times = measure({**forward, "copy of the bytes": copy_call(moved, device)}, device, rounds)
-    report(f"prompt_embed forward {shape} {dtype}", times)
-    record(results, "prompt_embed_forward", {**shape, "dtype": str(dtype)}, times)
-    leaves = {"fastprompt": case.prompt, "PEFT": case.peft.embedding.weight, "torch.cat": case.prompt}
-    backward = {name: backward_call(call, leaves[name]) for name, call in forward.items()}
-    back = measure(backward, device, rounds)
-    report(f"prompt_embed backward {shape} {dtype}", back)
-    record(results, "prompt_embed_backward", {**shape, "dtype": str(dtype)}, back)
-    if shape == GOAL and dtype == torch.float32:
-        goal("forward against PEFT", times["PEFT"]["median"] / times["fastprompt"]["median"], 3.0)
-        goal("backward against PEFT", back["PEFT"]["median"] / back["fastprompt"]["median"], 3.0)
-        goal("of copy bandwidth", times["copy of the bytes"]["median"] / times["fastprompt"]["median"], 0.7)
+        leaf[:P] = prompt
+    return lambda: model(input_ids=input_ids), leaf
 
 
-@pytest.mark.parametrize("contender", ["fastprompt", "peft_path", "torch_cat"])
-def test_forward(benchmark, contender, device, quick):
-    benchmark.group = "prompt_embed forward"
-    case = Case(QUICK[0] if quick else GOAL, torch.float32, device)
-    with torch.no_grad():
-        benchmark(getattr(case, contender))
+def test_alone(time_alone):
+    time_alone()
+
+
+def test_together(time_together):
+    time_together()
+
+
+if __name__ == "__main__":
+    main(specs, build)

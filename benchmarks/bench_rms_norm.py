@@ -1,108 +1,125 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rms_norm beside HF's T5LayerNorm, torch.compile of it, and torch's own rms_norm; forward + backward, frozen weight.
+"""rms_norm beside HF's T5LayerNorm, torch.compile of it and PyTorch's own rms_norm; frozen weight, forward + backward.
 
-The goal shape is N = 8 x 356 rows (B=8, P=100, S=256), D=768 in fp32. Counted bytes: forward reads and writes N D
-elements; backward reads 2 N D and writes N D. HF's eager norm makes six passes forward alone.
+The residual form, h = residual + dropout(x) and y = norm(h), stands beside the same lines of HF's T5 layers.
 """
 
-import pytest
+from functools import partial
+
 import torch
-from _harness import gate, measure, record, report
-from torch.nn import functional
+from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
+from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from fastprompt.ops import rms_norm
+from fastprompt.testing import saved_bytes
 
+HF, COMPILED, TORCH = "HF T5LayerNorm", "torch.compile of that", "F.rms_norm"
+NORM, RESIDUAL = "norm, forward + backward", "residual + norm, forward + backward"
 GOAL = {"B": 8, "L": 356, "D": 768}
-SHAPES = [GOAL, {"B": 1, "L": 164, "D": 512}, {"B": 8, "L": 612, "D": 1024}]
-QUICK = [{"B": 2, "L": 5, "D": 32}]
-DROPOUT = 0.1
+OTHERS = [{"B": 1, "L": 356, "D": 768}, {"B": 32, "L": 612, "D": 768}, {"B": 8, "L": 356, "D": 512}]
+TINY = {"B": 1, "L": 2, "D": 16}  # nothing to move: what a call costs
+QUICK = {"B": 2, "L": 5, "D": 64}
+EPS = 1e-6
 
 
-class Case:
-    """The inputs of one shape and the contenders: x [B, L, D] -> y, or (y, h) for the residual form."""
-
-    def __init__(self, shape, dtype, device, compiled):
-        self.x, self.residual = (torch.randn(*shape.values(), device=device).to(dtype) for _ in range(2))
-        self.x.requires_grad_()
-        self.residual.requires_grad_()
-        self.norm = T5LayerNorm(shape["D"]).to(device, dtype).requires_grad_(False)
-        self.compiled = torch.compile(self.norm) if compiled else None
-
-    def plain(self):
-        weight, eps = self.norm.weight, self.norm.variance_epsilon
-        calls = {
-            "fastprompt": lambda: rms_norm(self.x, weight, eps),
-            "HF eager": lambda: self.norm(self.x),
-            "torch rms_norm": lambda: functional.rms_norm(self.x, weight.shape, weight, eps),
-        }
-        return calls if self.compiled is None else {**calls, "HF compiled": lambda: self.compiled(self.x)}
-
-    def fused(self):
-        def ours():
-            return rms_norm(
-                self.x,
-                self.norm.weight,
-                self.norm.variance_epsilon,
-                residual=self.residual,
-                dropout_p=DROPOUT,
-            )
-
-        def hf():
-            h = self.residual + functional.dropout(self.x, DROPOUT)
-            return self.norm(h), h
-
-        return {"fastprompt": ours, "HF eager": hf}
+def specs(options: Options) -> list[Spec]:
+    goal, others = (QUICK, [TINY]) if options.quick else (GOAL, [*OTHERS, TINY])
+    fp32, bf16 = torch.float32, torch.bfloat16
+    headline = [
+        (NORM, fp32, 0.0),
+        (NORM, bf16, 0.0),
+        (RESIDUAL, fp32, 0.0),
+        (RESIDUAL, fp32, 0.1),
+        (RESIDUAL, bf16, 0.1),
+    ]
+    found = [Spec(what, dtype, tuple(goal.items()), True, p) for what, dtype, p in headline]
+    return found + [Spec(what, fp32, tuple(sizes.items())) for sizes in others for what in (NORM, RESIDUAL)]
 
 
-def step(forward, inputs):
-    """One forward + backward, as a function of nothing."""
-    first = forward()
-    gradients = [torch.randn_like(y) for y in (first if isinstance(first, tuple) else (first,))]
+def contenders(spec: Spec, options: Options) -> list[str]:
+    compiled = [COMPILED] if not options.quick and (spec.headline or options.all_shapes) else []
+    return [OURS, HF, *compiled, *([TORCH] if spec.what == NORM else [])]
 
-    def run():
-        y = forward()
-        torch.autograd.grad(y if isinstance(y, tuple) else (y,), inputs, gradients)
+
+def build(spec: Spec, options: Options) -> Case:
+    shape, item = tuple(size for _, size in spec.sizes), spec.dtype.itemsize
+    make = partial(torch.randn, dtype=spec.dtype, device=options.device)
+    x, residual = make(*shape, requires_grad=True), make(*shape, requires_grad=True)
+    norm = T5LayerNorm(shape[-1], EPS).to(options.device, spec.dtype).requires_grad_(False)
+    norm.weight.copy_(make(shape[-1]))
+    leaves = (x,) if spec.what == NORM else (x, residual)
+    grads = tuple(make(*shape) for _ in leaves)
+
+    def fused(p: float) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, norm.weight, EPS, residual=residual, dropout_p=p)
+
+    def in_hf(p: float) -> tuple[Tensor, Tensor]:
+        h = residual + nn.functional.dropout(x, p)
+        return norm(h), h
+
+    if spec.what == NORM:
+        forwards = {OURS: lambda p: rms_norm(x, norm.weight, EPS), HF: lambda p: norm(x)}
+        forwards[TORCH] = lambda p: nn.functional.rms_norm(x, norm.weight.shape, norm.weight, EPS)
+    else:
+        forwards = {OURS: fused, HF: in_hf}
+    if COMPILED in contenders(spec, options):
+        torch._dynamo.reset()
+        forwards[COMPILED] = torch.compile(forwards[HF], dynamic=False)
+
+    calls: dict[str, Contender] = {}
+    for name in contenders(spec, options):
+        forward = partial(forwards[name], spec.dropout_p)
+        with saved_bytes(exclude=(norm.weight,)) as saved:
+            kept = forward()
+        del kept
+        call = step(forward, leaves, grads)
+        calls |= ours("rms_norm", call, options.device, saved.bytes) if name == OURS else {
+            name: Contender(call, None, saved.bytes)
+        }  # fmt: skip
+    checked = calls
+    if spec.dropout_p > 0.0:  # masks are random: what can be compared is the call without
+        checked = {name: Contender(step(partial(forwards[name], 0.0), leaves, grads)) for name in (OURS, HF)}
+
+    tensors = 5 if spec.what == NORM else 8 + (spec.dropout_p > 0)  # [B, L, D] tensors read or written
+    goals = (
+        {HF: 3.0}
+        if (spec.what, spec.dtype) == (NORM, torch.float32) and spec.headline and not options.quick
+        else {}
+    )
+    check = partial(check_norm, checked, leaves, norm.weight, grads)
+    return Case("rms_norm", spec, calls, tensors * x.numel() * item, check, goals)
+
+
+def step(forward: Call, leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Call:
+    """-> the outputs, then the gradients of the leaves."""
+
+    def run() -> tuple[Tensor, ...]:
+        out = forward()
+        out = out if isinstance(out, tuple) else (out,)
+        return *out, *torch.autograd.grad(out, leaves, grads)
 
     return run
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def dtype(request):
-    return request.param
+def check_norm(
+    calls: dict[str, Contender], leaves: tuple[Tensor, ...], w: Tensor, grads: tuple[Tensor, ...]
+) -> None:
+    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    h = sum(wide)
+    y = w.double() * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + EPS))
+    out = (y, h)[: len(leaves)]
+    truth = (*out, *torch.autograd.grad(out, wide, tuple(grad.double() for grad in grads)))
+    check_results("rms_norm", calls, HF, tuple(t.detach() for t in truth))
 
 
-@pytest.fixture(params=range(len(SHAPES)))
-def shape(request, quick):
-    shapes = QUICK if quick else SHAPES
-    if request.param >= len(shapes):
-        pytest.skip("one small shape is enough for --quick")
-    return shapes[request.param]
+def test_alone(time_alone):
+    time_alone()
 
 
-def test_rms_norm(shape, dtype, device, rounds, results, goal, quick):
-    case = Case(shape, dtype, device, compiled=not quick)
-    calls = case.plain()
-    wide = case.x.detach().double()
-    truth = case.norm.weight.double() * wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    gate("rms_norm", calls["fastprompt"](), calls["HF eager"](), truth)
-    times = measure({name: step(call, [case.x]) for name, call in calls.items()}, device, rounds)
-    report(f"rms_norm forward + backward {shape} {dtype}", times)
-    record(results, "rms_norm", {**shape, "dtype": str(dtype)}, times)
-    if shape == GOAL and dtype == torch.float32:
-        goal("against HF eager", times["HF eager"]["median"] / times["fastprompt"]["median"], 3.0)
+def test_together(time_together):
+    time_together()
 
 
-def test_rms_norm_residual(shape, dtype, device, rounds, results):
-    case = Case(shape, dtype, device, compiled=False)
-    calls = {name: step(call, [case.x, case.residual]) for name, call in case.fused().items()}
-    times = measure(calls, device, rounds)
-    report(f"residual + dropout {DROPOUT} + rms_norm, forward + backward {shape} {dtype}", times)
-    record(results, "rms_norm_residual", {**shape, "dtype": str(dtype)}, times)
-
-
-@pytest.mark.parametrize("contender", ["fastprompt", "HF eager", "torch rms_norm"])
-def test_step(benchmark, contender, device, quick):
-    benchmark.group = "rms_norm forward + backward"
-    case = Case(QUICK[0] if quick else GOAL, torch.float32, device, compiled=False)
-    benchmark(step(case.plain()[contender], [case.x]))
+if __name__ == "__main__":
+    main(specs, build)

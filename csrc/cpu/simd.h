@@ -108,7 +108,7 @@ FP_INLINE void store(T* to, vfloat value) {
 // Streaming stores write whole lines past the caches, without reading them first. They pay once the output outgrows a
 // core's share of the last-level cache: its reader then finds it in memory anyway (docs/performance-notes.md).
 constexpr int64_t kLine = 64;              // bytes
-constexpr int64_t kStreamBytes = 4 << 20;  // of output
+constexpr int64_t kStreamBytes = 16 << 20;  // of output
 
 FP_INLINE bool streams(const void* to, int64_t row_bytes, int64_t rows) {
     return FP_LANES > 1 && reinterpret_cast<uintptr_t>(to) % kLine == 0 && row_bytes % kLine == 0 &&
