@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastprompt: fused kernels for prompt tuning a frozen Hugging Face T5."""
 
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from fastprompt import ops
 from fastprompt._op import backend_used, backends, use_backend
 from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptConfig
+
+with suppress(ImportError):  # a transformers without these interfaces refuses the name by itself
+    from fastprompt import hf_attention as hf_attention
 
 try:
     __version__ = version("fastprompt")

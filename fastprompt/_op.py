@@ -11,7 +11,7 @@ A page creates one :class:`Op` and attaches to it, for every schema it defines (
 
 torch's dispatcher is the registry: what runs is what is registered under the tensors' device. :func:`use_backend`
 registers another implementation for a scope. A launcher returns ``NotImplemented`` for a case that its kernel does
-not cover (float64, say); the reference then runs, and :func:`backend_used` says so.
+not cover (float64, say); the device's next backend or at last the reference then runs, and :func:`backend_used` says so.
 """
 
 import importlib.util
@@ -53,7 +53,9 @@ class Op:
             self.members.append(member)
             self._reference[member] = reference
             LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            LIBRARY.impl(member, self._recorded(member, "reference", reference), "CompositeExplicitAutograd")
+            LIBRARY.impl(
+                member, self._recorded(member, ("reference", reference)), "CompositeExplicitAutograd"
+            )
             torch.library.register_fake(f"fastprompt::{member}", fake, lib=LIBRARY)
             return reference
 
@@ -79,11 +81,12 @@ class Op:
 
     def publish(self) -> None:
         """Register the best backend of this machine for each device. Called once, when the page is complete."""
-        for device in ("cpu", "cuda"):
-            best = self.backends(device)[0]
-            for member, function in self._implementation(best).items():
-                if best != "reference":
-                    LIBRARY.impl(member, self._recorded(member, best, function), device.upper())
+        for device, names in (("cpu", ("cpu",)), ("cuda", ("cuda", "triton"))):
+            chosen = [name for name in names if name in self.backends(device)]
+            functions = {name: self._implementation(name) for name in chosen}
+            for member in self.members if chosen else ():
+                found = [(name, functions[name][member]) for name in chosen if member in functions[name]]
+                LIBRARY.impl(member, self._recorded(member, *found), device.upper())
 
     def backends(self, device: str = "cpu") -> list[str]:
         """The backends that can run on ``device`` ("cpu" or "cuda") here, the default one first."""
@@ -118,7 +121,7 @@ class Op:
                 for member, function in self._implementation(backend).items():
                     for key in keys:
                         scope.impl(
-                            member, self._recorded(member, backend, function), key, allow_override=True
+                            member, self._recorded(member, (backend, function)), key, allow_override=True
                         )
             yield
         finally:
@@ -136,15 +139,19 @@ class Op:
             kernels = _native.TARGETS[isa or (_native.CPU_TARGETS[0] if device == "cpu" else "cuda")]
         return {member: _bind(launcher, kernels) for member, launcher in self._native.items()}
 
-    def _recorded(self, member: str, backend: str, function: Function) -> Function:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result, ran = function(*args, **kwargs), backend
-            if result is NotImplemented:
-                result, ran = self._reference[member](*args, **kwargs), "reference"
-            self.last_backend[member] = ran
-            return result
+    def _recorded(self, member: str, *choices: tuple[str, Function]) -> Function:
+        """The first of the (backend, function) pairs that covers the arguments, else the reference."""
 
-        run.__name__ = f"{member}_{backend}"
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for backend, function in choices:
+                result = function(*args, **kwargs)
+                if result is not NotImplemented:
+                    self.last_backend[member] = backend
+                    return result
+            self.last_backend[member] = "reference"
+            return self._reference[member](*args, **kwargs)
+
+        run.__name__ = "_".join((member, *(backend for backend, _ in choices)))
         return run
 
 

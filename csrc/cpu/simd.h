@@ -107,7 +107,7 @@ FP_INLINE void store(T* to, vfloat value) {
 
 // Streaming stores write whole lines past the caches, without reading them first. They pay once the output outgrows a
 // core's share of the last-level cache: its reader then finds it in memory anyway (docs/performance-notes.md).
-constexpr int64_t kLine = 64;              // bytes
+constexpr int64_t kLine = 64;               // bytes
 constexpr int64_t kStreamBytes = 16 << 20;  // of output
 
 FP_INLINE bool streams(const void* to, int64_t row_bytes, int64_t rows) {
@@ -256,6 +256,68 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 #endif
 }
 
+// All lanes equal. Subtracting zero changes no value, so the compiler leaves it out; adding would turn -0 into 0.
+FP_INLINE vfloat splat(float value) { return value - vfloat{}; }
+
+// Neighbouring halves are joined until one lane is left.
+FP_INLINE float sum_lanes(vfloat value) {
+#if FP_LANES == 16 && defined(__AVX512F__)
+    return _mm512_reduce_add_ps(bit_cast<__m512>(value));
+#else
+    float lane[kLanes];
+    memcpy(lane, &value, sizeof(lane));
+    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+        for (int64_t i = 0; i < width; ++i) lane[i] += lane[i + width];
+    }
+    return lane[0];
+#endif
+}
+
+FP_INLINE float largest_lane(vfloat value) {
+#if FP_LANES == 16 && defined(__AVX512F__)
+    return _mm512_reduce_max_ps(bit_cast<__m512>(value));
+#else
+    float lane[kLanes];
+    memcpy(lane, &value, sizeof(lane));
+    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+        for (int64_t i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    }
+    return lane[0];
+#endif
+}
+
+// a * b + c, rounded once where the machine can.
+FP_INLINE vfloat fused_multiply_add(vfloat a, vfloat b, vfloat c) {
+#if FP_LANES == 16 && defined(__AVX512F__)
+    return bit_cast<vfloat>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#elif FP_LANES == 8 && defined(__FMA__)
+    return bit_cast<vfloat>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+// e^x to about one unit in the last place; 0 where that lies below the normal numbers. NaN stays NaN.
+FP_INLINE vfloat exp(vfloat x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+    const vfloat clamped = x < -88.0f ? splat(-88.0f) : x;
+    const vfloat shifted = clamped * 1.44269504f + kRound;
+    const vfloat n = shifted - kRound;
+    // Cody and Waite: n * ln 2 in two parts, the first of which is exact.
+    const vfloat r = fused_multiply_add(n, splat(2.12194440e-4f), clamped - n * 0.693359375f);
+    vfloat p = splat(1.9875691500e-4f);  // Cephes' polynomial
+    for (const float coefficient :
+         {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+        p = fused_multiply_add(p, r, splat(coefficient));
+    }
+    p = fused_multiply_add(p, r * r, r) + 1.0f;
+    const vuint power = (bit_cast<vuint>(shifted) - float_bits(kRound) + 127u) << 23;
+    vfloat result = p * bit_cast<vfloat>(power);
+    result = x < -87.0f ? vfloat{} : result;
+    result = x > 88.0f ? splat(INFINITY) : result;
+    return x != x ? x : result;
+}
+
 // Dropped means zero: an infinity times a factor of 0 would leave a NaN.
 FP_INLINE vfloat drop(vfloat value, vfloat factor) { return factor != 0.0f ? value * factor : vfloat{}; }
 
@@ -274,13 +336,13 @@ public:
 
     bool active() const { return active_; }
 
-    // factors[i] for elements [first, first + count) of the tensor.
-    void factors(int64_t first, int64_t count, float* factors) const {
+    // factors[i] for elements [first, first + count) of the tensor. `stream` is the counter's third word.
+    void factors(int64_t first, int64_t count, float* factors, uint32_t stream = 0) const {
         constexpr int64_t kWords = 4 * kBlocks * kChains;
         uint64_t block = static_cast<uint64_t>(first) / 4;
         for (int64_t i = -(first % 4); i < count; i += kWords, block += kBlocks * kChains) {
             vuint words[kWords / kLanes];
-            words_of(block, words);
+            words_of(block, stream, words);
             float values[kWords];
             for (int64_t k = 0; k < kWords / kLanes; ++k) {
                 const auto keep = bit_cast<vuint>(words[k] >= threshold_);  // all bits or none
@@ -301,8 +363,8 @@ private:
     static constexpr int64_t kChains = 2;
 
     // The words of blocks [block, block + kBlocks * kChains), in element order.
-    FP_INLINE void words_of(uint64_t block, vuint* words) const {
-        vwords c0[kChains], c1[kChains], c2[kChains] = {}, c3[kChains] = {};
+    FP_INLINE void words_of(uint64_t block, uint32_t stream, vuint* words) const {
+        vwords c0[kChains], c1[kChains], c2[kChains], c3[kChains] = {};
         for (int64_t chain = 0; chain < kChains; ++chain) {
             vwords counter{};
             for (int64_t i = 0; i < kBlocks; ++i) {
@@ -310,6 +372,7 @@ private:
             }
             c0[chain] = counter;
             c1[chain] = counter >> 32;
+            c2[chain] = vwords{} + stream;
         }
         for (const auto& key : keys_) {
             for (int64_t chain = 0; chain < kChains; ++chain) {

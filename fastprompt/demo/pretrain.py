@@ -13,7 +13,7 @@ import argparse
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -29,6 +29,11 @@ PAD, EOS, UNK = 0, 1, 2
 NUM_SENTINELS = 32
 WINDOW = 128  # tokens per pretraining example
 PAGE = 48  # most tokens of a text in LM adaptation
+FRONT = 20  # most tokens in front of a text
+INSTRUCTIONS: dict[str, Callable[[Document], str]] = {
+    "module:": lambda document: document.module,
+    "package:": lambda document: document.package,
+}
 CONTINUATION = 16  # most tokens that it predicts: the vocabulary's softmax is much of a step's time
 
 
@@ -164,37 +169,67 @@ def corrupted_batches(
         yield collate([corrupt_spans(next(source), rng, first_sentinel) for _ in range(batch_size)])
 
 
-def continued_batches(
+def instructed_batches(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
     batch_size: int,
 ) -> Iterator[Batch]:
-    """Endless batches for LM adaptation: the encoder reads a piece of a text, the decoder says what follows.
+    """Endless batches for LM adaptation and instructions, mixed as T5's own multi-task pretraining mixes them.
 
-    In seven of ten pairs the piece is followed by the name of its module, which only the whole piece can tell: span
-    corruption never asks that, and a prompt needs a decoder that answers from the text. Else by the text's next tokens.
+    The encoder reads a piece of a text. Alone, it is to be continued. After an instruction ("module:"), the decoder
+    says what the instruction asks for: the encoder must then hold what the piece is about, and the model must heed
+    what stands in front of a text, which is all that a prompt can change.
     """
     documents = [document for document in documents if document.package != "pydoc_data"]
-    texts = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
-    names = tokenizer([document.module for document in documents], add_special_tokens=False)["input_ids"]
-    pages = [(text, name) for text, name in zip(texts, names, strict=True) if len(text) >= 8]
-    sizes = Counter(tuple(name) for _, name in pages)
+
+    def tokens(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    answers = {
+        instruction: tokens([answer(document) for document in documents])
+        for instruction, answer in INSTRUCTIONS.items()
+    }
+    instructions = dict(zip(INSTRUCTIONS, tokens(list(INSTRUCTIONS)), strict=True))
+    texts = tokens([document.text for document in documents])
+    pages = [i for i, text in enumerate(texts) if len(text) >= 8]
+    sizes = Counter(documents[i].module for i in pages)
     # A module's share grows with the root of its size, so that the large ones do not drown the others.
-    weights = list(accumulate(sizes[tuple(name)] ** -0.5 for _, name in pages))
+    weights = list(accumulate(sizes[documents[i].module] ** -0.5 for i in pages))
+
+    def pair(i: int) -> Pair:
+        piece = cut(texts[i], PAGE, rng)
+        if rng.random() < 0.3:
+            end = rng.randrange(1, len(piece))
+            noise = (
+                rng.choices(range(UNK + 1, len(tokenizer)), k=rng.randrange(FRONT))
+                if rng.random() < 0.5
+                else []
+            )
+            return [*noise, *piece[:end], EOS], list(piece[end : end + CONTINUATION])
+        instruction = rng.choice(list(INSTRUCTIONS))
+        front = repeated(instructions[instruction], rng, len(tokenizer))
+        return [*front, *piece, EOS], [*answers[instruction][i], EOS]
+
     while True:
-        drawn = rng.choices(pages, cum_weights=weights, k=batch_size)
-        yield collate([split_page(text, name, rng) for text, name in drawn])
+        yield collate([pair(i) for i in rng.choices(pages, cum_weights=weights, k=batch_size)])
 
 
-def split_page(text: Sequence[int], name: Sequence[int], rng: random.Random) -> Pair:
-    """(piece of the text, the module's name), or (piece cut at a random place, the tokens that follow)."""
-    start = rng.randrange(max(len(text) - PAGE, 0) + 1)
-    piece = text[start : start + PAGE]
-    if rng.random() < 0.7:
-        return [*piece, EOS], [*name, EOS]
-    cut = rng.randrange(1, len(piece))
-    return [*piece[:cut], EOS], list(piece[cut : cut + CONTINUATION])
+def cut(text: Sequence[int], length: int, rng: random.Random) -> Sequence[int]:
+    """A piece of at most `length` tokens, from a random place."""
+    start = rng.randrange(max(len(text) - length, 0) + 1)
+    return text[start : start + length]
+
+
+def repeated(instruction: Sequence[int], rng: random.Random, vocab_size: int) -> list[int]:
+    """The instruction once, or over and over up to FRONT tokens, one in five of them replaced by any token.
+
+    A prompt is as long as that, and training it moves its rows away from the words it began as.
+    """
+    if rng.random() < 0.3:
+        return list(instruction)
+    rows = (list(instruction) * FRONT)[: rng.randrange(len(instruction), FRONT + 1)]
+    return [rng.randrange(UNK + 1, vocab_size) if rng.random() < 0.2 else token for token in rows]
 
 
 def train_stage(
@@ -232,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("tiny_t5"), help="folder for model and tokenizer")
     parser.add_argument("--span-steps", type=int, default=1400, help="steps of span corruption")
-    parser.add_argument("--lm-steps", type=int, default=800, help="steps of LM adaptation")
+    parser.add_argument("--lm-steps", type=int, default=2000, help="steps of LM adaptation")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of 128 tokens per step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -260,8 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train_stage(model, "span corruption", corrupted, options.span_steps, options.lr)
     rng = random.Random(options.seed)
     # Texts are less than half as long as windows.
-    continued = continued_batches(documents, tokenizer, rng, 2 * options.batch_size)
-    train_stage(model, "LM adaptation", continued, options.lm_steps, options.lr)
+    instructed = instructed_batches(documents, tokenizer, rng, 2 * options.batch_size)
+    train_stage(model, "LM adaptation and instructions", instructed, options.lm_steps, options.lr)
     model.half().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     return 0

@@ -29,10 +29,13 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def philox(seed: Tensor, counter: Tensor) -> Tensor:
-    """The four 32-bit words of each block: counter [...] int64 -> [..., 4] int64 in [0, 2^32)."""
+def philox(seed: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
+    """The four 32-bit words of each block: counter [...] int64 -> [..., 4] int64 in [0, 2^32).
+
+    ``stream`` is the third word of the counter, ``counter`` the first two.
+    """
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
         high0, low0 = _multiply(c0, 0xD2511F53)

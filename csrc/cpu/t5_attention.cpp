@@ -1,0 +1,609 @@
+// SPDX-License-Identifier: Apache-2.0
+// t5_attention on the CPU: one example and head at a time, in blocks of queries and chunks of keys that stay in the
+// caches. Shapes and formulas: fastprompt/ops/t5_attention.py. Everything is fp32 between loads and stores.
+//
+// Keys that are not allowed are left out when an example's keys are gathered, so they cost nothing.
+#include <omp.h>
+#include <stdlib.h>
+
+#include "common/attention.h"
+#include "common/kernel.h"
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace {
+
+constexpr int64_t kQueries = 48;  // of a block; a multiple of kTileRows
+constexpr int64_t kKeys = 256;    // of a chunk
+constexpr int64_t kPanel = 64;    // keys side by side in a transposed panel
+constexpr int64_t kScoreRow = kKeys + 16;
+constexpr int64_t kFewQueries = 4;  // up to so many, transposing the keys would cost more than it brings
+constexpr int64_t kNoMemory = -1, kBadDType = -2;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+void load_row(const void* from, int64_t offset, int64_t dtype, float* to, int64_t count) {
+    with_type(dtype, [&](auto type) {
+        const auto* row = static_cast<const decltype(type)*>(from) + offset;
+        for (int64_t d = 0; d < count; d += kLanes) store(to + d, load(row + d));
+    });
+}
+
+void store_row(const float* from, void* to, int64_t offset, int64_t dtype, int64_t count) {
+    with_type(dtype, [&](auto type) {
+        auto* row = static_cast<decltype(type)*>(to) + offset;
+        for (int64_t d = 0; d < count; d += kLanes) store(row + d, load(from + d));
+    });
+}
+
+void clear(float* to, int64_t count) { memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
+
+// Aligned memory of one thread, cut into pieces. Sized by a first pass over the same cuts with base null.
+class Arena {
+public:
+    explicit Arena(char* base) : base_(base) {}
+    template <class T>
+    T* take(int64_t count) {
+        T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+        return piece;
+    }
+    int64_t used() const { return used_; }
+
+private:
+    char* base_;
+    int64_t used_ = 0;
+};
+
+struct Limits {
+    int64_t queries = 0, keys = 0, span = 0;  // the most of any example; span: positions that its distances cover
+};
+
+Limits limits(const fp::Attention& a) {
+    Limits most;
+    for (int64_t b = 0; b < a.B; ++b) {
+        const int64_t queries = a.queries(b), keys = a.keys(b) + a.P;
+        if (queries > most.queries) most.queries = queries;
+        if (keys > most.keys) most.keys = keys;
+        if (queries + keys > most.span) most.span = queries + keys;
+    }
+    return most;
+}
+
+// The keys of one example that some query may attend to, in order of position: prompt first. index[n] is key n's place
+// among all P + S keys of the example, which fixes its position, index - P, and its dropout.
+struct Keys {
+    int32_t* index;
+    int64_t count, prompt, own;  // `prompt` of the `count` are the prompt's; own: all of the example's, allowed or not
+
+    void gather(const fp::Attention& a, int64_t b) {
+        prompt = a.prompt_keys(b);
+        own = a.keys(b);
+        count = 0;
+        for (int64_t p = 0; p < prompt; ++p) index[count++] = static_cast<int32_t>(p);
+        const uint8_t* mask = a.key_mask == nullptr ? nullptr : a.key_mask + a.key_begin(b);
+        for (int64_t s = 0; s < own; ++s) {
+            if (mask == nullptr || mask[s] != 0) index[count++] = static_cast<int32_t>(prompt + s);
+        }
+        for (int64_t pad = 0; pad < kPanel; ++pad) index[count + pad] = static_cast<int32_t>(prompt + own + pad);
+    }
+
+    int64_t source(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values) const {
+        if (i < prompt) {
+            const fp::Strides& s = values ? a.prompt_v_strides : a.prompt_k_strides;
+            return a.prompt(b) * s.example + i * s.row + h * s.head;
+        }
+        return a.own(values ? a.v_strides : a.k_strides, b, a.key_begin(b), i - prompt, h);
+    }
+
+    void load_key(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values, int64_t dtype,
+                  float* to) const {
+        const void* base = i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
+        load_row(base, source(a, b, h, i, values), dtype, to, a.K);
+    }
+
+    // How many of them a query at `position` may attend to: they are sorted.
+    int64_t allowed(const fp::Attention& a, int64_t position) const {
+        if (a.causal == 0) return count;
+        int64_t low = 0, high = count;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            (index[middle] - prompt <= position ? low : high) = middle + (index[middle] - prompt <= position ? 1 : 0);
+        }
+        return low;
+    }
+
+    // table[index[n]] for the kLanes keys from n on.
+    FP_INLINE vfloat at(const float* table, int64_t n) const {
+        const int64_t first = index[n];
+        if (index[n + kLanes - 1] - first == kLanes - 1) return load(table + first);
+        vfloat value;
+        for (int64_t lane = 0; lane < kLanes; ++lane) value[lane] = table[index[n + lane]];
+        return value;
+    }
+};
+
+// One example and head. The pieces that a pass does not use have no size.
+struct Work {
+    Work(const fp::Attention& a, const Dropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
+
+    const fp::Attention& a;
+    const Dropout& dropout;
+    const int64_t dtype;
+    Keys keys = {};
+    int64_t b = 0, h = 0, T = 0, offset = 0;
+    float* bias = nullptr;                                               // by index - query + T - 1
+    float* factors = nullptr;                                            // [P + S]: dropout's, of one row
+    float *key_panels = nullptr, *value_panels = nullptr;                // [panels][K][kPanel]
+    float *key_rows = nullptr, *value_rows = nullptr;                    // [keys][K]
+    float *q = nullptr, *out = nullptr, *dout = nullptr, *dq = nullptr;  // [kQueries][K]
+    float *scores = nullptr, *dweights = nullptr;                        // [kQueries][kScoreRow]
+    float *dkeys = nullptr, *dvalues = nullptr;                          // [keys][K]
+    float *starved_dk = nullptr, *starved_dv = nullptr;                  // [own][K], of rows that may attend to nothing
+    float *top = nullptr, *total = nullptr, *delta = nullptr;            // [kQueries]
+    int64_t* limit = nullptr;                                            // [kQueries]: keys that a row may attend to
+
+    void cut(Arena& arena, const Limits& most, bool backward) {
+        const int64_t K = a.K, keys_up = round_up(most.keys, kPanel) + kPanel;
+        keys.index = arena.take<int32_t>(keys_up + kPanel);
+        bias = arena.take<float>(most.span + 2 * kPanel);
+        factors = arena.take<float>(keys_up);
+        key_panels = arena.take<float>(keys_up * K);
+        (backward ? value_panels : value_rows) = arena.take<float>(keys_up * K);
+        q = arena.take<float>(kQueries * K);
+        out = arena.take<float>(kQueries * K);
+        scores = arena.take<float>(kQueries * kScoreRow);
+        top = arena.take<float>(kQueries);
+        total = arena.take<float>(kQueries);
+        limit = arena.take<int64_t>(kQueries);
+        if (!backward) return;
+        key_rows = arena.take<float>(keys_up * K);
+        dout = arena.take<float>(kQueries * K);
+        dq = arena.take<float>(kQueries * K);
+        dweights = arena.take<float>(kQueries * kScoreRow);
+        dkeys = arena.take<float>(keys_up * K);
+        dvalues = arena.take<float>(keys_up * K);
+        starved_dk = arena.take<float>(keys_up * K);
+        starved_dv = arena.take<float>(keys_up * K);
+        delta = arena.take<float>(kQueries);
+    }
+
+    void begin(int64_t task) {
+        b = task / a.H;
+        h = task % a.H;
+        T = a.queries(b);
+        offset = a.query_offset(b);
+        keys.gather(a, b);
+        if (a.bias == nullptr) return;
+        // Entry e is for the distance e - (T - 1) - P - offset, which is clamped to the table's ends.
+        const int64_t first = -(T - 1) - keys.prompt - offset, span = T + keys.prompt + keys.own;
+        const float* table = a.bias + h * (2 * a.M + 1) + a.M;
+        for (int64_t e = 0; e < span + kPanel; ++e) {
+            const int64_t distance = first + e;
+            bias[e] = table[distance < -a.M ? -a.M : distance > a.M ? a.M : distance];
+        }
+    }
+
+    // Entry [index] of the result is for a key of that index and query i.
+    const float* bias_of(int64_t i) const { return bias + (T - 1) - i; }
+
+    // to[panel][d][key]: rows become columns.
+    void pack_panels(bool values, float* to) const {
+        float rows[kLanes * 256];
+        for (int64_t n = 0; n < round_up(keys.count, kPanel); n += kLanes) {
+            float* panel = to + n / kPanel * kPanel * a.K + n % kPanel;
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                if (n + lane < keys.count) {
+                    keys.load_key(a, b, h, keys.index[n + lane], values, dtype, rows + lane * a.K);
+                } else {
+                    clear(rows + lane * a.K, a.K);
+                }
+            }
+            for (int64_t d = 0; d < a.K; ++d) {
+                for (int64_t lane = 0; lane < kLanes; ++lane) panel[d * kPanel + lane] = rows[lane * a.K + d];
+            }
+        }
+    }
+
+    void pack_rows(bool values, float* to) const {
+        for (int64_t n = 0; n < keys.count; ++n) {
+            keys.load_key(a, b, h, keys.index[n], values, dtype, to + n * a.K);
+        }
+    }
+
+    // Row i of this example in a contiguous tensor like q.
+    int64_t row_offset(int64_t i) const { return ((a.query_begin(b) + i) * a.H + h) * a.K; }
+    int64_t lse_offset(int64_t i) const { return h * a.N + a.query_begin(b) + i; }
+
+    void load_queries(int64_t first, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            load_row(a.q, a.own(a.q_strides, b, a.query_begin(b), first + i, h), dtype, q + i * a.K, a.K);
+            limit[i] = keys.allowed(a, offset + first + i);
+        }
+    }
+
+    // to[count][kScoreRow] = rows[count][K] times the panels of keys [chunk, chunk + width).
+    void product(const float* rows, int64_t count, const float* panels, int64_t chunk, int64_t width, float* to) const {
+        for (int64_t n = 0; n < width; n += kPanel) {
+            float* columns = to + n;
+            for (int64_t i = 0; i < count; ++i) clear(columns + i * kScoreRow, kPanel);
+            multiply({rows, a.K, 1}, count, panels + (chunk + n) * a.K, kPanel, kPanel, columns, kScoreRow, a.K);
+        }
+    }
+
+    // Dropout's factors for query i, by index, for the keys [n, n + width).
+    void draw(int64_t i, int64_t n, int64_t width) const {
+        const int64_t first = keys.index[n], last = keys.index[n + round_up(width, kLanes) - 1];
+        const uint32_t pair = static_cast<uint32_t>(b * a.H + h);
+        dropout.factors((i << 34) + first, last - first + 1, factors + first, pair);
+    }
+
+    void forward(void* to, float* lse, int64_t part, int64_t parts);
+    void forward_block(int64_t first, int64_t count);
+    void weigh(int64_t i, int64_t row, int64_t chunk, int64_t width);
+    void forward_few(void* to, float* lse);
+    void finish_rows(int64_t first, int64_t count, void* to, float* lse);
+    void starved_forward(int64_t i, float* row) const;
+    void backward(const void* dout_rows, const void* out_rows, const float* lse, void* dq_rows, void* dk_rows,
+                  void* dv_rows, float* share_k, float* share_v);
+    void backward_block(int64_t first, int64_t count);
+    void differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width);
+    bool load_gradients(const void* dout_rows, const void* out_rows, const float* lse, int64_t first, int64_t count);
+    void starved_backward(int64_t i, int64_t row);
+    void store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const;
+};
+
+// Turns a row of scores into weights by the online softmax: top and total are the row's so far, out is rescaled.
+void Work::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
+    float* s = scores + row * kScoreRow;
+    const int64_t allowed = limit[row] - chunk < width ? limit[row] - chunk : width;
+    if (allowed <= 0) return clear(s, round_up(width, kLanes));
+    vfloat most = splat(-INFINITY);
+    const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
+    for (int64_t n = 0; n < allowed; n += kLanes) {
+        vfloat value = load(s + n);
+        if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
+        store(s + n, value);
+        if (n + kLanes > allowed) {
+            for (int64_t k = n; k < n + kLanes; ++k) s[k] = k < allowed ? s[k] : -INFINITY;
+            value = load(s + n);
+        }
+        most = value > most ? value : most;
+    }
+    const float found = largest_lane(most), high = found > top[row] ? found : top[row];
+    if (dropout.active()) draw(i, chunk, allowed);
+    vfloat sum{};
+    for (int64_t n = 0; n < allowed; n += kLanes) {
+        vfloat weight = exp(load(s + n) - high);
+        sum += weight;
+        if (dropout.active()) weight = drop(weight, keys.at(factors, chunk + n));
+        store(s + n, weight);
+    }
+    for (int64_t n = round_up(allowed, kLanes); n < width; n += kLanes) store(s + n, vfloat{});
+    const float added = sum_lanes(sum);
+    const vfloat rescale = exp(splat(top[row] - high));
+    if (chunk > 0) {
+        for (int64_t d = 0; d < a.K; d += kLanes) store(out + row * a.K + d, load(out + row * a.K + d) * rescale);
+    }
+    total[row] = chunk > 0 ? total[row] * rescale[0] + added : added;
+    top[row] = high;
+}
+
+void Work::forward_block(int64_t first, int64_t count) {
+    load_queries(first, count);
+    clear(out, count * a.K);
+    for (int64_t i = 0; i < count; ++i) top[i] = -INFINITY, total[i] = 0.0f;
+    const int64_t most = limit[count - 1];  // limits do not fall from row to row
+    for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
+        const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
+        product(q, count, key_panels, chunk, width, scores);
+        for (int64_t i = 0; i < count; ++i) weigh(first + i, i, chunk, width);
+        multiply({scores, kScoreRow, 1}, count, value_rows + chunk * a.K, a.K, a.K, out, a.K, width);
+    }
+}
+
+// A row that may attend to nothing takes the mean of the example's own values (there is no prompt then).
+void Work::starved_forward(int64_t i, float* row) const {
+    float value[256];
+    clear(row, a.K);
+    if (keys.own == 0) return;
+    if (dropout.active()) {
+        dropout.factors(i << 34, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
+    }
+    for (int64_t s = 0; s < keys.own; ++s) {
+        keys.load_key(a, b, h, s, true, dtype, value);
+        const float factor = dropout.active() ? factors[s] : 1.0f;
+        for (int64_t d = 0; d < a.K; ++d) row[d] += factor != 0.0f ? factor * value[d] : 0.0f;
+    }
+    for (int64_t d = 0; d < a.K; ++d) row[d] /= static_cast<float>(keys.own);
+}
+
+void Work::finish_rows(int64_t first, int64_t count, void* to, float* lse) {
+    for (int64_t i = 0; i < count; ++i) {
+        float* row = out + i * a.K;
+        const bool starved = limit[i] == 0;
+        if (starved) {
+            starved_forward(first + i, row);
+        } else {
+            for (int64_t d = 0; d < a.K; d += kLanes) store(row + d, load(row + d) / total[i]);
+        }
+        store_row(row, to, row_offset(first + i), dtype, a.K);
+        lse[lse_offset(first + i)] = starved ? -INFINITY : top[i] + logf(total[i]);
+    }
+}
+
+// A few queries (decoding): keys and values are read once, where they lie.
+void Work::forward_few(void* to, float* lse) {
+    load_queries(0, T);
+    clear(out, T * a.K);
+    for (int64_t i = 0; i < T; ++i) top[i] = -INFINITY, total[i] = 0.0f;
+    float row[256];
+    const int64_t most = limit[T - 1];
+    for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
+        const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
+        for (int64_t n = 0; n < width; ++n) {
+            keys.load_key(a, b, h, keys.index[chunk + n], false, dtype, row);
+            for (int64_t i = 0; i < T; ++i) {
+                vfloat sum{};
+                for (int64_t d = 0; d < a.K; d += kLanes) {
+                    sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
+                }
+                scores[i * kScoreRow + n] = sum_lanes(sum);
+            }
+        }
+        for (int64_t i = 0; i < T; ++i) weigh(i, i, chunk, width);
+        for (int64_t n = 0; n < width; ++n) {
+            keys.load_key(a, b, h, keys.index[chunk + n], true, dtype, row);
+            for (int64_t i = 0; i < T; ++i) {
+                const vfloat weight = splat(scores[i * kScoreRow + n]);
+                for (int64_t d = 0; d < a.K; d += kLanes) {
+                    store(out + i * a.K + d, fused_multiply_add(weight, load(row + d), load(out + i * a.K + d)));
+                }
+            }
+        }
+    }
+    finish_rows(0, T, to, lse);
+}
+
+// Blocks part, part + parts, ... of this example and head.
+void Work::forward(void* to, float* lse, int64_t part, int64_t parts) {
+    if (T <= kFewQueries) {
+        if (part == 0 && T > 0) forward_few(to, lse);
+        return;
+    }
+    pack_panels(false, key_panels);
+    pack_rows(true, value_rows);
+    for (int64_t first = part * kQueries; first < T; first += parts * kQueries) {
+        const int64_t count = T - first < kQueries ? T - first : kQueries;
+        forward_block(first, count);
+        finish_rows(first, count, to, lse);
+    }
+}
+
+// scores become weights times dropout's factors, dweights become the gradient of the scores.
+void Work::differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width) {
+    float *s = scores + row * kScoreRow, *dw = dweights + row * kScoreRow;
+    const int64_t left = limit[row] - chunk, allowed = left < 0 ? 0 : left < width ? left : width;
+    const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
+    if (dropout.active() && allowed > 0) draw(i, chunk, allowed);
+    for (int64_t n = 0; n < allowed; n += kLanes) {
+        vfloat value = load(s + n);
+        if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
+        vfloat weight = exp(value - top[row]), dweight = load(dw + n);
+        if (n + kLanes > allowed) {
+            for (int64_t lane = allowed - n; lane < kLanes; ++lane) weight[lane] = 0.0f, dweight[lane] = 0.0f;
+        }
+        vfloat kept = weight;
+        if (dropout.active()) {
+            const vfloat factor = keys.at(factors, chunk + n);
+            kept = drop(weight, factor);
+            dweight = drop(dweight, factor);
+        }
+        store(s + n, kept);
+        store(dw + n, weight * (dweight - delta[row]));
+    }
+    for (int64_t n = round_up(allowed, kLanes); n < width; n += kLanes) {
+        store(s + n, vfloat{});
+        store(dw + n, vfloat{});
+    }
+}
+
+void Work::backward_block(int64_t first, int64_t count) {
+    const int64_t most = limit[count - 1];
+    for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
+        const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
+        product(q, count, key_panels, chunk, width, scores);
+        product(dout, count, value_panels, chunk, width, dweights);
+        for (int64_t i = 0; i < count; ++i) differentiate(first + i, i, chunk, width);
+        multiply({scores, 1, kScoreRow}, width, dout, a.K, a.K, dvalues + chunk * a.K, a.K, count);
+        multiply({dweights, 1, kScoreRow}, width, q, a.K, a.K, dkeys + chunk * a.K, a.K, count);
+        multiply({dweights, kScoreRow, 1}, count, key_rows + chunk * a.K, a.K, a.K, dq, a.K, width);
+    }
+}
+
+// The gradient of a row that took the mean of all own values.
+void Work::starved_backward(int64_t i, int64_t row) {
+    float key[256], value[256];
+    const float *row_q = q + row * a.K, *row_dout = dout + row * a.K;
+    float* row_dq = dq + row * a.K;
+    if (dropout.active()) {
+        dropout.factors(i << 34, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
+    }
+    const float weight = 1.0f / static_cast<float>(keys.own);
+    for (int64_t s = 0; s < keys.own; ++s) {
+        keys.load_key(a, b, h, s, false, dtype, key);
+        keys.load_key(a, b, h, s, true, dtype, value);
+        const float factor = dropout.active() ? factors[s] : 1.0f;
+        float dweight = 0.0f;
+        for (int64_t d = 0; d < a.K; ++d) dweight += row_dout[d] * value[d];
+        const float dscore = weight * ((factor != 0.0f ? factor * dweight : 0.0f) - delta[row]);
+        for (int64_t d = 0; d < a.K; ++d) {
+            row_dq[d] += dscore * key[d];
+            starved_dk[s * a.K + d] += dscore * row_q[d];
+            starved_dv[s * a.K + d] += weight * factor * row_dout[d];
+        }
+    }
+}
+
+// Loads a block of queries, the gradients of their outputs, and delta. False if all those gradients are zero, as they
+// are where the model's padding is: such a block adds nothing.
+bool Work::load_gradients(const void* dout_rows, const void* out_rows, const float* lse, int64_t first, int64_t count) {
+    load_queries(first, count);
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) {
+        float *row_out = out, *row_dout = dout + i * a.K;
+        load_row(out_rows, row_offset(first + i), dtype, row_out, a.K);
+        load_row(dout_rows, row_offset(first + i), dtype, row_dout, a.K);
+        vfloat sum{}, size{};
+        for (int64_t d = 0; d < a.K; d += kLanes) {
+            const vfloat gradient = load(row_dout + d);
+            sum = fused_multiply_add(gradient, load(row_out + d), sum);
+            size += gradient < 0.0f ? -gradient : gradient;
+        }
+        delta[i] = sum_lanes(sum);
+        any |= sum_lanes(size) != 0.0f;
+        top[i] = lse[lse_offset(first + i)];
+        any |= !(top[i] - top[i] == 0.0f) && limit[i] > 0;  // NaN and infinity must spread
+    }
+    return any;
+}
+
+// Gradients of keys and values to where these came from; zero for keys that nothing may attend to.
+void Work::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const {
+    const float zeros[256] = {};
+    for (int64_t p = 0; p < a.P; ++p) {
+        const int64_t to = ((b * a.P + p) * a.H + h) * a.K;
+        store_row(p < keys.prompt ? dkeys + p * a.K : zeros, share_k, to, fp::kFloat32, a.K);
+        store_row(p < keys.prompt ? dvalues + p * a.K : zeros, share_v, to, fp::kFloat32, a.K);
+    }
+    int64_t n = keys.prompt;
+    for (int64_t s = 0; s < keys.own; ++s) {
+        const bool allowed = n < keys.count && keys.index[n] == keys.prompt + s;
+        float *key = dkeys + n * a.K, *value = dvalues + n * a.K;
+        const float *from_k = allowed ? key : zeros, *from_v = allowed ? value : zeros;
+        if (starved) {
+            float *sum_k = starved_dk + s * a.K, *sum_v = starved_dv + s * a.K;
+            for (int64_t d = 0; d < a.K; ++d) sum_k[d] += from_k[d], sum_v[d] += from_v[d];
+            from_k = sum_k, from_v = sum_v;
+        }
+        const int64_t to = ((a.key_begin(b) + s) * a.H + h) * a.K;
+        store_row(from_k, dk_rows, to, dtype, a.K);
+        store_row(from_v, dv_rows, to, dtype, a.K);
+        n += allowed ? 1 : 0;
+    }
+}
+
+void Work::backward(const void* dout_rows, const void* out_rows, const float* lse, void* dq_rows, void* dk_rows,
+                    void* dv_rows, float* share_k, float* share_v) {
+    pack_panels(false, key_panels);
+    pack_panels(true, value_panels);
+    pack_rows(false, key_rows);
+    clear(dkeys, keys.count * a.K);
+    clear(dvalues, keys.count * a.K);
+    bool starved = false;
+    for (int64_t first = 0; first < T; first += kQueries) {
+        const int64_t count = T - first < kQueries ? T - first : kQueries;
+        clear(dq, count * a.K);
+        if (load_gradients(dout_rows, out_rows, lse, first, count)) {
+            backward_block(first, count);
+            for (int64_t i = 0; i < count; ++i) {
+                if (limit[i] > 0 || keys.own == 0) continue;
+                if (!starved) {
+                    clear(starved_dk, keys.own * a.K);
+                    clear(starved_dv, keys.own * a.K);
+                    starved = true;
+                }
+                starved_backward(first + i, i);
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) store_row(dq + i * a.K, dq_rows, row_offset(first + i), dtype, a.K);
+    }
+    store_keys(dk_rows, dv_rows, share_k, share_v, starved);
+}
+
+// Calls run(work, task, part, parts) for every example and head, cut into parts where there are too few for all
+// threads.
+template <class Run>
+int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p, int64_t dtype, bool backward,
+                  const Run& run) {
+    if (!is_dtype(dtype)) return kBadDType;
+    const Dropout dropout(seed, dropout_p);
+    const Limits most = limits(a);
+    const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
+    const int64_t wanted = tasks > 0 && !backward ? 2 * omp_get_max_threads() / tasks : 1;
+    const int64_t parts = wanted < 1 ? 1 : wanted > blocks ? blocks : wanted;
+    int64_t failed = 0;
+#pragma omp parallel reduction(+ : failed) if (a.N * a.H * a.K >= kParallelElements || most.keys >= kKeys)
+    {
+        Work work(a, dropout, dtype);
+        Arena measure(nullptr);
+        work.cut(measure, most, backward);
+        auto* memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(round_up(measure.used(), 64))));
+        failed += memory == nullptr ? 1 : 0;
+        Arena arena(memory);
+        work.cut(arena, most, backward);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks * parts; ++task) {
+            if (memory == nullptr) continue;
+            work.begin(task / parts);
+            run(work, task % parts, parts);
+        }
+        free(memory);
+    }
+    return failed > 0 ? kNoMemory : 0;
+}
+
+int64_t t5_attention(const void* q, const void* k, const void* v, const float* bias, const void* prompt_k,
+                     const void* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
+                     const uint8_t* key_mask, const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k,
+                     const int64_t* sizes, const int64_t* seed, void* out, float* lse, int64_t offset, int64_t causal,
+                     double dropout_p, int64_t dtype, void* /*stream*/) {
+    const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
+                                      cu_q, cu_k, sizes, offset, causal);
+    return each_head(a, seed, dropout_p, dtype, false,
+                     [&](Work& work, int64_t part, int64_t parts) { work.forward(out, lse, part, parts); });
+}
+
+int64_t t5_attention_backward(const void* dout, const void* out, const float* lse, const void* q, const void* k,
+                              const void* v, const float* bias, const void* prompt_k, const void* prompt_v,
+                              const int64_t* prompt_ids, const int64_t* prompt_lens, const uint8_t* key_mask,
+                              const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k, const int64_t* sizes,
+                              const int64_t* seed, void* dq, void* dk, void* dv, float* share_k, float* share_v,
+                              int64_t offset, int64_t causal, double dropout_p, int64_t dtype, void* /*stream*/) {
+    const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
+                                      cu_q, cu_k, sizes, offset, causal);
+    return each_head(a, seed, dropout_p, dtype, true, [&](Work& work, int64_t /*part*/, int64_t /*parts*/) {
+        work.backward(dout, out, lse, dq, dk, dv, share_k, share_v);
+    });
+}
+
+// total[r] = the sum over b, ascending, of share[b] where example b reads prompt r.
+int64_t t5_attention_prompt_sum(const float* share, const int64_t* prompt_ids, void* total, int64_t B, int64_t R,
+                                int64_t row_elements, int64_t dtype, void* /*stream*/) {
+    if (!is_dtype(dtype)) return kBadDType;
+    constexpr int64_t kColumns = 256;
+    const int64_t parts = (row_elements + kColumns - 1) / kColumns;
+#pragma omp parallel for schedule(static) if (B * row_elements >= kParallelElements)
+    for (int64_t task = 0; task < R * parts; ++task) {
+        const int64_t r = task / parts, first = task % parts * kColumns;
+        const int64_t count = row_elements - first < kColumns ? row_elements - first : kColumns;
+        float sum[kColumns] = {};
+        for (int64_t b = 0; b < B; ++b) {
+            if ((prompt_ids == nullptr ? 0 : prompt_ids[b]) != r) continue;
+            const float* row = share + b * row_elements + first;
+            each_vector(count,
+                        [&](int64_t d, auto extent) { store(sum + d, load(sum + d) + load_at(row, d, extent)); });
+        }
+        with_type(dtype, [&](auto type) {
+            auto* to = static_cast<decltype(type)*>(total) + r * row_elements + first;
+            each_vector(count, [&](int64_t d, auto extent) { store_at(to, d, extent, load(sum + d)); });
+        });
+    }
+    return 0;
+}
+
+FP_KERNEL(t5_attention);
+FP_KERNEL(t5_attention_backward);
+FP_KERNEL(t5_attention_prompt_sum);
+
+}  // namespace

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attn_implementation="fastprompt"``: a stock Hugging Face T5 whose attention is :func:`t5_attention`.
+
+transformers calls two functions by that name. :func:`keys` makes the mask, once per stack; T5 hands what it returns to
+its attention layers unread, so it is :class:`Keys` and no [B, 1, T, S] tensor. :func:`attention` runs in every layer. A
+name without a mask function gets no mask at all and attends to padding, so both are registered or neither.
+
+T5 computes its bias densely, in the first layer of a stack, as a function of key - query: the first column and the
+first row say it all. Cross-attention is handed zeros, which are left out.
+
+What :func:`t5_attention` does not compute goes to transformers' own functions, with the mask in full: a bias that is
+trained, attention weights as output, a mask of the user's own, another scale or head width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+)
+from transformers.modeling_utils import AttentionInterface
+
+from fastprompt.ops._checks import FLOATS
+from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
+
+NAME = "fastprompt"
+SERVED = ("t5", "mt5", "umt5")  # config.model_type
+FAMILY = (
+    *SERVED,
+    "longt5",
+    "pop2piano",
+    "switch_transformers",
+    "udop",
+)  # the rest gets transformers' functions
+
+
+class Keys(NamedTuple):
+    """Which keys a query may attend to."""
+
+    mask: Tensor | None  # bool [B, S]: the key is no padding; None: none is
+    offset: int | Tensor  # the position of query 0 among the keys; a tensor with a static cache
+    causal: bool
+
+
+def keys(**arguments: Any) -> Keys | Tensor | None:
+    """transformers' mask function: its arguments are those of ``masking_utils.sdpa_mask``, and ``config``."""
+    config, function, mask = (arguments.get(name) for name in ("config", "mask_function", "attention_mask"))
+    _check_family(config)
+    plain = function is causal_mask_function or function is bidirectional_mask_function
+    if (
+        getattr(config, "model_type", None) not in SERVED
+        or not getattr(
+            config, "is_causal", True
+        )  # then a decoder's masks do not tell self- from cross-attention
+        or not plain
+        or arguments.get("kv_offset", 0) != 0
+        or (mask is not None and mask.dim() != 2)
+    ):
+        return eager_mask(**arguments)
+    if mask is not None:
+        S = arguments["kv_length"]
+        mask = functional.pad(mask, (0, max(S - mask.shape[1], 0)))[
+            :, :S
+        ]  # a static cache's free slots: False
+    offset = arguments.get("q_offset", 0)
+    if isinstance(offset, Tensor):
+        offset = offset.clone()  # the cache counts on in place
+    return Keys(mask, offset, function is causal_mask_function)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Keys | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: query [B, H, T, K], key and value [B, H, S, K] -> [B, T, H, K], no weights."""
+    _check_family(getattr(module, "config", None))
+    if isinstance(attention_mask, Keys) and scaling == 1.0 and not kwargs.get("output_attentions"):
+        cross = bool(module.is_decoder) and not attention_mask.causal
+        bias = None if cross else position_bias
+        if _covered(query, key, value, attention_mask) and _frozen(module, bias, dropout, query, key):
+            out = t5_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                None if bias is None else _table(bias, attention_mask),
+                key_mask=attention_mask.mask,
+                offset=attention_mask.offset if attention_mask.causal else 0,
+                causal=attention_mask.causal,
+                dropout_p=dropout,
+            )
+            return out, None
+    return _transformers_attention(
+        module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
+    )
+
+
+def _check_family(config: Any) -> None:
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILY:
+        raise ValueError(
+            f'attn_implementation="{NAME}" is for models of type {", ".join(SERVED)}, got {model_type}. Use "sdpa"; in'
+            f' a model of several parts, pass a dict: attn_implementation={{"text_encoder": "{NAME}", "": "sdpa"}}'
+        )
+
+
+def _covered(query: Tensor, key: Tensor, value: Tensor, allowed: Keys) -> bool:
+    T, S, K = query.shape[2], key.shape[2], query.shape[3]
+    return (
+        K in HEAD_WIDTHS
+        and query.dtype in FLOATS
+        and query.dtype == key.dtype == value.dtype
+        and (isinstance(allowed.offset, Tensor) or not allowed.causal or allowed.offset + T <= S)
+    )
+
+
+def _frozen(module: nn.Module, bias: Tensor | None, dropout: float, query: Tensor, key: Tensor) -> bool:
+    """Is the bias one per distance, and is none of it trained?
+
+    Reentrant checkpointing computes it without gradient first and with gradient again: where the two functions would
+    draw different dropout masks, the weight decides.
+    """
+    if bias is None:
+        return True
+    weight = getattr(getattr(module, "relative_attention_bias", None), "weight", None)
+    trained = bias.requires_grad or (dropout > 0.0 and weight is not None and weight.requires_grad)
+    return not trained and bias.shape == (1, query.shape[1], query.shape[2], key.shape[2])
+
+
+def _table(bias: Tensor, allowed: Keys) -> Tensor:
+    """bias [1, H, T, S], a function of j - i, as t5_attention's table [H, 2M + 1] of key - query = j - i - offset."""
+    T, S = bias.shape[2:]
+    diagonals = torch.cat((bias[0, :, :, 0].flip(1), bias[0, :, 0, 1:]), 1)  # entry T - 1 + j - i
+    if diagonals.dtype != torch.float64:
+        diagonals = diagonals.float()
+    if not allowed.causal:
+        M = max(T, S) - 1
+        return functional.pad(diagonals, (M - T + 1, M - S + 1))
+    # No key after the query is read: the table's right half stays empty.
+    if isinstance(allowed.offset, Tensor):
+        M = S - 1
+        index = torch.arange(T - 1 - M, T, device=bias.device) + allowed.offset
+        return functional.pad(diagonals[:, index.clamp(0, T + S - 2)], (0, M))
+    M = allowed.offset + T - 1
+    return functional.pad(diagonals[:, : M + 1], (0, M))
+
+
+def _transformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Keys | Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    position_bias: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(mask, Keys):
+        mask = _full_mask(mask, query, key)
+        kwargs["is_causal"] = False  # the mask says it
+    function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
+    if kwargs.get("output_attentions"):
+        from transformers.models.t5.modeling_t5 import eager_attention_forward
+
+        function = eager_attention_forward
+        if mask is not None and mask.dtype == torch.bool:
+            zero = query.new_zeros(())
+            mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
+    return function(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        scaling=scaling,
+        dropout=dropout,
+        position_bias=position_bias,
+        **kwargs,
+    )
+
+
+def _full_mask(allowed: Keys, query: Tensor, key: Tensor) -> Tensor | None:
+    """bool [B or 1, 1, T or 1, S]."""
+    full = None if allowed.mask is None else allowed.mask[:, None, None, :]
+    if allowed.causal:
+        query_at = torch.arange(query.shape[2], device=query.device) + allowed.offset
+        past = (torch.arange(key.shape[2], device=query.device) <= query_at[:, None])[None, None]
+        full = past if full is None else full & past
+    return full
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, keys)

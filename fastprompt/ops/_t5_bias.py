@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5's relative position bias as what it is: one number per head and distance."""
+
+import torch
+from torch import Tensor
+
+from fastprompt.ops._checks import FLOATS, check_tensor, fail
+
+
+def t5_bias_table(
+    weight: Tensor, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> Tensor:
+    """The bias of every distance, for :func:`fastprompt.ops.t5_attention`.
+
+    Buckets come from Hugging Face's own function on the weight's device, so that they are the model's bit for bit.
+    From ``max_distance`` on the bias is constant on either side, and the table ends.
+
+    Args:
+        weight: [num_buckets, H], the weight of a T5Attention's ``relative_attention_bias``.
+        bidirectional: True in an encoder, False in a decoder.
+        num_buckets: ``config.relative_attention_num_buckets``.
+        max_distance: ``config.relative_attention_max_distance``.
+
+    Returns:
+        fp32 [H, 2M + 1] with M = max_distance: entry M + d is for a key d positions after the query. Without gradient.
+
+    Raises:
+        TypeError, ValueError: the weight has another dtype or shape.
+    """
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    check_tensor("t5_bias_table", "weight", weight, FLOATS)
+    if weight.dim() != 2 or weight.shape[0] != num_buckets:
+        fail(
+            "t5_bias_table",
+            f"weight must have shape [num_buckets, H]=[{num_buckets}, H], got {list(weight.shape)}",
+        )
+    distance = torch.arange(-max_distance, max_distance + 1, device=weight.device)
+    buckets = T5Attention._relative_position_bucket(
+        distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
+    )
+    return weight.detach()[buckets].T.float().contiguous()

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""t5_attention: out = dropout(softmax(q k^T + bias[h, key - query] + mask)) v over prompt keys and own keys.
+
+    q            [B, T, H, K]        packed: [Nq, H, K] with cu_q [B + 1]
+    k, v         [B, S, H, K]        packed: [Nk, H, K] with cu_k [B + 1]
+    prompt_k, _v [R, P, H, K]        R cached prompts; example b reads prompt_ids[b], its first prompt_lens[id] keys
+    bias         [H, 2M + 1] fp32    frozen, by distance; None: no bias (cross-attention)
+    out          like q              lse [H, N] fp32, N = B * T or Nq
+
+Positions: own key j of an example is at j, its query i at offset + i, key p of a prompt of P keys at p - P. So the
+prompt stands in front of the tokens, and key and query are `key - query` apart. The scale is 1, as in T5.
+
+A prompt's keys are allowed for every query; an own key if key_mask has it and, if causal, it is not after the query.
+Keys that are not allowed are not read. A row that allows no key at all takes the mean of its example's own values, as
+in Hugging Face, where every score is the same finite minimum then; lse is -inf there. No keys at all give zeros.
+
+Dropout: key j (prompt first, then own) of query i and head h of example b takes word j % 4 of the Philox block with
+counter (j // 4, i, b * H + h, 0). The mask depends on neither padding nor blocking, so every backend, padded or
+packed, draws the same one.
+
+Backward saves q, k, v, out, lse and the seed. With w = exp(score - lse), f the dropout factor:
+dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
+prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias gets none.
+
+No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it.
+
+Source: transformers T5Attention; Dao et al. 2022 (FlashAttention) and Milakov & Gimelshein 2018 for the online softmax.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._op import Op
+from fastprompt.ops import _t5_attention_reference as reference
+from fastprompt.ops._checks import (
+    FLOATS,
+    check_frozen,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+    refuse_gradient,
+)
+from fastprompt.ops._dropout import check_dropout, new_seed
+from fastprompt.ops._strides import Strides
+
+op = Op("t5_attention")
+
+HEAD_WIDTHS = (16, 32, 64, 128, 256)
+DECODE_ROWS = 16  # the CUDA C++ kernel serves calls of up to so many queries per example, Triton longer ones
+
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? prompt_k, Tensor? prompt_v, Tensor? prompt_ids,"
+    " Tensor? prompt_lens, Tensor? key_mask, Tensor? offsets, Tensor? cu_q, Tensor? cu_k, Tensor? seed,"
+    " SymInt offset, bool causal, float dropout_p"
+)
+
+
+def t5_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    prompt_ids: Tensor | None = None,
+    prompt_lens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    offset: int | Tensor = 0,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+) -> Tensor:
+    """T5's attention of ``q`` over cached prompt keys and the example's own keys; nothing of size T x S is stored.
+
+    Args:
+        q: [B, T, H, K] float32, bfloat16, float16 or float64 with K in {16, 32, 64, 128, 256}; packed: [Nq, H, K].
+            Any strides whose last is 1 are read in place, so views of a fused projection or of a cache cost nothing.
+        k, v: [B, S, H, K], or [Nk, H, K]; q's dtype.
+        bias: fp32 [H, 2M + 1] from :func:`fastprompt.ops.t5_bias_table`; None: no bias.
+        prompt_k, prompt_v: [R, P, H, K], keys and values of R prompts, in q's dtype.
+        prompt_ids: [B] int64, the prompt of each example; None: the only one.
+        prompt_lens: [R] int64, how many of its P keys each prompt has; None: all.
+        key_mask: bool [B, S], True where an own key may be attended to; or int64 [B], the number of own keys.
+        offset: the position of query 0 among the own keys: an int, or int64 [B] or [1]. S - T while decoding.
+        causal: an own key after the query is not attended to.
+        dropout_p: probability of dropping an attention weight.
+        seed: [1] int64 on q's device, fixes the dropout mask; drawn from torch's generator when None.
+        cu_q, cu_k: [B + 1] int32 or int64, where each packed example begins in q, and in k and v.
+
+    Returns:
+        Like q.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device, or bias requires grad.
+        IndexError: a prompt id is out of range. Values of index tensors are checked on a CPU; on a GPU, where that
+            would make every call wait, a bad prompt id gives NaN.
+    """
+    if bias is not None:
+        check_frozen("t5_attention", "bias", bias)
+    offsets = None
+    if isinstance(offset, Tensor):
+        offsets, offset = _offsets(offset, q, cu_q), 0
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        key_mask = _mask_of_lengths(key_mask, k)
+    if dropout_p > 0.0 and seed is None:
+        seed = new_seed(q.device)
+    cu_q, cu_k, prompt_ids, prompt_lens = (
+        x.to(torch.int64) if isinstance(x, Tensor) and x.dtype == torch.int32 else x
+        for x in (cu_q, cu_k, prompt_ids, prompt_lens)
+    )
+    arguments = reference.Inputs(
+        q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets, cu_q, cu_k, seed,
+        offset, causal, dropout_p,
+    )  # fmt: skip
+    _check(arguments)
+    _check_values(arguments)
+    return torch.ops.fastprompt.t5_attention(*arguments)[0]
+
+
+def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
+    """int64 [B] of a tensor with one element or B."""
+    check_tensor("t5_attention", "offset", offset, (torch.int64, torch.int32))
+    B = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    if offset.numel() not in (1, B) or offset.dim() > 1:
+        fail("t5_attention", f"offset must have shape [B]=[{B}] or [1], got {list(offset.shape)}")
+    return offset.to(torch.int64).reshape(-1).expand(B).contiguous()
+
+
+def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
+    check_tensor("t5_attention", "key_mask", lengths, (torch.bool, torch.int64, torch.int32))
+    check_shape("t5_attention", "key_mask", lengths, tuple(k.shape[:1]), "[B] (numbers of keys)")
+    return torch.arange(k.shape[1], device=lengths.device) < lengths[:, None]
+
+
+def _check(a: reference.Inputs) -> None:
+    name = "t5_attention"
+    check_tensor(name, "q", a.q, FLOATS)
+    for what, x in (("k", a.k), ("v", a.v), ("prompt_k", a.prompt_k), ("prompt_v", a.prompt_v)):
+        if x is not None:
+            check_tensor(name, what, x, (a.q.dtype,))
+            check_same_device(name, what, x, "q", a.q)
+    if (a.cu_q is None) != (a.cu_k is None):
+        fail(name, "cu_q and cu_k come in pairs: pass both for packed tensors, neither for padded ones")
+    dims, symbols = (4, "[B, T, H, K]") if a.cu_q is None else (3, "[Nq, H, K]")
+    if a.q.dim() != dims:
+        fail(
+            name, f"q must have shape {symbols}, got {list(a.q.shape)}. cu_q and cu_k are for packed tensors"
+        )
+    H, K = a.q.shape[-2:]
+    if K not in HEAD_WIDTHS:
+        fail(name, f"q must have a head width K in {HEAD_WIDTHS}, got {K}. Pad q, k and v with zero columns")
+    own = (*a.q.shape[:-3], a.k.shape[-3] if a.k.dim() == dims else 0, H, K)
+    check_shape(name, "k", a.k, own, "[B, S, H, K]" if a.cu_q is None else "[Nk, H, K]")
+    check_shape(name, "v", a.v, own, "that of k")
+    if a.bias is not None:
+        check_tensor(name, "bias", a.bias, (torch.float32, torch.float64))
+        check_same_device(name, "bias", a.bias, "q", a.q)
+        if a.bias.dim() != 2 or a.bias.shape[0] != H or a.bias.shape[1] % 2 != 1:
+            fail(
+                name,
+                f"bias must have shape [H, 2M + 1]=[{H}, odd], got {list(a.bias.shape)}. Build it with t5_bias_table",
+            )
+    _check_prompt(a, H, K)
+    B = a.q.shape[0] if a.cu_q is None else a.cu_q.shape[0] - 1
+    if a.cu_q is not None and B < 0:
+        fail(name, "cu_q must have shape [B + 1], got [0]")
+    for what, x, size, symbols in (
+        ("cu_q", a.cu_q, B + 1, "[B + 1]"),
+        ("cu_k", a.cu_k, B + 1, "[B + 1], that of cu_q"),
+        ("offset", a.offsets, B, "[B]"),
+        ("prompt_ids", a.prompt_ids, B, "[B]"),
+    ):
+        if x is not None:
+            check_tensor(name, what, x, (torch.int64,))
+            check_shape(name, what, x, (size,), symbols)
+            check_same_device(name, what, x, "q", a.q)
+    if a.key_mask is not None:
+        if a.cu_k is not None:
+            fail(name, "key_mask is for padded keys; packed keys are all real: leave it out")
+        check_tensor(name, "key_mask", a.key_mask, (torch.bool,))
+        check_shape(name, "key_mask", a.key_mask, tuple(a.k.shape[:2]), "[B, S]")
+        check_same_device(name, "key_mask", a.key_mask, "q", a.q)
+    if a.offset < 0:
+        fail(name, f"offset must not be negative, got {a.offset}")
+    check_dropout(name, a.dropout_p, a.seed, a.q)
+
+
+def _check_prompt(a: reference.Inputs, H: int, K: int) -> None:
+    name = "t5_attention"
+    if (a.prompt_k is None) != (a.prompt_v is None):
+        fail(name, "prompt_k and prompt_v come in pairs")
+    if a.prompt_k is None or a.prompt_v is None:
+        if a.prompt_ids is not None or a.prompt_lens is not None:
+            fail(name, "prompt_ids and prompt_lens need prompt_k and prompt_v")
+        return
+    if a.prompt_k.dim() != 4 or tuple(a.prompt_k.shape[2:]) != (H, K):
+        fail(
+            name,
+            f"prompt_k must have q's heads: shape [R, P, H, K]=[R, P, {H}, {K}], got {list(a.prompt_k.shape)}",
+        )
+    check_shape(name, "prompt_v", a.prompt_v, tuple(a.prompt_k.shape), "that of prompt_k")
+    R = a.prompt_k.shape[0]
+    if R != 1 and a.prompt_ids is None:
+        fail(
+            name, f"prompt_ids must say which of the {R} prompts each example reads, got None. Pass int64 [B]"
+        )
+    if a.prompt_lens is not None:
+        check_tensor(name, "prompt_lens", a.prompt_lens, (torch.int64,))
+        check_shape(name, "prompt_lens", a.prompt_lens, (R,), "[R]")
+        check_same_device(name, "prompt_lens", a.prompt_lens, "q", a.q)
+
+
+def _check_values(a: reference.Inputs) -> None:
+    """What index tensors hold, where looking costs no wait. On a GPU the kernels keep inside the tensors."""
+    if a.q.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    name = "t5_attention"
+    for what, cu, end in (("cu_q", a.cu_q, a.q.shape[0]), ("cu_k", a.cu_k, a.k.shape[0])):
+        if cu is not None and not (int(cu[0]) == 0 and int(cu[-1]) == end and bool((cu.diff() >= 0).all())):
+            fail(name, f"{what} must rise from 0 to {end}, got {cu.tolist()[:8]}")
+    if a.offsets is not None and bool((a.offsets < 0).any()):
+        fail(name, f"offset must not be negative, got {int(a.offsets.min())}")
+    if a.prompt_k is None:
+        return
+    R, P = a.prompt_k.shape[:2]
+    if a.prompt_ids is not None and bool(((a.prompt_ids < 0) | (a.prompt_ids >= R)).any()):
+        fail(name, f"prompt_ids must lie in [0, R)=[0, {R}), got {a.prompt_ids.tolist()[:8]}", IndexError)
+    if a.prompt_lens is not None and bool(((a.prompt_lens < 0) | (a.prompt_lens > P)).any()):
+        fail(name, f"prompt_lens must lie in [0, P]=[0, {P}], got {a.prompt_lens.tolist()[:8]}")
+
+
+def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, lse: Tensor) -> None:
+    """The kernels trust these shapes, and the op can be called by anyone."""
+    name = "t5_attention_backward"
+    _check(a)
+    for what, x in (("dout", dout), ("out", out)):
+        check_tensor(name, what, x, (a.q.dtype,))
+        check_shape(name, what, x, tuple(a.q.shape), "that of q")
+        check_same_device(name, what, x, "q", a.q)
+    check_tensor(name, "lse", lse, (reference.wide_dtype(a.q),))
+    check_shape(name, "lse", lse, _lse_shape(a), "[H, N]")
+
+
+def _lse_shape(a: reference.Inputs) -> tuple[int, int]:
+    N = a.q.shape[0] * a.q.shape[1] if a.cu_q is None else a.q.shape[0]
+    return a.q.shape[-2], N
+
+
+def _share_shape(a: reference.Inputs) -> tuple[int, ...]:
+    B = a.q.shape[0] if a.cu_q is None else a.cu_q.shape[0] - 1
+    return B, 0 if a.prompt_k is None else a.prompt_k.shape[1], *a.q.shape[-2:]
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = reference.Inputs(*arguments)
+    _check(a)
+    return _contiguous(a.q), a.q.new_empty(_lse_shape(a), dtype=reference.wide_dtype(a.q))
+
+
+@op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor lse)", fake=_fake)
+def t5_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = reference.Inputs(*arguments)
+    _check(a)
+    return reference.forward(a)
+
+
+@op.native
+def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
+    a = reference.Inputs(*arguments)
+    _check(a)
+    if a.q.dtype not in DTYPE_CODES or (a.q.is_cuda and (a.cu_q is not None or a.q.shape[1] > DECODE_ROWS)):
+        return NotImplemented
+    out, lse = _fake(*arguments)
+    if out.numel():
+        strides = Strides(a)
+        status = kernels.t5_attention(
+            *strides.pointers, strides.address, pointer(a.seed), out.data_ptr(), lse.data_ptr(),
+            a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
+        )  # fmt: skip
+        _check_status(status)
+    return out, lse
+
+
+def _check_status(status: int) -> None:
+    if status < 0:
+        fail("t5_attention", "no memory for the working space of one thread", MemoryError)
+
+
+@op.triton
+def _triton_t5_attention(*arguments: Any) -> Any:
+    from fastprompt.triton_kernels import t5_attention as kernels
+
+    a = reference.Inputs(*arguments)
+    _check(a)
+    if a.q.dtype not in DTYPE_CODES:
+        return NotImplemented
+    out, lse = _fake(*arguments)
+    if out.numel():
+        kernels.t5_attention(a, out, lse)
+    return out, lse
+
+
+def _fake_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a = reference.Inputs(*arguments)
+    _check_backward(dout, a, out, lse)
+    share = a.q.new_empty(_share_shape(a), dtype=reference.wide_dtype(a.q))
+    return _contiguous(a.q), _contiguous(a.k), _contiguous(a.v), share, torch.empty_like(share)
+
+
+@op.define(
+    f"t5_attention_backward(Tensor dout, Tensor out, Tensor lse, {SCHEMA})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor share_k, Tensor share_v)",
+    fake=_fake_backward,
+)
+def t5_attention_backward_reference(
+    dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """share_k, share_v [B, P, H, K] wide: what each example adds to the gradients of its prompt's keys and values."""
+    a = reference.Inputs(*arguments)
+    _check_backward(dout, a, out, lse)
+    return reference.backward(dout, a, out, lse)
+
+
+@op.native
+def _native_t5_attention_backward(
+    kernels: SimpleNamespace, dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> Any:
+    a = reference.Inputs(*arguments)
+    _check_backward(dout, a, out, lse)
+    if a.q.dtype not in DTYPE_CODES or not hasattr(kernels, "t5_attention_backward"):
+        return NotImplemented
+    gradients = _fake_backward(dout, out, lse, *arguments)
+    if any(x.numel() for x in gradients):
+        strides = Strides(a)
+        status = kernels.t5_attention_backward(
+            dout.contiguous().data_ptr(), out.contiguous().data_ptr(), lse.data_ptr(), *strides.pointers,
+            strides.address, pointer(a.seed), *(x.data_ptr() for x in gradients),
+            a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
+        )  # fmt: skip
+        _check_status(status)
+    return gradients
+
+
+@op.triton
+def _triton_t5_attention_backward(dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
+    from fastprompt.triton_kernels import t5_attention as kernels
+
+    a = reference.Inputs(*arguments)
+    _check_backward(dout, a, out, lse)
+    if a.q.dtype not in DTYPE_CODES:
+        return NotImplemented
+    gradients = _fake_backward(dout, out, lse, *arguments)
+    kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), lse, a, *gradients)
+    return gradients
+
+
+def _check_prompt_sum(share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype) -> None:
+    name = "t5_attention_prompt_sum"
+    check_tensor(name, "share", share, (torch.float32, torch.float64))
+    if share.dim() != 4:
+        fail(name, f"share must have shape [B, P, H, K], got {list(share.shape)}")
+    if prompt_ids is not None:
+        check_tensor(name, "prompt_ids", prompt_ids, (torch.int64,))
+        check_shape(name, "prompt_ids", prompt_ids, (share.shape[0],), "[B]")
+        check_same_device(name, "prompt_ids", prompt_ids, "share", share)
+    if dtype not in FLOATS or R < 0:
+        fail(name, f"dtype must be a float dtype and R not negative, got {dtype} and {R}")
+
+
+def _fake_prompt_sum(share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype) -> Tensor:
+    _check_prompt_sum(share, prompt_ids, R, dtype)
+    return share.new_empty((R, *share.shape[1:]), dtype=dtype)
+
+
+@op.define(
+    "t5_attention_prompt_sum(Tensor share, Tensor? prompt_ids, SymInt R, ScalarType dtype) -> Tensor",
+    fake=_fake_prompt_sum,
+)
+def t5_attention_prompt_sum_reference(
+    share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype
+) -> Tensor:
+    """share [B, P, H, K] -> [R, P, H, K]: the sum over the examples of each prompt, b ascending; all of prompt 0 if
+    prompt_ids is None."""
+    _check_prompt_sum(share, prompt_ids, R, dtype)
+    total = share.new_zeros((R, *share.shape[1:]))
+    for b in range(share.shape[0]):
+        total[0 if prompt_ids is None else int(prompt_ids[b])] += share[b]
+    return total.to(dtype)
+
+
+@op.native
+def _native_t5_attention_prompt_sum(
+    kernels: SimpleNamespace, share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype
+) -> Any:
+    _check_prompt_sum(share, prompt_ids, R, dtype)
+    if share.dtype != torch.float32 or dtype not in DTYPE_CODES:
+        return NotImplemented
+    share, total = share.contiguous(), _fake_prompt_sum(share, prompt_ids, R, dtype)
+    if total.numel():
+        kernels.t5_attention_prompt_sum(
+            share.data_ptr(), pointer(prompt_ids), total.data_ptr(), share.shape[0], R, share[0].numel() if len(share)
+            else total[0].numel(), DTYPE_CODES[dtype], stream(share),
+        )  # fmt: skip
+    return total
+
+
+@op.triton
+def _triton_t5_attention_prompt_sum(
+    share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype
+) -> Any:
+    from fastprompt.triton_kernels import t5_attention as kernels
+
+    _check_prompt_sum(share, prompt_ids, R, dtype)
+    if share.dtype != torch.float32 or dtype not in DTYPE_CODES:
+        return NotImplemented
+    total = _fake_prompt_sum(share, prompt_ids, R, dtype)
+    if total.numel():
+        kernels.t5_attention_prompt_sum(share.contiguous(), prompt_ids, total)
+    return total
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a = reference.Inputs(*inputs)
+    ctx.set_materialize_grads(False)
+    if ctx.needs_input_grad[3]:
+        refuse_gradient("t5_attention", "bias")
+    tensors, ctx.scalars = a[:13], a[13:]
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * len(reference.Inputs._fields)
+    if dout is None:
+        return nothing
+    out, lse, *tensors = ctx.saved_tensors
+    a = reference.Inputs(*tensors, *ctx.scalars)
+    dq, dk, dv, share_k, share_v = torch.ops.fastprompt.t5_attention_backward(dout, out, lse, *a)
+    needs = ctx.needs_input_grad
+    gradients = [d if need else None for d, need in zip((dq, dk, dv), needs[:3], strict=True)]
+    prompts = []
+    for share, prompt, need in ((share_k, a.prompt_k, needs[4]), (share_v, a.prompt_v, needs[5])):
+        wanted = need and prompt is not None
+        prompts.append(
+            torch.ops.fastprompt.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
+            if wanted and prompt is not None
+            else None
+        )
+    return (*gradients, None, *prompts, *nothing[6:])
+
+
+op.autograd("t5_attention", setup_context=_setup_context, backward=_backward)
+op.publish()

@@ -1,0 +1,564 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attn_implementation="fastprompt" gives what "eager" gives, and runs t5_attention to do it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    Pop2PianoConfig,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    UdopConfig,
+    UMT5Config,
+    UMT5EncoderModel,
+    UMT5ForConditionalGeneration,
+)
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
+from transformers.models.pop2piano.modeling_pop2piano import Pop2PianoStack
+from transformers.models.udop.modeling_udop import UdopStack
+
+from fastprompt import PromptConfig, PromptModel, backend_used, hf_attention, use_backend
+from fastprompt.testing import assert_within_budget
+
+VOCAB = 64
+TINY = {
+    "vocab_size": VOCAB,
+    "d_model": 48,  # not heads * d_kv
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_kv": 16,
+    "relative_attention_num_buckets": 8,  # so that short inputs reach every bucket
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+LAYOUTS = {
+    "t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
+    "v1_1": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2}),
+    "mt5": (MT5ForConditionalGeneration, MT5Config, {}),
+    "umt5": (UMT5ForConditionalGeneration, UMT5Config, {}),
+}  # fmt: skip
+LAYERS = {"t5": 6, "v1_1": 7, "mt5": 6, "umt5": 6}  # attention layers: encoder, and two per decoder block
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny models only wait for a second thread
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """One entry per call of t5_attention that the door made: its keyword arguments."""
+    calls, op = [], hf_attention.t5_attention
+
+    def counted(*args, **kwargs):
+        out = op(*args, **kwargs)
+        calls.append(kwargs)
+        return out
+
+    monkeypatch.setattr(hf_attention, "t5_attention", counted)
+    return calls
+
+
+def make(model_class, config_class, attention, dtype=torch.float32, device="cpu", **changes):
+    torch.manual_seed(0)
+    model = model_class._from_config(config_class(**(TINY | changes)), attn_implementation=attention)
+    for parameter in model.parameters():  # wide enough that a wrong mask or position shows
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(device, dtype).eval()
+
+
+@pytest.fixture
+def pair(device):
+    """(eager, ours): two models of equal weights, frozen as in prompt tuning."""
+
+    def pair(layout="v1_1", dtype=torch.float32, frozen=True, **changes):
+        model_class, config_class, special = LAYOUTS[layout]
+        changes = special | changes
+        models = [
+            make(model_class, config_class, name, dtype, device, **changes)
+            for name in ("eager", "fastprompt")
+        ]
+        return [model.requires_grad_(not frozen) for model in models]
+
+    return pair
+
+
+@pytest.fixture
+def batch(device):
+    """input_ids [B, S] and attention_mask, row b padded by 3 b tokens on one side."""
+
+    def batch(padding="right", B=3, S=17):
+        ids = torch.randint(2, VOCAB, (B, S), generator=torch.Generator().manual_seed(1))
+        mask = torch.ones_like(ids)
+        for row in range(B if padding else 0):
+            mask[row, slice(S - 3 * row, S) if padding == "right" else slice(0, 3 * row)] = 0
+        return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+    return batch
+
+
+@pytest.fixture
+def labels(device):
+    labels = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
+    labels[-1, -2:] = -100
+    return labels.to(device)
+
+
+def embedded(model, batch):
+    """inputs_embeds that want a gradient, in place of input_ids."""
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    return {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+
+
+def close(ours, theirs, tolerance=1e-5):
+    torch.testing.assert_close(
+        ours, theirs, rtol=tolerance, atol=tolerance * max(1.0, theirs.detach().abs().max().item())
+    )
+
+
+def step(model, batch, labels, **options):
+    """(logits, loss, gradient of inputs_embeds)."""
+    inputs = embedded(model, batch)
+    output = model(**inputs, labels=labels, **options)
+    output.loss.backward()
+    return output.logits, output.loss, inputs["inputs_embeds"].grad
+
+
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_loss_and_gradient(layout, padding, pair, batch, labels, ran):
+    eager, ours = pair(layout)
+    for our, their in zip(
+        step(ours, batch(padding), labels), step(eager, batch(padding), labels), strict=True
+    ):
+        close(our, their)
+    assert len(ran) == LAYERS[layout]
+    assert backend_used("t5_attention") == backend_used("t5_attention_backward") is not None
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padded_decoder(padding, pair, batch, ran):
+    """Left padding starves the first rows of the decoder: they take the mean of all keys, as in eager."""
+    eager, ours = pair()
+    decoder = batch(padding, S=11)
+    arguments = batch("right") | {
+        "decoder_input_ids": decoder["input_ids"],
+        "decoder_attention_mask": decoder["attention_mask"],
+    }
+    close(ours(**arguments).logits, eager(**arguments).logits)
+    assert len(ran) == LAYERS["v1_1"]
+
+
+def test_padding_is_not_attended_to(pair, batch, labels, monkeypatch):
+    """Other tokens under the padding change nothing; without the mask function they would."""
+    _, ours = pair()
+    padded = batch()
+    noised = padded | {"input_ids": torch.where(padded["attention_mask"] == 0, 7, padded["input_ids"])}
+    assert torch.equal(ours(**padded, labels=labels).logits, ours(**noised, labels=labels).logits)
+    monkeypatch.delitem(AttentionMaskInterface._global_mapping, "fastprompt")
+    assert not torch.equal(ours(**padded, labels=labels).logits, ours(**noised, labels=labels).logits)
+
+
+def test_the_mask_is_a_row_per_example(pair, batch, labels, ran):
+    _, ours = pair()
+    ours(**batch(), labels=labels)
+    assert [call["key_mask"].shape for call in ran if not call["causal"]] == [(3, 17)] * 5
+    assert [call["key_mask"] for call in ran if call["causal"]] == [None] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_are_as_exact_as_eager(dtype, pair, batch, labels, ran):
+    models = [*pair(dtype=dtype), pair(dtype=torch.float64)[0]]
+    for narrow in models[:2]:
+        narrow.load_state_dict(models[0].state_dict())
+    models[2].load_state_dict(models[0].state_dict())
+    stock, ours, truth = (step(model, batch(), labels) for model in models)
+    for i, what in ((0, "logits"), (2, "gradient")):
+        assert_within_budget(ours[i], stock[i], truth[i])
+        assert ours[i].dtype == dtype, what
+    assert len(ran) == LAYERS["v1_1"]
+
+
+def test_float64(pair, batch, labels, ran):
+    eager, ours = pair(dtype=torch.float64)
+    for our, their in zip(step(ours, batch(), labels), step(eager, batch(), labels), strict=True):
+        close(our, their, 1e-12)
+    assert len(ran) == LAYERS["v1_1"]
+
+
+def test_reference_backend(pair, batch, labels):
+    eager, ours = pair()
+    with use_backend("t5_attention", "reference"):
+        close(step(ours, batch(), labels)[2], step(eager, batch(), labels)[2])
+        assert backend_used("t5_attention") == "reference"
+
+
+def test_autocast(pair, batch, labels, ran, device):
+    eager, ours = pair()
+    with torch.autocast(device.type, torch.bfloat16):
+        close(
+            ours(**batch(), labels=labels).logits.float(),
+            eager(**batch(), labels=labels).logits.float(),
+            0.05,
+        )
+    assert len(ran) == LAYERS["v1_1"]
+
+
+GENERATE = {
+    "greedy": {},
+    "beam": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_p": 0.9},
+    "static": {"cache_implementation": "static"},
+    "static_beam": {"cache_implementation": "static", "num_beams": 3},
+    "no_cache": {"use_cache": False},
+    "no_cache_beam": {"use_cache": False, "num_beams": 2},
+    "decoder_prompt": {"decoder_input_ids": torch.tensor([[0, 9, 11, 4]] * 3)},
+    "static_decoder_prompt": {
+        "decoder_input_ids": torch.tensor([[0, 9, 11, 4]] * 3),
+        "cache_implementation": "static",
+    },
+    "padded_decoder_prompt": {
+        "decoder_input_ids": torch.tensor([[0, 0, 0, 4], [0, 0, 9, 8], [0, 5, 6, 7]]),
+        "decoder_attention_mask": torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]),
+    },
+}
+GENERATE["static_padded_decoder_prompt"] = GENERATE["padded_decoder_prompt"] | {
+    "cache_implementation": "static"
+}
+
+
+def generated(model, batch, **options):
+    """Token ids and the scores [B, V] of every step."""
+    options = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    torch.manual_seed(3)
+    limits = {"max_new_tokens": 16, "min_new_tokens": 16}
+    result = model.generate(
+        **batch, **(limits | options), output_logits=True, return_dict_in_generate=True
+    )  # 16 steps: beyond the table's last bucket
+    return result.sequences, torch.stack(result.logits)
+
+
+@pytest.mark.parametrize("mode", GENERATE)
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_generate(mode, padding, pair, batch, ran):
+    eager, ours = pair()
+    ids, logits = generated(ours, batch(padding), **GENERATE[mode])
+    eager_ids, eager_logits = generated(eager, batch(padding), **GENERATE[mode])
+    assert torch.equal(ids, eager_ids)
+    close(logits, eager_logits, 1e-4)
+    assert len(ran) == 3 + 16 * 4
+
+
+@pytest.mark.parametrize("layout", ["t5", "mt5", "umt5"])
+@pytest.mark.parametrize("mode", ["beam", "static"])
+def test_generate_layouts(layout, mode, pair, batch, ran):
+    eager, ours = pair(layout)
+    ids, logits = generated(ours, batch(), **GENERATE[mode])
+    eager_ids, eager_logits = generated(eager, batch(), **GENERATE[mode])
+    assert torch.equal(ids, eager_ids)
+    close(logits, eager_logits, 1e-4)
+    assert len(ran) == 2 + 16 * 4
+
+
+def test_prompt_lookup(pair, batch):
+    """Several new queries at once behind a cache."""
+    eager, ours = pair()
+    options = {"prompt_lookup_num_tokens": 3}
+    (ids, _), (eager_ids, _) = (generated(model, batch(B=1), **options) for model in (ours, eager))
+    assert torch.equal(ids, eager_ids)
+
+
+def test_several_queries_behind_a_static_cache(pair, batch, device):
+    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+    eager, ours = pair()
+    ids = torch.randint(2, VOCAB, (3, 13), generator=torch.Generator().manual_seed(3)).to(device)
+    whole = eager(**batch(), decoder_input_ids=ids).logits
+    encoded = ours.get_encoder()(**batch())
+    static = StaticCache(config=ours.config, max_cache_len=20)
+    for cache in (static, DynamicCache(config=ours.decoder.config)):
+        cache = EncoderDecoderCache(cache, DynamicCache(config=ours.decoder.config))
+        parts = [
+            ours(
+                encoder_outputs=encoded,
+                attention_mask=batch()["attention_mask"],
+                decoder_input_ids=part,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            for part in ids.split((5, 1, 4, 3), 1)
+        ]
+        close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing(reentrant, frozen, pair, batch, labels, ran):
+    """With dropout, too: the recomputation must take the same function and draw the same mask."""
+    _, ours = pair(frozen=frozen, dropout_rate=0.2, use_cache=False)
+    ours.train()
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        ours.zero_grad()
+        torch.manual_seed(4)
+        *outputs, gradient = step(ours, batch(), labels)
+        weights = [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+        results.append([*outputs, gradient, *weights])
+    assert len(results[0]) == len(results[1]) > (100 if not frozen else 2) * 0
+    assert (len(results[0]) > 3) is not frozen
+    for plain, checkpointed in zip(*results, strict=True):
+        if (
+            frozen and reentrant
+        ):  # later layers' bias then seems to want a gradient: transformers draws other masks
+            assert checkpointed.isfinite().all()
+        else:
+            close(checkpointed, plain)
+    assert ran
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_equals_eager(reentrant, pair, batch, labels):
+    models = pair(dropout_rate=0.0, use_cache=False)
+    for model in models:
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    eager, ours = (step(model, batch(), labels) for model in models)
+    for our, their in zip(ours, eager, strict=True):
+        close(our, their)
+
+
+def test_dropout_only_while_training(pair, batch, labels, ran):
+    _, ours = pair(dropout_rate=0.3)
+    ours(**batch(), labels=labels)
+    assert {call["dropout_p"] for call in ran} == {0.0}
+    ran.clear()
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(ours.train()(**batch(), labels=labels).loss.item())
+    assert {call["dropout_p"] for call in ran} == {0.3}
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_compile_without_graph_breaks(pair, batch, labels, ran):
+    eager, ours = pair("t5")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for our, their in zip(
+        step(compiled, batch(), labels, use_cache=False), step(eager, batch(), labels), strict=True
+    ):
+        close(our, their)
+    with torch.no_grad():
+        longer = batch(S=21)
+        close(compiled(**longer, labels=labels).logits, eager(**longer, labels=labels).logits)
+    torch._dynamo.reset()
+
+
+def test_prompt_model(pair, batch, labels, ran):
+    """Both doors at once: the prompt in front of the encoder, its gradient through t5_attention."""
+    gradients, losses = [], []
+    for model in pair():
+        tuned = PromptModel(model, PromptConfig(5, init="uniform"))
+        loss = tuned(**batch(), labels=labels).loss
+        loss.backward()
+        losses.append(loss)
+        gradients.append(tuned.prompts["default"].grad)
+    close(losses[1], losses[0])
+    close(gradients[1], gradients[0])
+    assert len(ran) == LAYERS["v1_1"]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(T5EncoderModel, T5Config), (UMT5EncoderModel, UMT5Config)]
+)
+def test_encoder_models(model_class, config_class, batch, device, ran):
+    eager, ours = (make(model_class, config_class, name, device=device) for name in ("eager", "fastprompt"))
+    with torch.no_grad():
+        close(ours(**batch("left")).last_hidden_state, eager(**batch("left")).last_hidden_state)
+    assert len(ran) == 2
+
+
+def test_from_pretrained(pair, batch, labels, tmp_path, ran):
+    eager, _ = pair()
+    eager.save_pretrained(tmp_path)
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="fastprompt")
+    close(loaded.to(eager.device)(**batch(), labels=labels).loss, eager(**batch(), labels=labels).loss)
+    config = T5Config.from_pretrained(tmp_path, attn_implementation="fastprompt")
+    assert T5ForConditionalGeneration(config).decoder.config._attn_implementation == "fastprompt"
+
+
+# What t5_attention does not compute: transformers' functions run instead, with equal results.
+
+
+def test_trained_bias(pair, batch, labels, ran):
+    """Full fine-tuning: only cross-attention, which has no bias, runs t5_attention."""
+    eager, ours = pair(frozen=False)
+    for our, their in zip(step(ours, batch(), labels), step(eager, batch(), labels), strict=True):
+        close(our, their)
+    for (name, our), their in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        close(our.grad, their.grad, 1e-4), name
+    assert len(ran) == 2
+    with torch.no_grad():  # evaluation in between trains nothing
+        ours(**batch(), labels=labels)
+    assert len(ran) == 2 + LAYERS["v1_1"]
+
+
+@pytest.mark.parametrize("padding", [None, "right"])
+def test_head_widths_that_no_kernel_has(padding, pair, batch, labels, ran):
+    eager, ours = pair(d_kv=12)
+    for our, their in zip(
+        step(ours, batch(padding), labels), step(eager, batch(padding), labels), strict=True
+    ):
+        close(our, their)
+    assert torch.equal(generated(ours, batch())[0], generated(eager, batch())[0])
+    assert not ran
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_weights(layout, pair, batch, labels, ran):
+    eager, ours = (model(**batch(), labels=labels, output_attentions=True) for model in pair(layout))
+    for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        assert len(ours[name]) == len(eager[name]) > 0
+        for our, their in zip(ours[name], eager[name], strict=True):
+            close(our, their)
+    assert not ran
+
+
+@pytest.mark.parametrize("boolean", [False, True])
+def test_a_mask_of_the_users_own(boolean, pair, batch, labels, ran):
+    eager, ours = pair()
+    inputs = batch()
+    allowed = inputs["attention_mask"].bool()[:, None, None, :]
+    additive = torch.zeros(allowed.shape, device=allowed.device).masked_fill(
+        ~allowed, torch.finfo(torch.float32).min
+    )
+    expected = eager(**(inputs | {"attention_mask": additive}), labels=labels).logits
+    mask = allowed if boolean else additive
+    close(ours(**(inputs | {"attention_mask": mask}), labels=labels).logits, expected)
+    if boolean:
+        got = ours(**(inputs | {"attention_mask": mask}), labels=labels, output_attentions=True).logits
+        close(got, expected)
+        ran.clear()
+    else:
+        assert len(ran) == 2  # the decoder's self-attention has its mask from us
+
+
+def test_another_scale(pair, batch, labels, ran):
+    models = pair()
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "scaling"):
+                module.scaling = 0.5
+    eager, ours = (model(**batch(), labels=labels).logits for model in models)
+    close(ours, eager)
+    assert not ran
+
+
+def test_umt5_stays_causal(pair, batch, device):
+    """transformers 5.15 to 5.17 let UMT5's decoder see the future under sdpa."""
+    _, ours = pair("umt5")
+    _, unserved = pair("umt5", d_kv=12)
+    ids = torch.randint(2, VOCAB, (3, 6), generator=torch.Generator().manual_seed(3)).to(device)
+    changed = torch.cat((ids[:, :5], 65 - ids[:, 5:]), 1)
+    for model in (ours, unserved):
+        before, after = (model(**batch(None), decoder_input_ids=x).logits[:, :5] for x in (ids, changed))
+        assert torch.equal(before, after)
+
+
+def test_decoders_without_causality_keep_their_bias(batch, device):
+    """config.is_causal = False gives self-attention the mask that otherwise tells cross-attention."""
+    eager, ours = (
+        make(T5ForConditionalGeneration, T5Config, name, device=device, is_causal=False)
+        for name in ("eager", "fastprompt")
+    )
+    ids = batch(None, S=8)["input_ids"]
+    close(ours(**batch(), decoder_input_ids=ids).logits, eager(**batch(), decoder_input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "special"),
+    [
+        (LongT5ForConditionalGeneration, LongT5Config, {"local_radius": 5}),
+        (
+            LongT5ForConditionalGeneration,
+            LongT5Config,
+            {"local_radius": 5, "encoder_attention_type": "transient-global"},
+        ),
+        (SwitchTransformersForConditionalGeneration, SwitchTransformersConfig, {"num_experts": 2}),
+    ],
+    ids=["longt5", "longt5-tglobal", "switch"],
+)
+@pytest.mark.parametrize("padding", [None, "right"])
+def test_cousins_get_transformers_functions(
+    model_class, config_class, special, padding, batch, labels, device, ran
+):
+    eager, ours = (
+        make(model_class, config_class, name, device=device, **special) for name in ("eager", "fastprompt")
+    )
+    close(ours(**batch(padding), labels=labels).logits, eager(**batch(padding), labels=labels).logits)
+    assert torch.equal(generated(ours, batch(padding))[0], generated(eager, batch(padding))[0])
+    assert not ran
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("padding", [None, "right"])
+def test_cousins_stacks(padding, decoder, batch, device, ran):
+    """UDOP adds biases of the page's layout to its encoder's: no function of the distance."""
+    for stack_class, config_class in ((Pop2PianoStack, Pop2PianoConfig), (UdopStack, UdopConfig)):
+        inputs = batch(padding)
+        outputs = []
+        for name in ("eager", "fastprompt"):
+            torch.manual_seed(0)
+            config = config_class(**TINY, attn_implementation=name)
+            config.is_decoder = decoder
+            table = nn.Embedding(VOCAB, config.d_model)
+            stack = stack_class(config)
+            stack.set_input_embeddings(table)
+            for parameter in stack.parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            stack.to(device).eval()
+            extra = {}
+            if stack_class is UdopStack and not decoder:
+                corner = torch.rand((3, 17, 2), generator=torch.Generator().manual_seed(1))
+                extra["bbox"] = torch.cat((corner / 2, corner / 2 + 0.3), -1).to(device)
+            outputs.append(stack(**inputs, **extra, use_cache=False)[0])
+        close(outputs[1], outputs[0])
+    assert not ran
+
+
+def test_other_models_are_refused_by_name(batch, device):
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2}
+    for model_class, config_class in ((BertModel, BertConfig), (LlamaModel, LlamaConfig)):
+        model = model_class._from_config(config_class(**small, **heads), attn_implementation="fastprompt")
+        for arguments in (batch(), {"input_ids": batch()["input_ids"]}):
+            with pytest.raises(ValueError, match=r"is for models of type t5, mt5, umt5, got (bert|llama)"):
+                model.to(device)(**arguments)
+
+
+def test_masks_with_patterns_of_their_own_come_in_full(device):
+    config = T5Config(**TINY, attn_implementation="fastprompt")
+    config.is_decoder = True
+    embeds = torch.zeros(2, 6, 48, device=device)
+    stock = copy.deepcopy(config)
+    stock._attn_implementation = "eager"
+    pattern = {"and_mask_function": lambda b, h, q, k: k % 2 == 0}
+    ours, eager = (create_causal_mask(c, embeds, None, None, **pattern) for c in (config, stock))
+    assert torch.equal(ours, eager)
+    assert isinstance(create_causal_mask(config, embeds, None, None), hf_attention.Keys)
