@@ -48,11 +48,15 @@ class Keys(NamedTuple):
     offset: int | Tensor  # the position of query 0 among the keys; a tensor with a static cache
     causal: bool
 
+    ndim = 0  # generate makes a static cache's mask itself; T5 asks whether it is one [B, S], then for the mask of it
+
 
 def keys(**arguments: Any) -> Keys | Tensor | None:
     """transformers' mask function: its arguments are those of ``masking_utils.sdpa_mask``, and ``config``."""
     config, function, mask = (arguments.get(name) for name in ("config", "mask_function", "attention_mask"))
     _check_family(config)
+    if isinstance(mask, Keys):
+        return mask
     plain = function is causal_mask_function or function is bidirectional_mask_function
     if (
         getattr(config, "model_type", None) not in SERVED

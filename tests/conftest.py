@@ -38,7 +38,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "big: left out on interpreted backends, where it would take minutes")
     config.addinivalue_line(
-        "markers", "falls_back(*members): schemas that the reference may run for a backend"
+        "markers",
+        "falls_back(*members, backend=): schemas that the reference may run for that backend, or for any",
     )
     if INTERPRETED:
         load(HERE / "triton" / "interpreter.py").apply()
@@ -144,8 +145,8 @@ def backend(request):
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
         yield name
     ever, op.last_backend = op.last_backend.ever, before
-    marker = request.node.get_closest_marker("falls_back")
-    excused = {(member, "reference") for member in (marker.args if marker else ())}
+    markers = [m for m in request.node.iter_markers("falls_back") if m.kwargs.get("backend", name) == name]
+    excused = {(member, "reference") for marker in markers for member in marker.args}
     strays = {(member, ran) for member, ran in ever - excused if ran != name}
     assert not strays, f"this test is of {name}, but there ran {strays}"
     assert any(ran == name for _, ran in ever), f"{name} never ran"

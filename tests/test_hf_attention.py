@@ -22,7 +22,7 @@ from transformers import (
     UMT5EncoderModel,
     UMT5ForConditionalGeneration,
 )
-from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
+from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, create_causal_mask
 from transformers.models.pop2piano.modeling_pop2piano import Pop2PianoStack
 from transformers.models.udop.modeling_udop import UdopStack
 
@@ -43,10 +43,14 @@ TINY = {
 }
 LAYOUTS = {
     "t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
-    "v1_1": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2}),
+    "v1_1": (
+        T5ForConditionalGeneration,
+        T5Config,
+        {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2},
+    ),
     "mt5": (MT5ForConditionalGeneration, MT5Config, {}),
     "umt5": (UMT5ForConditionalGeneration, UMT5Config, {}),
-}  # fmt: skip
+}
 LAYERS = {"t5": 6, "v1_1": 7, "mt5": 6, "umt5": 6}  # attention layers: encoder, and two per decoder block
 
 
@@ -180,15 +184,38 @@ def test_the_mask_is_a_row_per_example(pair, batch, labels, ran):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes_are_as_exact_as_eager(dtype, pair, batch, labels, ran):
-    models = [*pair(dtype=dtype), pair(dtype=torch.float64)[0]]
-    for narrow in models[:2]:
-        narrow.load_state_dict(models[0].state_dict())
-    models[2].load_state_dict(models[0].state_dict())
-    stock, ours, truth = (step(model, batch(), labels) for model in models)
-    for i, what in ((0, "logits"), (2, "gradient")):
-        assert_within_budget(ours[i], stock[i], truth[i])
-        assert ours[i].dtype == dtype, what
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_narrow_dtypes_are_as_exact_as_eager(dtype, padding, pair, batch, ran):
+    """One layer, where rounding has not been multiplied: its output and the gradient of its input."""
+    eager, ours = pair(dtype=dtype)
+    truth = pair(dtype=torch.float64)[0]
+    truth.load_state_dict(eager.state_dict())
+    hidden = torch.randn((3, 17, 48), generator=torch.Generator().manual_seed(1)).to(eager.device, dtype)
+    mask = batch(padding)["attention_mask"].bool()
+    results = []
+    for model in (ours, eager, truth):
+        layer = model.encoder.block[0].layer[0].SelfAttention
+        x = hidden.detach().to(model.dtype, copy=True).requires_grad_()
+        allowed = create_bidirectional_mask(model.encoder.config, x, mask)
+        out = layer(x, mask=allowed)[0]
+        out.backward(hidden.to(model.dtype))
+        results.append((out.detach(), x.grad))
+    for our, stock, exact in zip(*results, strict=True):
+        assert_within_budget(our, stock, exact)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models(dtype, pair, batch, labels, ran):
+    eager, ours = pair(dtype=dtype)
+    truth = pair(dtype=torch.float64)[0]
+    truth.load_state_dict(eager.state_dict())
+    error = []
+    for model in (ours, eager):
+        logits = model(**batch(), labels=labels).logits
+        assert logits.dtype == dtype
+        error.append((logits.double() - truth(**batch(), labels=labels).logits).square().mean().sqrt())
+    assert error[0] < 1.25 * error[1]
     assert len(ran) == LAYERS["v1_1"]
 
 
@@ -241,44 +268,45 @@ GENERATE["static_padded_decoder_prompt"] = GENERATE["padded_decoder_prompt"] | {
 
 
 def generated(model, batch, **options):
-    """Token ids and the scores [B, V] of every step."""
+    """Token ids, and the logits [B, V] of every step; the sequences' scores of a beam search."""
     options = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    options = {"max_new_tokens": 16, "min_new_tokens": 16} | options  # beyond the last bucket
     torch.manual_seed(3)
-    limits = {"max_new_tokens": 16, "min_new_tokens": 16}
     result = model.generate(
-        **batch, **(limits | options), output_logits=True, return_dict_in_generate=True
-    )  # 16 steps: beyond the table's last bucket
+        **batch, **options, output_logits=True, output_scores=True, return_dict_in_generate=True
+    )
+    if "num_beams" in options:  # the order of beams that do not win is a matter of rounding
+        return result.sequences, result.sequences_scores
     return result.sequences, torch.stack(result.logits)
+
+
+def generates_the_same(eager, ours, batch, **options):
+    (ids, numbers), (eager_ids, eager_numbers) = (
+        generated(model, batch, **options) for model in (ours, eager)
+    )
+    assert torch.equal(ids, eager_ids)
+    close(numbers, eager_numbers, 1e-4)
 
 
 @pytest.mark.parametrize("mode", GENERATE)
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_generate(mode, padding, pair, batch, ran):
-    eager, ours = pair()
-    ids, logits = generated(ours, batch(padding), **GENERATE[mode])
-    eager_ids, eager_logits = generated(eager, batch(padding), **GENERATE[mode])
-    assert torch.equal(ids, eager_ids)
-    close(logits, eager_logits, 1e-4)
+    generates_the_same(*pair(), batch(padding), **GENERATE[mode])
     assert len(ran) == 3 + 16 * 4
 
 
 @pytest.mark.parametrize("layout", ["t5", "mt5", "umt5"])
 @pytest.mark.parametrize("mode", ["beam", "static"])
 def test_generate_layouts(layout, mode, pair, batch, ran):
-    eager, ours = pair(layout)
-    ids, logits = generated(ours, batch(), **GENERATE[mode])
-    eager_ids, eager_logits = generated(eager, batch(), **GENERATE[mode])
-    assert torch.equal(ids, eager_ids)
-    close(logits, eager_logits, 1e-4)
+    generates_the_same(*pair(layout), batch(), **GENERATE[mode])
     assert len(ran) == 2 + 16 * 4
 
 
 def test_prompt_lookup(pair, batch):
     """Several new queries at once behind a cache."""
-    eager, ours = pair()
-    options = {"prompt_lookup_num_tokens": 3}
-    (ids, _), (eager_ids, _) = (generated(model, batch(B=1), **options) for model in (ours, eager))
-    assert torch.equal(ids, eager_ids)
+    inputs = batch(B=1) | {"prompt_lookup_num_tokens": 3, "max_new_tokens": 16}
+    eager, ours = (model.generate(**inputs) for model in pair("t5"))
+    assert torch.equal(ours, eager)
 
 
 def test_several_queries_behind_a_static_cache(pair, batch, device):
@@ -319,8 +347,7 @@ def test_gradient_checkpointing(reentrant, frozen, pair, batch, labels, ran):
         *outputs, gradient = step(ours, batch(), labels)
         weights = [p.grad.clone() for p in ours.parameters() if p.grad is not None]
         results.append([*outputs, gradient, *weights])
-    assert len(results[0]) == len(results[1]) > (100 if not frozen else 2) * 0
-    assert (len(results[0]) > 3) is not frozen
+    assert (len(results[0]) == 3) is frozen
     for plain, checkpointed in zip(*results, strict=True):
         if (
             frozen and reentrant
@@ -424,7 +451,8 @@ def test_head_widths_that_no_kernel_has(padding, pair, batch, labels, ran):
         step(ours, batch(padding), labels), step(eager, batch(padding), labels), strict=True
     ):
         close(our, their)
-    assert torch.equal(generated(ours, batch())[0], generated(eager, batch())[0])
+    generates_the_same(eager, ours, batch(padding))
+    generates_the_same(eager, ours, batch(padding), cache_implementation="static")
     assert not ran
 
 
@@ -498,7 +526,11 @@ def test_decoders_without_causality_keep_their_bias(batch, device):
             LongT5Config,
             {"local_radius": 5, "encoder_attention_type": "transient-global"},
         ),
-        (SwitchTransformersForConditionalGeneration, SwitchTransformersConfig, {"num_experts": 2}),
+        (
+            SwitchTransformersForConditionalGeneration,
+            SwitchTransformersConfig,
+            {"num_experts": 2, "num_decoder_layers": 2},
+        ),
     ],
     ids=["longt5", "longt5-tglobal", "switch"],
 )
@@ -510,7 +542,7 @@ def test_cousins_get_transformers_functions(
         make(model_class, config_class, name, device=device, **special) for name in ("eager", "fastprompt")
     )
     close(ours(**batch(padding), labels=labels).logits, eager(**batch(padding), labels=labels).logits)
-    assert torch.equal(generated(ours, batch(padding))[0], generated(eager, batch(padding))[0])
+    generates_the_same(eager, ours, batch(padding))
     assert not ran
 
 

@@ -15,17 +15,14 @@ struct Matrix {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = FP_LANES == 16 ? 4 : 2;
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
-constexpr int64_t kDepth = 64;  // kDepth rows of b, kTileColumns wide, stay in the first-level cache
+
+// So many rows of b, kTileColumns wide, stay in the first-level cache. Fewer where each product is rounded.
+constexpr int64_t kDepth = FP_LANES > 1 ? 64 : 8;
 
 // c[ROWS][VECTORS * kLanes] += a[ROWS][depth] * b[depth][VECTORS * kLanes]
 template <int ROWS, int VECTORS>
 FP_INLINE void multiply_tile(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
-    vfloat sum[ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) sum[i][v] = load(c + i * c_row + v * kLanes);
-    }
+    vfloat sum[ROWS][VECTORS] = {};  // not c: short chains of additions keep the error small
     for (int64_t k = 0; k < depth; ++k) {
         vfloat right[VECTORS];
 #pragma GCC unroll 8
@@ -40,7 +37,10 @@ FP_INLINE void multiply_tile(Matrix a, const float* b, int64_t b_row, float* c, 
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * kLanes, sum[i][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            float* to = c + i * c_row + v * kLanes;
+            store(to, load(to) + sum[i][v]);
+        }
     }
 }
 

@@ -213,7 +213,7 @@ struct Work {
 
     // Row i of this example in a contiguous tensor like q.
     int64_t row_offset(int64_t i) const { return ((a.query_begin(b) + i) * a.H + h) * a.K; }
-    int64_t lse_offset(int64_t i) const { return h * a.N + a.query_begin(b) + i; }
+    int64_t stats_offset(int64_t i) const { return h * a.N + a.query_begin(b) + i; }
 
     void load_queries(int64_t first, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
@@ -238,17 +238,18 @@ struct Work {
         dropout.factors((i << 34) + first, last - first + 1, factors + first, pair);
     }
 
-    void forward(void* to, float* lse, int64_t part, int64_t parts);
+    void forward(void* to, float* stats, int64_t part, int64_t parts);
     void forward_block(int64_t first, int64_t count);
     void weigh(int64_t i, int64_t row, int64_t chunk, int64_t width);
-    void forward_few(void* to, float* lse);
-    void finish_rows(int64_t first, int64_t count, void* to, float* lse);
+    void score_few(int64_t chunk, int64_t width);
+    void forward_few(void* to, float* stats);
+    void finish_rows(int64_t first, int64_t count, void* to, float* stats);
     void starved_forward(int64_t i, float* row) const;
-    void backward(const void* dout_rows, const void* out_rows, const float* lse, void* dq_rows, void* dk_rows,
+    void backward(const void* dout_rows, const void* out_rows, const float* stats, void* dq_rows, void* dk_rows,
                   void* dv_rows, float* share_k, float* share_v);
     void backward_block(int64_t first, int64_t count);
     void differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width);
-    bool load_gradients(const void* dout_rows, const void* out_rows, const float* lse, int64_t first, int64_t count);
+    bool load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first, int64_t count);
     void starved_backward(int64_t i, int64_t row);
     void store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const;
 };
@@ -318,7 +319,7 @@ void Work::starved_forward(int64_t i, float* row) const {
     for (int64_t d = 0; d < a.K; ++d) row[d] /= static_cast<float>(keys.own);
 }
 
-void Work::finish_rows(int64_t first, int64_t count, void* to, float* lse) {
+void Work::finish_rows(int64_t first, int64_t count, void* to, float* stats) {
     for (int64_t i = 0; i < count; ++i) {
         float* row = out + i * a.K;
         const bool starved = limit[i] == 0;
@@ -328,12 +329,28 @@ void Work::finish_rows(int64_t first, int64_t count, void* to, float* lse) {
             for (int64_t d = 0; d < a.K; d += kLanes) store(row + d, load(row + d) / total[i]);
         }
         store_row(row, to, row_offset(first + i), dtype, a.K);
-        lse[lse_offset(first + i)] = starved ? -INFINITY : top[i] + logf(total[i]);
+        stats[stats_offset(first + i)] = starved ? 0.0f : top[i];
+        stats[a.H * a.N + stats_offset(first + i)] = starved ? 0.0f : total[i];
+    }
+}
+
+// The scores of a few queries: a product of each query with each key, which is read where it lies.
+void Work::score_few(int64_t chunk, int64_t width) {
+    float row[256];
+    for (int64_t n = 0; n < width; ++n) {
+        keys.load_key(a, b, h, keys.index[chunk + n], false, dtype, row);
+        for (int64_t i = 0; i < T; ++i) {
+            vfloat sum{};
+            for (int64_t d = 0; d < a.K; d += kLanes) {
+                sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
+            }
+            scores[i * kScoreRow + n] = sum_lanes(sum);
+        }
     }
 }
 
 // A few queries (decoding): keys and values are read once, where they lie.
-void Work::forward_few(void* to, float* lse) {
+void Work::forward_few(void* to, float* stats) {
     load_queries(0, T);
     clear(out, T * a.K);
     for (int64_t i = 0; i < T; ++i) top[i] = -INFINITY, total[i] = 0.0f;
@@ -341,16 +358,7 @@ void Work::forward_few(void* to, float* lse) {
     const int64_t most = limit[T - 1];
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
-        for (int64_t n = 0; n < width; ++n) {
-            keys.load_key(a, b, h, keys.index[chunk + n], false, dtype, row);
-            for (int64_t i = 0; i < T; ++i) {
-                vfloat sum{};
-                for (int64_t d = 0; d < a.K; d += kLanes) {
-                    sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
-                }
-                scores[i * kScoreRow + n] = sum_lanes(sum);
-            }
-        }
+        score_few(chunk, width);
         for (int64_t i = 0; i < T; ++i) weigh(i, i, chunk, width);
         for (int64_t n = 0; n < width; ++n) {
             keys.load_key(a, b, h, keys.index[chunk + n], true, dtype, row);
@@ -362,13 +370,13 @@ void Work::forward_few(void* to, float* lse) {
             }
         }
     }
-    finish_rows(0, T, to, lse);
+    finish_rows(0, T, to, stats);
 }
 
 // Blocks part, part + parts, ... of this example and head.
-void Work::forward(void* to, float* lse, int64_t part, int64_t parts) {
+void Work::forward(void* to, float* stats, int64_t part, int64_t parts) {
     if (T <= kFewQueries) {
-        if (part == 0 && T > 0) forward_few(to, lse);
+        if (part == 0 && T > 0) forward_few(to, stats);
         return;
     }
     pack_panels(false, key_panels);
@@ -376,7 +384,7 @@ void Work::forward(void* to, float* lse, int64_t part, int64_t parts) {
     for (int64_t first = part * kQueries; first < T; first += parts * kQueries) {
         const int64_t count = T - first < kQueries ? T - first : kQueries;
         forward_block(first, count);
-        finish_rows(first, count, to, lse);
+        finish_rows(first, count, to, stats);
     }
 }
 
@@ -386,10 +394,11 @@ void Work::differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width) {
     const int64_t left = limit[row] - chunk, allowed = left < 0 ? 0 : left < width ? left : width;
     const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
     if (dropout.active() && allowed > 0) draw(i, chunk, allowed);
+    const float inverse = 1.0f / total[row];
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat value = load(s + n);
         if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
-        vfloat weight = exp(value - top[row]), dweight = load(dw + n);
+        vfloat weight = exp(value - top[row]) * inverse, dweight = load(dw + n);
         if (n + kLanes > allowed) {
             for (int64_t lane = allowed - n; lane < kLanes; ++lane) weight[lane] = 0.0f, dweight[lane] = 0.0f;
         }
@@ -412,7 +421,11 @@ void Work::backward_block(int64_t first, int64_t count) {
     const int64_t most = limit[count - 1];
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
-        product(q, count, key_panels, chunk, width, scores);
+        if (T <= kFewQueries) {
+            score_few(chunk, width);  // as in the forward pass: a weight must not depend on the order of a sum
+        } else {
+            product(q, count, key_panels, chunk, width, scores);
+        }
         product(dout, count, value_panels, chunk, width, dweights);
         for (int64_t i = 0; i < count; ++i) differentiate(first + i, i, chunk, width);
         multiply({scores, 1, kScoreRow}, width, dout, a.K, a.K, dvalues + chunk * a.K, a.K, count);
@@ -447,7 +460,8 @@ void Work::starved_backward(int64_t i, int64_t row) {
 
 // Loads a block of queries, the gradients of their outputs, and delta. False if all those gradients are zero, as they
 // are where the model's padding is: such a block adds nothing.
-bool Work::load_gradients(const void* dout_rows, const void* out_rows, const float* lse, int64_t first, int64_t count) {
+bool Work::load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first,
+                          int64_t count) {
     load_queries(first, count);
     bool any = false;
     for (int64_t i = 0; i < count; ++i) {
@@ -462,8 +476,9 @@ bool Work::load_gradients(const void* dout_rows, const void* out_rows, const flo
         }
         delta[i] = sum_lanes(sum);
         any |= sum_lanes(size) != 0.0f;
-        top[i] = lse[lse_offset(first + i)];
-        any |= !(top[i] - top[i] == 0.0f) && limit[i] > 0;  // NaN and infinity must spread
+        top[i] = stats[stats_offset(first + i)];
+        total[i] = stats[a.H * a.N + stats_offset(first + i)];
+        any |= !(top[i] + total[i] - (top[i] + total[i]) == 0.0f) && limit[i] > 0;  // NaN and infinity must spread
     }
     return any;
 }
@@ -493,7 +508,7 @@ void Work::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share
     }
 }
 
-void Work::backward(const void* dout_rows, const void* out_rows, const float* lse, void* dq_rows, void* dk_rows,
+void Work::backward(const void* dout_rows, const void* out_rows, const float* stats, void* dq_rows, void* dk_rows,
                     void* dv_rows, float* share_k, float* share_v) {
     pack_panels(false, key_panels);
     pack_panels(true, value_panels);
@@ -504,7 +519,7 @@ void Work::backward(const void* dout_rows, const void* out_rows, const float* ls
     for (int64_t first = 0; first < T; first += kQueries) {
         const int64_t count = T - first < kQueries ? T - first : kQueries;
         clear(dq, count * a.K);
-        if (load_gradients(dout_rows, out_rows, lse, first, count)) {
+        if (load_gradients(dout_rows, out_rows, stats, first, count)) {
             backward_block(first, count);
             for (int64_t i = 0; i < count; ++i) {
                 if (limit[i] > 0 || keys.own == 0) continue;
@@ -531,7 +546,7 @@ int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p,
     const Limits most = limits(a);
     const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
     const int64_t wanted = tasks > 0 && !backward ? 2 * omp_get_max_threads() / tasks : 1;
-    const int64_t parts = wanted < 1 ? 1 : wanted > blocks ? blocks : wanted;
+    const int64_t limited = wanted < blocks ? wanted : blocks, parts = limited > 1 ? limited : 1;
     int64_t failed = 0;
 #pragma omp parallel reduction(+ : failed) if (a.N * a.H * a.K >= kParallelElements || most.keys >= kKeys)
     {
@@ -556,15 +571,15 @@ int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p,
 int64_t t5_attention(const void* q, const void* k, const void* v, const float* bias, const void* prompt_k,
                      const void* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
                      const uint8_t* key_mask, const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k,
-                     const int64_t* sizes, const int64_t* seed, void* out, float* lse, int64_t offset, int64_t causal,
+                     const int64_t* sizes, const int64_t* seed, void* out, float* stats, int64_t offset, int64_t causal,
                      double dropout_p, int64_t dtype, void* /*stream*/) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
                                       cu_q, cu_k, sizes, offset, causal);
     return each_head(a, seed, dropout_p, dtype, false,
-                     [&](Work& work, int64_t part, int64_t parts) { work.forward(out, lse, part, parts); });
+                     [&](Work& work, int64_t part, int64_t parts) { work.forward(out, stats, part, parts); });
 }
 
-int64_t t5_attention_backward(const void* dout, const void* out, const float* lse, const void* q, const void* k,
+int64_t t5_attention_backward(const void* dout, const void* out, const float* stats, const void* q, const void* k,
                               const void* v, const float* bias, const void* prompt_k, const void* prompt_v,
                               const int64_t* prompt_ids, const int64_t* prompt_lens, const uint8_t* key_mask,
                               const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k, const int64_t* sizes,
@@ -573,7 +588,7 @@ int64_t t5_attention_backward(const void* dout, const void* out, const float* ls
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
                                       cu_q, cu_k, sizes, offset, causal);
     return each_head(a, seed, dropout_p, dtype, true, [&](Work& work, int64_t /*part*/, int64_t /*parts*/) {
-        work.backward(dout, out, lse, dq, dk, dv, share_k, share_v);
+        work.backward(dout, out, stats, dq, dk, dv, share_k, share_v);
     });
 }
 

@@ -10,10 +10,12 @@ rerun gives a model of the same quality, not the same bits.
 """
 
 import argparse
+import math
 import random
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -30,10 +32,7 @@ NUM_SENTINELS = 32
 WINDOW = 128  # tokens per pretraining example
 PAGE = 48  # most tokens of a text in LM adaptation
 FRONT = 20  # most tokens in front of a text
-INSTRUCTIONS: dict[str, Callable[[Document], str]] = {
-    "module:": lambda document: document.module,
-    "package:": lambda document: document.package,
-}
+INSTRUCTIONS = ("module:", "topic:")
 CONTINUATION = 16  # most tokens that it predicts: the vocabulary's softmax is much of a step's time
 
 
@@ -186,11 +185,11 @@ def instructed_batches(
     def tokens(texts: Sequence[str]) -> list[list[int]]:
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
-    answers = {
-        instruction: tokens([answer(document) for document in documents])
-        for instruction, answer in INSTRUCTIONS.items()
+    modules = tokens([document.module for document in documents])
+    topics = {
+        package: (tokens(words), weights) for package, (words, weights) in topic_words(documents).items()
     }
-    instructions = dict(zip(INSTRUCTIONS, tokens(list(INSTRUCTIONS)), strict=True))
+    instructions = dict(zip(INSTRUCTIONS, tokens(INSTRUCTIONS), strict=True))
     texts = tokens([document.text for document in documents])
     pages = [i for i, text in enumerate(texts) if len(text) >= 8]
     sizes = Counter(documents[i].module for i in pages)
@@ -207,12 +206,32 @@ def instructed_batches(
                 else []
             )
             return [*noise, *piece[:end], EOS], list(piece[end : end + CONTINUATION])
-        instruction = rng.choice(list(INSTRUCTIONS))
+        instruction = rng.choice(INSTRUCTIONS)
         front = repeated(instructions[instruction], rng, len(tokenizer))
-        return [*front, *piece, EOS], [*answers[instruction][i], EOS]
+        if instruction == "module:":
+            answer = modules[i]
+        else:
+            words, shares = topics[documents[i].package]
+            [answer] = rng.choices(words, shares)
+        return [*front, *piece, EOS], [*answer, EOS]
 
     while True:
         yield collate([pair(i) for i in rng.choices(pages, cum_weights=weights, k=batch_size)])
+
+
+def topic_words(documents: Sequence[Document], most: int = 40) -> dict[str, tuple[list[str], list[float]]]:
+    """{package: its most distinctive words and how much so}: log term frequency times inverse document frequency."""
+    counts: dict[str, Counter[str]] = {}
+    for document in documents:
+        words = re.findall(r"[a-z]{4,}", document.text.lower())
+        counts.setdefault(document.package, Counter([document.package])).update(words)
+    packages = Counter(word for count in counts.values() for word in count)
+    found = {}
+    for package, count in counts.items():
+        score = {word: math.log1p(n) * math.log(len(counts) / packages[word]) for word, n in count.items()}
+        top = sorted(score, key=lambda word: -score[word])[:most]
+        found[package] = top, [score[word] for word in top]
+    return found
 
 
 def cut(text: Sequence[int], length: int, rng: random.Random) -> Sequence[int]:

@@ -86,6 +86,8 @@ def examples(a: Inputs) -> Iterator[Example]:
             allowed = allowed & torch.cat((a.key_mask.new_ones(P), a.key_mask[b]))
         allowed = allowed | (key_at < 0)
         starved = ~allowed.any(1)
+        unread = ~(allowed.any(0) | starved.any())[:, None]  # [P + S, 1]: a NaN there must not spread
+        b_k, b_v = b_k.masked_fill(unread, 0.0), b_v.masked_fill(unread, 0.0)
         scores = b_q @ b_k.transpose(1, 2)
         if a.bias is not None:
             M = a.bias.shape[1] // 2
@@ -103,26 +105,27 @@ def keep_keys(seed: Tensor, first: int, H: int, T: int, keys: int, dropout_p: fl
     """bool [H, T, keys]: key j of query i and head h takes word j % 4 of block (j // 4, i, first + h, 0)."""
     block = torch.arange((keys + 3) // 4, device=seed.device)
     row = torch.arange(T, device=seed.device)[:, None] << 32
-    words = [philox(seed, row + block, stream=first + h).reshape(T, -1)[:, :keys] for h in range(H)]
+    words = [philox(seed, row + block, stream=first + h).flatten(1)[:, :keys] for h in range(H)]
     threshold = min(int(dropout_p * 2**32), 2**32 - 1)
     return torch.stack(words) >= threshold if H else row.new_zeros((0, T, keys), dtype=torch.bool)
 
 
 def forward(a: Inputs) -> tuple[Tensor, Tensor]:
-    """out like q, lse fp32 [H, N]; -inf marks a row without an allowed key."""
+    """out like q; stats wide [2, H, N] = (a, t): weights are exp(score - a) / t, and t = 0 if no key is allowed."""
     wide = wide_dtype(a.q)
     out = torch.zeros(rows(a.q).shape, dtype=wide, device=a.q.device)
-    lse = torch.full((a.q.shape[-2], out.shape[0]), -torch.inf, dtype=wide, device=a.q.device)
+    stats = torch.zeros((2, a.q.shape[-2], out.shape[0]), dtype=wide, device=a.q.device)
     for e in examples(a):
         if e.k.shape[1]:
             out[e.queries] = ((e.scores.softmax(-1) * e.factors) @ e.v).transpose(0, 1)
-            total = e.scores.logsumexp(-1)
-            lse[:, e.queries] = torch.where(e.starved, -torch.inf, total)
-    return out.reshape(a.q.shape).to(a.q.dtype), lse
+            top = e.scores.amax(-1)
+            total = torch.where(e.starved, 0.0, (e.scores - top[..., None]).exp().sum(-1))
+            stats[:, :, e.queries] = torch.stack((top, total))
+    return out.reshape(a.q.shape).to(a.q.dtype), stats
 
 
 def backward(
-    dout: Tensor, a: Inputs, out: Tensor, lse: Tensor
+    dout: Tensor, a: Inputs, out: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in their tensors' dtypes, and each example's share of the prompt's: wide [B, P, H, K]."""
     wide = wide_dtype(a.q)
@@ -133,11 +136,9 @@ def backward(
     share_k, share_v = (torch.zeros((B, P, *a.q.shape[-2:]), dtype=wide, device=a.q.device) for _ in "kv")
     for b, e in enumerate(examples(a)):
         b_dout, b_out = dout[e.queries].transpose(0, 1), out[e.queries].transpose(0, 1)
-        own = (
-            torch.where(e.starved, float(e.k.shape[1]), 1.0).log().to(wide)
-        )  # of a starved row: its key count
-        b_lse = torch.where(e.starved, own, lse[:, e.queries].to(wide))
-        weights = (e.scores - b_lse[..., None]).exp()
+        top, total = stats[:, :, e.queries].to(wide)
+        total = torch.where(e.starved, float(e.k.shape[1]), total)  # the scores of a starved row are 0
+        weights = (e.scores - top[..., None]).exp() / total[..., None]
         delta = (b_dout * b_out).sum(-1, keepdim=True)
         dscores = weights * ((b_dout @ e.v.transpose(1, 2)) * e.factors - delta)
         b_dk, b_dv = dscores.transpose(1, 2) @ e.q, (weights * e.factors).transpose(1, 2) @ b_dout

@@ -5,20 +5,22 @@
     k, v         [B, S, H, K]        packed: [Nk, H, K] with cu_k [B + 1]
     prompt_k, _v [R, P, H, K]        R cached prompts; example b reads prompt_ids[b], its first prompt_lens[id] keys
     bias         [H, 2M + 1] fp32    frozen, by distance; None: no bias (cross-attention)
-    out          like q              lse [H, N] fp32, N = B * T or Nq
+    out          like q
+    stats        [2, H, N] fp32, N = B * T or Nq: per query and head (a, t) such that a weight is exp(score - a) / t
 
 Positions: own key j of an example is at j, its query i at offset + i, key p of a prompt of P keys at p - P. So the
 prompt stands in front of the tokens, and key and query are `key - query` apart. The scale is 1, as in T5.
 
 A prompt's keys are allowed for every query; an own key if key_mask has it and, if causal, it is not after the query.
 Keys that are not allowed are not read. A row that allows no key at all takes the mean of its example's own values, as
-in Hugging Face, where every score is the same finite minimum then; lse is -inf there. No keys at all give zeros.
+in Hugging Face, where every score is the same finite minimum then; t = 0 marks it. No keys at all give zeros.
 
 Dropout: key j (prompt first, then own) of query i and head h of example b takes word j % 4 of the Philox block with
 counter (j // 4, i, b * H + h, 0). The mask depends on neither padding nor blocking, so every backend, padded or
 packed, draws the same one.
 
-Backward saves q, k, v, out, lse and the seed. With w = exp(score - lse), f the dropout factor:
+Backward saves q, k, v, out, stats and the seed. (a, t) may be the row's largest score and its sum of exponentials, or
+the log of the sum and 1: the pair loses less to rounding. With w the weight and f the dropout factor:
 dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
 prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias gets none.
 
@@ -237,7 +239,7 @@ def _check_values(a: reference.Inputs) -> None:
         fail(name, f"prompt_lens must lie in [0, P]=[0, {P}], got {a.prompt_lens.tolist()[:8]}")
 
 
-def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, lse: Tensor) -> None:
+def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, stats: Tensor) -> None:
     """The kernels trust these shapes, and the op can be called by anyone."""
     name = "t5_attention_backward"
     _check(a)
@@ -245,13 +247,13 @@ def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, lse: Tensor)
         check_tensor(name, what, x, (a.q.dtype,))
         check_shape(name, what, x, tuple(a.q.shape), "that of q")
         check_same_device(name, what, x, "q", a.q)
-    check_tensor(name, "lse", lse, (reference.wide_dtype(a.q),))
-    check_shape(name, "lse", lse, _lse_shape(a), "[H, N]")
+    check_tensor(name, "stats", stats, (reference.wide_dtype(a.q),))
+    check_shape(name, "stats", stats, _stats_shape(a), "[2, H, N]")
 
 
-def _lse_shape(a: reference.Inputs) -> tuple[int, int]:
+def _stats_shape(a: reference.Inputs) -> tuple[int, int, int]:
     N = a.q.shape[0] * a.q.shape[1] if a.cu_q is None else a.q.shape[0]
-    return a.q.shape[-2], N
+    return 2, a.q.shape[-2], N
 
 
 def _share_shape(a: reference.Inputs) -> tuple[int, ...]:
@@ -266,10 +268,10 @@ def _contiguous(x: Tensor) -> Tensor:
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = reference.Inputs(*arguments)
     _check(a)
-    return _contiguous(a.q), a.q.new_empty(_lse_shape(a), dtype=reference.wide_dtype(a.q))
+    return _contiguous(a.q), a.q.new_empty(_stats_shape(a), dtype=reference.wide_dtype(a.q))
 
 
-@op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor lse)", fake=_fake)
+@op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor stats)", fake=_fake)
 def t5_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = reference.Inputs(*arguments)
     _check(a)
@@ -282,15 +284,15 @@ def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
     _check(a)
     if a.q.dtype not in DTYPE_CODES or (a.q.is_cuda and (a.cu_q is not None or a.q.shape[1] > DECODE_ROWS)):
         return NotImplemented
-    out, lse = _fake(*arguments)
+    out, stats = _fake(*arguments)
     if out.numel():
         strides = Strides(a)
         status = kernels.t5_attention(
-            *strides.pointers, strides.address, pointer(a.seed), out.data_ptr(), lse.data_ptr(),
+            *strides.pointers, strides.address, pointer(a.seed), out.data_ptr(), stats.data_ptr(),
             a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
         _check_status(status)
-    return out, lse
+    return out, stats
 
 
 def _check_status(status: int) -> None:
@@ -306,48 +308,48 @@ def _triton_t5_attention(*arguments: Any) -> Any:
     _check(a)
     if a.q.dtype not in DTYPE_CODES:
         return NotImplemented
-    out, lse = _fake(*arguments)
+    out, stats = _fake(*arguments)
     if out.numel():
-        kernels.t5_attention(a, out, lse)
-    return out, lse
+        kernels.t5_attention(a, out, stats)
+    return out, stats
 
 
 def _fake_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+    dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a = reference.Inputs(*arguments)
-    _check_backward(dout, a, out, lse)
+    _check_backward(dout, a, out, stats)
     share = a.q.new_empty(_share_shape(a), dtype=reference.wide_dtype(a.q))
     return _contiguous(a.q), _contiguous(a.k), _contiguous(a.v), share, torch.empty_like(share)
 
 
 @op.define(
-    f"t5_attention_backward(Tensor dout, Tensor out, Tensor lse, {SCHEMA})"
+    f"t5_attention_backward(Tensor dout, Tensor out, Tensor stats, {SCHEMA})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor share_k, Tensor share_v)",
     fake=_fake_backward,
 )
 def t5_attention_backward_reference(
-    dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+    dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """share_k, share_v [B, P, H, K] wide: what each example adds to the gradients of its prompt's keys and values."""
     a = reference.Inputs(*arguments)
-    _check_backward(dout, a, out, lse)
-    return reference.backward(dout, a, out, lse)
+    _check_backward(dout, a, out, stats)
+    return reference.backward(dout, a, out, stats)
 
 
 @op.native
 def _native_t5_attention_backward(
-    kernels: SimpleNamespace, dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+    kernels: SimpleNamespace, dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
 ) -> Any:
     a = reference.Inputs(*arguments)
-    _check_backward(dout, a, out, lse)
+    _check_backward(dout, a, out, stats)
     if a.q.dtype not in DTYPE_CODES or not hasattr(kernels, "t5_attention_backward"):
         return NotImplemented
-    gradients = _fake_backward(dout, out, lse, *arguments)
+    gradients = _fake_backward(dout, out, stats, *arguments)
     if any(x.numel() for x in gradients):
         strides = Strides(a)
         status = kernels.t5_attention_backward(
-            dout.contiguous().data_ptr(), out.contiguous().data_ptr(), lse.data_ptr(), *strides.pointers,
+            dout.contiguous().data_ptr(), out.contiguous().data_ptr(), stats.data_ptr(), *strides.pointers,
             strides.address, pointer(a.seed), *(x.data_ptr() for x in gradients),
             a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
@@ -356,15 +358,15 @@ def _native_t5_attention_backward(
 
 
 @op.triton
-def _triton_t5_attention_backward(dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Any:
+def _triton_t5_attention_backward(dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any) -> Any:
     from fastprompt.triton_kernels import t5_attention as kernels
 
     a = reference.Inputs(*arguments)
-    _check_backward(dout, a, out, lse)
+    _check_backward(dout, a, out, stats)
     if a.q.dtype not in DTYPE_CODES:
         return NotImplemented
-    gradients = _fake_backward(dout, out, lse, *arguments)
-    kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), lse, a, *gradients)
+    gradients = _fake_backward(dout, out, stats, *arguments)
+    kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), stats, a, *gradients)
     return gradients
 
 
@@ -446,9 +448,9 @@ def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tens
     nothing = (None,) * len(reference.Inputs._fields)
     if dout is None:
         return nothing
-    out, lse, *tensors = ctx.saved_tensors
+    out, stats, *tensors = ctx.saved_tensors
     a = reference.Inputs(*tensors, *ctx.scalars)
-    dq, dk, dv, share_k, share_v = torch.ops.fastprompt.t5_attention_backward(dout, out, lse, *a)
+    dq, dk, dv, share_k, share_v = torch.ops.fastprompt.t5_attention_backward(dout, out, stats, *a)
     needs = ctx.needs_input_grad
     gradients = [d if need else None for d, need in zip((dq, dk, dv), needs[:3], strict=True)]
     prompts = []

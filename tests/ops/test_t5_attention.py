@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""t5_attention against Hugging Face's arithmetic on concatenated keys, in the dtype and in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastprompt.ops import t5_attention, t5_bias_table
+from fastprompt.ops._dropout import keep_scale
+from fastprompt.ops._t5_attention_reference import keep_keys
+from fastprompt.testing import assert_within_budget, saved_bytes
+
+OP = "t5_attention"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.falls_back("t5_attention_backward", backend="emulated")
+
+
+class Case:
+    """Tensors of one call: q, k, v, prompt_k, prompt_v in ``dtype``, and what else the op takes."""
+
+    def __init__(self, device, dtype=torch.float32, B=2, T=9, S=11, H=2, K=16, P=0, R=2, number=0, **options):
+        generator = torch.Generator().manual_seed(number)
+
+        def random(*shape, scale=1.0):
+            return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+        self.q, self.k, self.v = random(B, T, H, K, scale=K**-0.5), random(B, S, H, K), random(B, S, H, K)
+        self.tensors, self.options, self.P = [self.q, self.k, self.v], dict(options), P
+        if P:
+            self.tensors += [random(R, P, H, K), random(R, P, H, K)]
+            ids = torch.randint(0, R, (B,), generator=generator).to(device)
+            self.options.setdefault("prompt_ids", ids)
+        self.dout = random(B, T, H, K)
+        table = torch.randn(32, H, generator=generator).to(device)
+        causal = self.options.get("causal", False)
+        self.bias = t5_bias_table(table, bidirectional=not causal, max_distance=20)
+        if self.options.pop("no_bias", False):
+            self.bias = None
+        if self.options.get("dropout_p"):
+            self.options["seed"] = torch.tensor([number + 5], device=device)
+
+    def ours(self, q, k, v, prompt_k=None, prompt_v=None):
+        return t5_attention(q, k, v, self.bias, prompt_k=prompt_k, prompt_v=prompt_v, **self.options)
+
+    def hf(self, q, k, v, prompt_k=None, prompt_v=None, terms=None):
+        """eager_attention_forward of T5 on keys concatenated per example. ``terms`` collects what the sums add up."""
+        return torch.stack([
+            self.hf_example(b, q[b], k[b], v[b], prompt_k, prompt_v, terms) for b in range(q.shape[0])
+        ])  # fmt: skip
+
+    def hf_example(self, b, q, k, v, prompt_k, prompt_v, terms):
+        options, P = self.options, 0
+        if prompt_k is not None:
+            prompt = int(options["prompt_ids"][b])
+            lens = options.get("prompt_lens")
+            P = self.P if lens is None else int(lens[prompt])
+            k, v = torch.cat((prompt_k[prompt, :P], k)), torch.cat((prompt_v[prompt, :P], v))
+        T, H, _ = q.shape
+        offset = options.get("offset", 0)
+        offset = int(offset[b]) if isinstance(offset, torch.Tensor) else offset
+        query_at = offset + torch.arange(T, device=q.device)[:, None]
+        key_at = torch.arange(-P, len(k) - P, device=q.device)
+        allowed = torch.ones(T, len(k), dtype=torch.bool, device=q.device)
+        if options.get("causal"):
+            allowed = key_at <= query_at
+        if options.get("key_mask") is not None:
+            allowed = allowed & torch.cat((allowed.new_ones(P), options["key_mask"][b]))
+        allowed = allowed | (key_at < 0)
+        scores = torch.einsum("thk,shk->hts", q, k)
+        if self.bias is not None:
+            M = self.bias.shape[1] // 2
+            scores = scores + self.bias[:, (key_at - query_at).clamp(-M, M) + M].to(q.dtype)
+        scores = scores + torch.zeros(T, len(k), dtype=q.dtype).to(q.device).masked_fill(
+            ~allowed, torch.finfo(q.dtype).min
+        )
+        weights, factors = scores.softmax(-1), 1.0
+        if options.get("dropout_p"):
+            p = options["dropout_p"]
+            factors = keep_keys(options["seed"], b * H, H, T, len(k), p).to(q.dtype) * keep_scale(p)
+        out = torch.einsum("hts,shk->thk", weights * factors, v)
+        if terms is not None:
+            self.collect_terms(terms, b, P, q, k, v, weights.detach(), factors, out.detach())
+        return out
+
+    def collect_terms(self, terms, b, P, q, k, v, weights, factors, out):
+        """Sums of absolute terms of every result of example b: the scale on which its rounding errors are judged."""
+        dout = self.dout[b].double().abs()
+        kept = weights * factors
+        dweights = torch.einsum("thk,shk->hts", dout, v.abs()) * factors
+        dscores = weights * (dweights + (dout * out.abs()).sum(-1).T[..., None])
+        dk, dv = (torch.einsum("hts,thk->shk", x, y) for x, y in ((dscores, q.abs()), (kept, dout)))
+        terms["out"].append(torch.einsum("hts,shk->thk", kept, v.abs()))
+        terms["q"].append(torch.einsum("hts,shk->thk", dscores, k.abs()))
+        terms["k"].append(dk[P:])
+        terms["v"].append(dv[P:])
+        if P or self.P:
+            for name, x in (("prompt_k", dk), ("prompt_v", dv)):
+                terms[name][int(self.options["prompt_ids"][b]), :P] += x[:P]
+
+    def results(self, function, tensors):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, self.dout.to(out.dtype))
+
+    def check(self):
+        ours, stock = self.results(self.ours, self.tensors), self.results(self.hf, self.tensors)
+        wide = [x.double() for x in self.tensors]
+        terms = {"out": [], "q": [], "k": [], "v": []}
+        if self.P:
+            terms |= {name: torch.zeros_like(wide[3]) for name in ("prompt_k", "prompt_v")}
+        truth = self.results(self.hf, wide)
+        self.hf(*wide, terms=terms)
+        # A score's own rounding is several ulp of its weight, in every implementation. It sways the largest error, and
+        # the mean where there are few rows of weights.
+        rms = max(0.5, 4.0 / (self.q.shape[0] * self.q.shape[1] * self.q.shape[2]) ** 0.5)
+        for (name, scale), *values in zip(terms.items(), ours, stock, truth, strict=True):
+            scale = torch.stack(scale) if isinstance(scale, list) else scale
+            try:
+                assert_within_budget(*values, magnitude=scale, ulps=4.0, rms_ulps=rms)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+
+
+MASKS = ("none", "right", "left", "any", "nothing")
+
+
+def key_mask(kind, B, S, device):
+    if kind == "none":
+        return None
+    keep = torch.arange(S)[None] < torch.tensor([max(S - 3 * b - 1, 1) for b in range(B)])[:, None]
+    if kind == "left":
+        keep = keep.flip(1)
+    if kind == "any":
+        keep = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) < 0.6
+    if kind == "nothing":
+        keep = torch.zeros(B, S, dtype=torch.bool)
+        keep[0, : S // 2] = True
+    return keep.to(device)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("K", [16, 32, 64, 128, 256])
+def test_head_widths(backend, device, dtype, K):
+    Case(device, dtype, B=1, T=7, S=19, H=2, K=K, P=3).check()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(backend, device, dtype, causal, mask):
+    """Rows that may attend to nothing included: without a prompt, "left" with causal has some, "nothing" many."""
+    for P in (0, 3):
+        Case(device, dtype, P=P, causal=causal, key_mask=key_mask(mask, 2, 11, device)).check()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("mask", MASKS)
+def test_dropout(backend, device, mask, p):
+    """The mask is that of keep_keys, padding or not, so results can be compared with dropout on."""
+    for P in (0, 6):
+        Case(device, P=P, dropout_p=p, key_mask=key_mask(mask, 2, 11, device)).check()
+
+
+@pytest.mark.parametrize("T", [1, 3, 5])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_decoding(backend, device, T, as_tensor):
+    """T queries after S - T cached keys; offsets as int, or one per example."""
+    offset = torch.tensor([14, 9], device=device) if as_tensor else 14
+    Case(device, T=T, S=17, P=4, causal=True, offset=offset).check()
+    Case(device, T=T, S=17, no_bias=True, key_mask=key_mask("right", 2, 17, device)).check()
+
+
+def test_prompts_of_different_lengths(backend, device):
+    lens, ids = torch.tensor([0, 5, 3], device=device), torch.tensor([1, 0, 2, 1], device=device)
+    for S in (6, 0):
+        Case(device, B=4, T=5, S=S, P=5, R=3, prompt_lens=lens, prompt_ids=ids).check()
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_many_blocks(backend, device, dtype):
+    """More queries and keys than one block holds, and distances past both ends of the bias table."""
+    Case(
+        device, dtype, B=2, T=150, S=612, H=2, K=64, P=100, key_mask=key_mask("right", 2, 612, device)
+    ).check()
+    Case(device, dtype, B=1, T=300, S=300, H=1, K=32, causal=True, dropout_p=0.1).check()
+
+
+def test_drawn(backend, device, examples, slow):
+    most = 12 if slow else 90
+
+    @settings(max_examples=examples)
+    @given(st.data())
+    def check(data):
+        def draw(low, high):
+            return data.draw(st.integers(low, high))
+
+        B, T, S, P = draw(1, 3), draw(1, most), draw(0, most), draw(0, 9)
+        options = {"causal": data.draw(st.booleans()), "no_bias": data.draw(st.booleans())}
+        options["key_mask"] = key_mask(data.draw(st.sampled_from(MASKS)), B, S, device)
+        options["offset"] = draw(0, 30)
+        options["dropout_p"] = data.draw(st.sampled_from([0.0, 0.0, 0.3]))
+        if P and data.draw(st.booleans()):
+            options["prompt_lens"] = torch.tensor([draw(0, P), draw(0, P)], device=device)
+        K, dtype = data.draw(st.sampled_from([16, 32, 64])), data.draw(st.sampled_from(FLOATS))
+        if P == 0 and S == 0:
+            S = 1
+            options["key_mask"] = None
+        Case(device, dtype, B, T, S, draw(1, 3), K, P, number=draw(0, 99), **options).check()
+
+    check()
+
+
+def run(case, **changed):
+    options = case.options | changed
+    tensors = [x.detach().clone().requires_grad_() for x in case.tensors]
+    prompt = dict(zip(("prompt_k", "prompt_v"), tensors[3:], strict=False))
+    out = t5_attention(*tensors[:3], case.bias, **prompt, **options)
+    return out.detach(), *torch.autograd.grad(out, tensors, case.dout)
+
+
+def packed(x, lengths):
+    return torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_packed_equals_padded(backend, device, p):
+    """Outputs and gradients of the real rows, dropout included; an example without tokens too."""
+    queries, keys = [7, 0, 4], [9, 5, 2]
+    mask = torch.arange(9, device=device)[None] < torch.tensor(keys, device=device)[:, None]
+    padded = Case(device, B=3, T=7, S=9, P=4, dropout_p=p, causal=True, offset=2)
+    real = torch.arange(7, device=device)[None] < torch.tensor(queries, device=device)[:, None]
+    padded.dout = padded.dout * real[..., None, None]
+    expected = run(padded, key_mask=mask)
+    case = Case(device, B=3, T=7, S=9, P=4, dropout_p=p, causal=True, offset=2)
+    q, k, v, *prompts = case.tensors
+    case.tensors = [packed(q, queries), packed(k, keys), packed(v, keys), *prompts]
+    case.dout = packed(padded.dout, queries)
+    cu = [torch.tensor([0, *torch.tensor(n).cumsum(0)], device=device) for n in (queries, keys)]
+    for cu_q, cu_k in ((cu[0], cu[1]), (cu[0].int(), cu[1].int())):
+        out, dq, dk, dv, *dprompts = run(case, cu_q=cu_q, cu_k=cu_k)
+        for value, other, lengths in zip(
+            (out, dq, dk, dv), expected, (queries, queries, keys, keys), strict=False
+        ):
+            torch.testing.assert_close(value, packed(other, lengths), rtol=1e-5, atol=1e-6)
+        for value, other in zip(dprompts, expected[4:], strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_lengths_are_a_mask(backend, device):
+    case = Case(device, B=3, S=9)
+    lengths = torch.tensor([9, 4, 0], device=device)
+    mask = torch.arange(9, device=device)[None] < lengths[:, None]
+    for value, other in zip(run(case, key_mask=lengths), run(case, key_mask=mask), strict=True):
+        assert torch.equal(value, other)
+
+
+def test_strides_are_read_in_place(backend, device):
+    """Views of a fused projection [B, T, 3, H, K] and of a cache [B, H, S, K], and an expanded prompt."""
+    case = Case(device, T=11, S=11, P=4, R=1, prompt_ids=None)
+    expected = run(case)
+    fused = torch.stack(case.tensors[:3], 2)
+    cache = case.tensors[1].transpose(1, 2).contiguous()
+    prompt_k, prompt_v = case.tensors[3:]
+    q, _, v = fused.unbind(2)
+    options = {"prompt_k": prompt_k.expand(3, -1, -1, -1), "prompt_v": prompt_v.expand(3, -1, -1, -1)}
+    options["prompt_ids"] = torch.tensor([2, 1], device=device)
+    assert torch.equal(t5_attention(q, cache.transpose(1, 2), v, case.bias, **options), expected[0])
+
+
+def test_same_bits_every_run(backend, device):
+    case = Case(device, B=3, T=20, S=30, P=5, dropout_p=0.3)
+    first = run(case)
+    for _ in range(3):
+        assert all(map(torch.equal, run(case), first))
+
+
+def test_shifting_all_positions_changes_nothing(backend, device):
+    """The bias knows distances only: prompt keys given as own keys at their place give the same result."""
+    case = Case(device, T=6, S=8, P=5, R=1, prompt_ids=None)
+    q, k, v, prompt_k, prompt_v = case.tensors
+    with_prompt = run(case)[0]
+    k, v = (torch.cat((p.expand(2, -1, -1, -1), x), 1) for p, x in ((prompt_k, k), (prompt_v, v)))
+    torch.testing.assert_close(t5_attention(q, k, v, case.bias, offset=5), with_prompt, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_saved(backend, device):
+    """q, k, v, out, two numbers per row and head: nothing of size T x S, and nothing without gradients."""
+    case = Case(device, T=32, S=40, H=2, K=16, P=8, dropout_p=0.1, key_mask=key_mask("right", 2, 40, device))
+    leaves = [x.requires_grad_() for x in case.tensors]
+    small = sum(
+        x.numel() * x.element_size() for x in (*leaves, leaves[0], case.bias, case.options["key_mask"])
+    )
+    with saved_bytes() as saved:
+        case.ours(*leaves)
+    assert saved.bytes <= small + 2 * 4 * 2 * 32 * 2 + 64
+    with saved_bytes() as saved, torch.no_grad():
+        case.ours(*leaves)
+    assert saved.bytes == 0
+
+
+def test_only_what_needs_a_gradient_gets_one(backend, device):
+    case = Case(device, P=3)
+    q, k, v, prompt_k, prompt_v = case.tensors
+    t5_attention(
+        q, k, v, case.bias, prompt_k=prompt_k, prompt_v=prompt_v.requires_grad_(), **case.options
+    ).sum().backward()
+    assert prompt_v.grad is not None
+    assert all(x.grad is None for x in (q, k, v, prompt_k))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_spread_as_in_hf(backend, device, value):
+    for which in range(5):
+        case = Case(device, B=2, T=5, S=7, P=3, prompt_ids=torch.tensor([0, 1], device=device))
+        case.tensors[which][0, 1, 0, 2] = value
+        ours, stock = (function(*case.tensors) for function in (case.ours, case.hf))
+        assert torch.equal(ours.isfinite(), stock.isfinite())
+        torch.testing.assert_close(ours[1], stock[1], rtol=1e-4, atol=1e-5)
+
+
+def test_keys_that_are_masked_are_not_read(backend, device):
+    case = Case(device, S=9, key_mask=key_mask("right", 2, 9, device))
+    expected = case.ours(*case.tensors)
+    for x in case.tensors[1:]:
+        x[~case.options["key_mask"]] = float("nan")
+    assert torch.equal(case.ours(*case.tensors), expected)
+
+
+def test_nothing_to_do(backend, device):
+    for B, T, S in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        out, *gradients = run(Case(device, B=B, T=T, S=S))
+        assert out.shape == (B, T, 2, 16)
+        assert not out.any()
+        assert not any(x.any() for x in gradients)
