@@ -11,7 +11,7 @@ A page creates one :class:`Op` and attaches to it, for every schema it defines (
 
 torch's dispatcher is the registry: what runs is what is registered under the tensors' device. :func:`use_backend`
 registers another implementation for a scope. A launcher returns ``NotImplemented`` for a case that its kernel does
-not cover (float64, say); the device's next backend or at last the reference then runs, and :func:`backend_used` says so.
+not cover (float64, say); the device's next backend or at last the reference then runs, as :func:`backend_used` tells.
 """
 
 import importlib.util

@@ -79,7 +79,9 @@ def test_scope_makes_no_noise():
 
 
 def test_unknown_names_are_answered_with_what_there_is():
-    with pytest.raises(ValueError, match=r"op must be one of prompt_embed, rms_norm, got 'softmax'"):
+    with pytest.raises(
+        ValueError, match=r"op must be one of prompt_embed, rms_norm, t5_attention, got 'softmax'"
+    ):
         use_backend("softmax", "reference")
     with pytest.raises(
         ValueError, match=r"^fastprompt::rms_norm: backend must be one of .*reference.* got 'metal'"

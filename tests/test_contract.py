@@ -36,7 +36,7 @@ def page(name):
 
 
 def excused(name, path):
-    return f"No {path}: " in page(name).__doc__
+    return f"No {path}:" in page(name).__doc__
 
 
 def test_every_page_is_an_op_and_every_op_is_public():
@@ -68,13 +68,17 @@ def test_launchers(name, member):
 @pytest.mark.parametrize("source", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.cu"])
 def test_kernels_are_in_the_table(name, member, source):
     path = source.format(name)
-    assert excused(name, path) or f"FP_KERNEL({member});" in (ROOT / path).read_text()
+    in_table = f"FP_KERNEL({member});" in (ROOT / path).read_text() if (ROOT / path).exists() else False
+    assert in_table or excused(name, path) or excused(name, f"{member} in {path}")
 
 
 @each_schema
 def test_kernels_of_all_targets_have_one_signature(name, member, emulated):
     tables = {**_native.TARGETS, "emulated": emulated}
-    signatures = {target: getattr(table, member).signature for target, table in tables.items()}
+    signatures = {
+        target: getattr(table, member).signature for target, table in tables.items() if hasattr(table, member)
+    }
+    assert signatures
     assert len(set(signatures.values())) == 1, signatures
 
 

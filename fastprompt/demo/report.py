@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .tune import Curve
+from .tune import INSTRUCTION, Curve
 
 
 def table(results: dict[str, Any]) -> str:
@@ -18,6 +18,7 @@ def table(results: dict[str, Any]) -> str:
         f"test accuracy, {size} documents of unseen modules, {len(results['labels'])} areas",
         f"  always the largest area         {accuracy['majority']:7.1%}",
         f"  frozen T5 without a prompt      {accuracy['frozen']:7.1%}",
+        f"  told {INSTRUCTION!r} in words        {accuracy['instructed']:7.1%}",
         f"  frozen T5 with the prompt       {accuracy['prompt']:7.1%}",
         f"trained parameters                {parameters['trained']:7,} of {parameters['model']:,} ({share:.2%})",
         "",
@@ -49,7 +50,7 @@ def write_plot(path: Path, curve: Curve) -> bool:
     loss_axes = figure.subplots()
     loss_axes.plot(range(1, len(curve.losses) + 1), curve.losses, color="tab:blue", linewidth=1)
     loss_axes.set(
-        xlabel="step", ylabel="training loss (nats per token)", title="prompt tuning a frozen tiny T5"
+        xlabel="step", ylabel="training loss (nats per document)", title="prompt tuning a frozen tiny T5"
     )
     accuracy_axes = loss_axes.twinx()
     accuracy_axes.plot(*zip(*curve.dev_accuracy.items(), strict=True), color="tab:orange", marker=".")

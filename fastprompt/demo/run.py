@@ -20,7 +20,7 @@ from .race import race
 from .report import table, write_json, write_plot
 from .scoring import accuracy
 from .task import AREAS, load_task
-from .tune import Recipe, new_prompt, tune
+from .tune import INSTRUCTION, Recipe, new_prompt, tune
 
 TINY_T5 = Path(__file__).parent / "tiny_t5"
 RACE_STEPS = 20
@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("documents, split by module: " + ", ".join(f"{size} {split}" for split, size in sizes.items()))
 
     frozen = accuracy(model, in_order(encoded["test"], 64), labels)
-    prompted = new_prompt(model, tokenizer, list(AREAS), recipe)
+    words = tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"]
+    told = [([*words, *source], target) for source, target in encoded["test"]]
+    instructed = accuracy(model, in_order(told, 64), labels)
+    prompted = new_prompt(model, tokenizer, recipe)
     untrained = copy.deepcopy(prompted)
     curve = tune(prompted, encoded["train"], encoded["dev"], labels, recipe)
     tuned = accuracy(prompted, in_order(encoded["test"], 64), labels)
@@ -80,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "test_accuracy": {
             "majority": max(Counter(example.label for example in task["test"]).values()) / sizes["test"],
             "frozen": frozen,
+            "instructed": instructed,
             "prompt": tuned,
         },
         "parameters": {

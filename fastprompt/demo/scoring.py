@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from .batches import Batch
 
 
-@torch.no_grad()
 def label_scores(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]) -> Tensor:
     """Log-likelihood of each label given each row's input: fp32 [B, C], in nats.
 
     `model` is a T5ForConditionalGeneration or a PromptModel; `labels` holds the token ids of C label strings.
-    The encoder runs once.
+    The encoder runs once; so does the decoder if every label is one token, for they all begin alike.
     """
+    if all(len(label) == 1 for label in labels):
+        first = torch.tensor([labels[0]]).repeat(len(batch["input_ids"]), 1)
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=first
+        ).logits
+        return logits[:, 0].float().log_softmax(-1)[:, [token for [token] in labels]]
     rows, encoder_outputs, scores = len(batch["input_ids"]), None, []
     for label in labels:
         target = torch.tensor([label]).repeat(rows, 1)
@@ -35,15 +40,27 @@ def label_scores(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]
     return torch.stack(scores, dim=1)
 
 
+def choice_loss(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]) -> Tensor:
+    """Cross-entropy of each row's own label among `labels`, in nats per row: what `accuracy` asks, made smooth."""
+    return nn.functional.cross_entropy(label_scores(model, batch, labels), own_labels(batch, labels))
+
+
+def own_labels(batch: Batch, labels: Sequence[Sequence[int]]) -> Tensor:
+    """Which of `labels` each row's target is: int64 [B]."""
+    names = {tuple(label): index for index, label in enumerate(labels)}
+    rows = ([token for token in row if token != -100] for row in batch["labels"].tolist())
+    return torch.tensor([names[tuple(row)] for row in rows])
+
+
+@torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Batch], labels: Sequence[Sequence[int]]) -> float:
     """The share of rows, in [0, 1], whose own label ranks first among `labels`. The model is in eval mode meanwhile."""
     was_training = model.training
     model.eval()
     right = total = 0
     for batch in batches:
-        best = label_scores(model, batch, labels).argmax(1).tolist()
-        own = [[token for token in row if token != -100] for row in batch["labels"].tolist()]
-        right += sum(list(labels[choice]) == target for choice, target in zip(best, own, strict=True))
+        best = label_scores(model, batch, labels).argmax(1)
+        right += int((best == own_labels(batch, labels)).sum())
         total += len(best)
     model.train(was_training)
     return right / total

@@ -21,7 +21,8 @@ class Strides:
         q, k, v, prompt_k, prompt_v = (
             None if x is None else _unit_stride(x) for x in (a.q, a.k, a.v, a.prompt_k, a.prompt_v)
         )
-        assert q is not None and k is not None
+        assert q is not None
+        assert k is not None
         bias = None if a.bias is None else a.bias.float().contiguous()
         indices = [
             None if x is None else x.contiguous()

@@ -22,11 +22,11 @@ packed, draws the same one.
 Backward saves q, k, v, out, stats and the seed. (a, t) may be the row's largest score and its sum of exponentials, or
 the log of the sum and 1: the pair loses less to rounding. With w the weight and f the dropout factor:
 dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
-prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias gets none.
+prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias has none.
 
 No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it.
 
-Source: transformers T5Attention; Dao et al. 2022 (FlashAttention) and Milakov & Gimelshein 2018 for the online softmax.
+Source: transformers T5Attention; Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention).
 """
 
 from types import SimpleNamespace
@@ -347,9 +347,9 @@ def _native_t5_attention_backward(
         return NotImplemented
     gradients = _fake_backward(dout, out, stats, *arguments)
     if any(x.numel() for x in gradients):
-        strides = Strides(a)
+        strides, dout, out = Strides(a), dout.contiguous(), out.contiguous()
         status = kernels.t5_attention_backward(
-            dout.contiguous().data_ptr(), out.contiguous().data_ptr(), stats.data_ptr(), *strides.pointers,
+            dout.data_ptr(), out.data_ptr(), stats.data_ptr(), *strides.pointers,
             strides.address, pointer(a.seed), *(x.data_ptr() for x in gradients),
             a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip

@@ -25,7 +25,7 @@ def model():
 @pytest.fixture
 def prompted(model):
     tokenizer = AutoTokenizer.from_pretrained(run.TINY_T5)
-    return new_prompt(model, tokenizer, ["network", "mail"], Recipe(num_tokens=4))
+    return new_prompt(model, tokenizer, Recipe(num_tokens=4))
 
 
 def test_main_writes_its_files_and_prints_the_table(tmp_path, capsys, monkeypatch):
@@ -36,7 +36,7 @@ def test_main_writes_its_files_and_prints_the_table(tmp_path, capsys, monkeypatc
     assert all(len(line) < 80 for line in output.splitlines() if str(tmp_path) not in line)
     assert "frozen T5 with the prompt" in output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results["test_accuracy"]) == {"majority", "frozen", "prompt"}
+    assert set(results["test_accuracy"]) == {"majority", "frozen", "instructed", "prompt"}
     assert len(results["curve"]["losses"]) == 3
     assert results["parameters"]["trained"] == Recipe().num_tokens * 192
     assert (tmp_path / "out" / "prompt.safetensors").is_file()
@@ -114,7 +114,7 @@ def test_without_the_extras_the_demo_says_so(prompted, tmp_path, monkeypatch):
     assert not report.write_plot(tmp_path / "loss.png", Curve([1.0], {1: 0.5}, 1))
     text = report.table(
         {
-            "test_accuracy": {"majority": 0.1, "frozen": 0.1, "prompt": 0.6},
+            "test_accuracy": {"majority": 0.1, "frozen": 0.1, "instructed": 0.2, "prompt": 0.6},
             "parameters": {"trained": 10, "model": 1000},
             "race": None,
             "documents": {"test": 5},

@@ -44,7 +44,28 @@ def embed_samples():
     yield "prompt_embed_backward", (torch.randn(13, 4), prompts.detach(), starts, lens, cu_rows, None, 0.0)
 
 
-SAMPLES = {"rms_norm": norm_samples, "prompt_embed": embed_samples}
+def attention_samples():
+    B, T, S, H, K, P = 2, 3, 4, 2, 16, 5
+    bias, ids, lens = torch.randn(H, 9), torch.tensor([1, 0]), torch.tensor([5, 3])
+    mask, offsets = torch.tensor([[True, True, False, True]] * B), torch.tensor([1, 0])
+    cu_q, cu_k = torch.tensor([0, 1, 6]), torch.tensor([0, 3, 8])
+    out, share = torch.randn(B, T, H, K), torch.randn(B, P, H, K)
+    q, k = leaf(B, T, H, K), leaf(B, H, S, K).transpose(1, 2)
+    prompt, nothing = leaf(2, P, H, K), (None,) * 6
+    for arguments in (
+        (q, k, k, bias, prompt, prompt, ids, lens, mask, offsets, None, None, SEED, 0, True, 0.5),
+        (q, k, k, None, *nothing, None, None, None, 2, False, 0.0),
+        (q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), bias, *nothing, cu_q, cu_k, None, 0, True, 0.0),
+    ):
+        yield "t5_attention", arguments
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        y, stats = torch.ops.fastprompt.t5_attention(*detached)
+        yield "t5_attention_backward", (out.view(y.shape), y, stats, *detached)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield "t5_attention_prompt_sum", (share, ids, 2, dtype)
+
+
+SAMPLES = {"rms_norm": norm_samples, "prompt_embed": embed_samples, "t5_attention": attention_samples}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -86,3 +86,59 @@ def test_prompt_embed(kernels, device, dtype, seed, p, packed):
     dout, numbers = torch.randn_like(out), [B, L, 7, D, p, DTYPE_CODES[dtype], DTYPE_CODES[torch.float32], 0]
     inputs = [dout, starts, lens, cu_rows, seed]
     assert_alignment_is_invisible(kernels.prompt_embed_backward, inputs, [prompts], numbers)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("sizes", [(3, 21), (70, 21)], ids=["few queries", "blocks"])
+def test_t5_attention(kernels, device, dtype, seed, sizes, p):
+    """Two examples over prompts of 3 and 5 keys, a mask with holes, causal with offsets."""
+    (T, S), B, H, K, R, P = sizes, 2, 2, 16, 2, 5
+    q, k, v, dout = (torch.randn(B, n, H, K).to(device, dtype) for n in (T, S, S, T))
+    prompt_k, prompt_v = (torch.randn(R, P, H, K).to(device, dtype) for _ in "kv")
+    bias = torch.randn(H, 9, device=device)
+    ids, lens, offsets = torch.tensor([[1, 0], [3, 5], [20, 2]], device=device)
+    mask = torch.rand(B, S, device=device) < 0.7
+    inputs = [q, k, v, bias, prompt_k, prompt_v, ids, lens, mask, offsets, None, None]
+    strides = [(S * H * K, H * K, K)] * 2
+    numbers = [
+        B,
+        T,
+        S,
+        H,
+        K,
+        B * T,
+        R,
+        P,
+        4,
+        0,
+        T * H * K,
+        H * K,
+        K,
+        *sum(strides, ()),
+        *[P * H * K, H * K, K] * 2,
+    ]
+    host = torch.tensor(numbers)
+    out, stats = torch.empty_like(q), torch.empty(2, H, B * T, device=device)
+    last = [0, 1, p, DTYPE_CODES[dtype], 0]
+
+    def forward(*arguments):  # the sizes are no tensor on the device: they stay where they are
+        return kernels.t5_attention(*arguments[:12], host.data_ptr(), *arguments[12:])
+
+    assert_alignment_is_invisible(forward, [*inputs, seed], [out, stats], last)
+    if not hasattr(kernels, "t5_attention_backward"):
+        return
+    out, stats = run(forward, [*inputs, seed], [out, stats], last, 0)
+    share = torch.empty(B, P, H, K, device=device)
+
+    def backward(*arguments):
+        return kernels.t5_attention_backward(*arguments[:15], host.data_ptr(), *arguments[15:])
+
+    outputs = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), share, share]
+    assert_alignment_is_invisible(backward, [dout, out, stats, *inputs, seed], outputs, last)
+
+
+def test_t5_attention_prompt_sum(kernels, device, dtype):
+    share, ids = torch.randn(4, 37, device=device), torch.tensor([2, 0, 2, 2], device=device)
+    total = torch.empty(3, 37, device=device, dtype=dtype)
+    numbers = [4, 3, 37, DTYPE_CODES[dtype], 0]
+    assert_alignment_is_invisible(kernels.t5_attention_prompt_sum, [share, ids], [total], numbers)

@@ -269,6 +269,15 @@ def test_strides_are_read_in_place(backend, device):
     assert torch.equal(t5_attention(q, cache.transpose(1, 2), v, case.bias, **options), expected[0])
 
 
+def test_gradients_of_any_strides(backend, device):
+    """What comes back from a sum is one number, expanded."""
+    case = Case(device, T=5, S=6)
+    case.dout = torch.ones((), device=device).expand_as(case.dout)
+    expected = run(case)
+    case.dout = case.dout.contiguous()
+    assert all(map(torch.equal, run(case), expected))
+
+
 def test_same_bits_every_run(backend, device):
     case = Case(device, B=3, T=20, S=30, P=5, dropout_p=0.3)
     first = run(case)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""t5_attention tells what is wrong with its arguments, and computes nothing from them."""
+
+import pytest
+import torch
+
+from fastprompt.ops import t5_attention, t5_bias_table
+
+B, T, S, H, K, P, R = 2, 3, 5, 2, 16, 4, 3
+
+
+def random(*shape):
+    return torch.randn(*shape)
+
+
+def arguments(**changed):
+    bias = t5_bias_table(random(32, H), bidirectional=True)
+    tensors = {"q": random(B, T, H, K), "k": random(B, S, H, K), "v": random(B, S, H, K), "bias": bias}
+    return tensors | changed
+
+
+def with_prompt(**changed):
+    prompt = {
+        "prompt_k": random(R, P, H, K),
+        "prompt_v": random(R, P, H, K),
+        "prompt_ids": torch.tensor([0, 2]),
+    }
+    return arguments(**(prompt | changed))
+
+
+def packed(**changed):
+    cu = {"cu_q": torch.tensor([0, 1, 4]), "cu_k": torch.tensor([0, 2, 6])}
+    tensors = {"q": random(4, H, K), "k": random(6, H, K), "v": random(6, H, K)}
+    return arguments(**(tensors | cu | changed))
+
+
+BAD = {
+    "q must be a torch.Tensor": lambda: arguments(q=[1.0]),
+    "q must have dtype": lambda: arguments(q=torch.ones(B, T, H, K, dtype=torch.int32)),
+    "k must have dtype float32, got bfloat16": lambda: arguments(k=random(B, S, H, K).bfloat16()),
+    "q must have shape [B, T, H, K], got [3, 2, 16]": lambda: arguments(q=random(T, H, K)),
+    "head width K in (16, 32, 64, 128, 256), got 24": lambda: arguments(q=random(B, T, H, 24)),
+    "k must have shape [B, S, H, K]": lambda: arguments(k=random(B, S, H + 1, K)),
+    "v must have shape that of k": lambda: arguments(v=random(B, S + 1, H, K)),
+    "bias must be frozen, got requires_grad=True": lambda: arguments(bias=random(H, 9).requires_grad_()),
+    "bias must have shape [H, 2M + 1]=[2, odd], got [2, 8]": lambda: arguments(bias=random(H, 8)),
+    "bias must have dtype float32": lambda: arguments(bias=random(H, 9).half()),
+    "key_mask must have shape [B, S]=[2, 5], got [2, 6]": lambda: arguments(key_mask=torch.ones(B, 6).bool()),
+    "key_mask must have shape [B] (numbers of keys)": lambda: arguments(key_mask=torch.ones(B, S).long()),
+    "key_mask must have dtype": lambda: arguments(key_mask=torch.ones(B, S)),
+    "offset must not be negative, got -1": lambda: arguments(offset=-1),
+    "offset must not be negative, got -2": lambda: arguments(offset=torch.tensor([0, -2])),
+    "offset must have shape [B]=[2] or [1], got [3]": lambda: arguments(offset=torch.tensor([0, 1, 2])),
+    "dropout_p must lie in [0, 1], got 1.5": lambda: arguments(dropout_p=1.5, seed=torch.tensor([1])),
+    "seed must have shape [1]": lambda: arguments(dropout_p=0.5, seed=torch.tensor([1, 2])),
+    "prompt_k and prompt_v come in pairs": lambda: arguments(prompt_k=random(1, P, H, K)),
+    "prompt_ids and prompt_lens need prompt_k": lambda: arguments(prompt_ids=torch.tensor([0, 0])),
+    "prompt_k must have q's heads": lambda: with_prompt(prompt_k=random(R, P, H + 1, K)),
+    "prompt_v must have shape that of prompt_k": lambda: with_prompt(prompt_v=random(R, P + 1, H, K)),
+    "prompt_ids must say which of the 3 prompts": lambda: with_prompt(prompt_ids=None),
+    "prompt_ids must have shape [B]=[2], got [3]": lambda: with_prompt(prompt_ids=torch.tensor([0, 0, 0])),
+    "prompt_ids must have dtype int64": lambda: with_prompt(prompt_ids=torch.tensor([0.0, 1.0])),
+    "prompt_lens must have shape [R]=[3], got [2]": lambda: with_prompt(prompt_lens=torch.tensor([1, 2])),
+    "prompt_lens must lie in [0, P]=[0, 4], got [1, 2, 5]": lambda: with_prompt(prompt_lens=torch.tensor([1, 2, 5])),
+    "cu_q and cu_k come in pairs": lambda: packed(cu_k=None),
+    "q must have shape [Nq, H, K]": lambda: packed(q=random(B, T, H, K)),
+    "cu_q must rise from 0 to 4, got [0, 5, 4]": lambda: packed(cu_q=torch.tensor([0, 5, 4])),
+    "cu_k must rise from 0 to 6, got [1, 2, 6]": lambda: packed(cu_k=torch.tensor([1, 2, 6])),
+    "cu_k must have shape [B + 1], that of cu_q=[3], got [4]": lambda: packed(cu_k=torch.tensor([0, 1, 2, 6])),
+    "key_mask is for padded keys": lambda: packed(key_mask=torch.ones(2, 6).bool()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refused(message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        t5_attention(**BAD[message]())
+    assert message in str(error.value)
+    assert str(error.value).startswith("fastprompt::")
+
+
+@pytest.mark.parametrize("bad", [-1, R, 2**40])
+def test_prompt_id_out_of_range(bad):
+    with pytest.raises(
+        IndexError, match=r"fastprompt::t5_attention: prompt_ids must lie in \[0, R\)=\[0, 3\)"
+    ):
+        t5_attention(**with_prompt(prompt_ids=torch.tensor([0, bad])))
+
+
+def test_table_of_another_shape():
+    with pytest.raises(
+        ValueError, match=r"weight must have shape \[num_buckets, H\]=\[32, H\], got \[31, 2\]"
+    ):
+        t5_bias_table(random(31, H), bidirectional=True)
+    with pytest.raises(TypeError, match="weight must have dtype"):
+        t5_bias_table(torch.ones(32, H, dtype=torch.int64), bidirectional=True)
