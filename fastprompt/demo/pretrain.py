@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrains the shipped tiny T5 from scratch: span corruption, then LM adaptation.
+"""Pretrains the shipped tiny T5 from scratch: span corruption, then LM adaptation mixed with instructions.
 
     python -m fastprompt.demo.pretrain --out DIR
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("tiny_t5"), help="folder for model and tokenizer")
     parser.add_argument("--span-steps", type=int, default=1400, help="steps of span corruption")
-    parser.add_argument("--lm-steps", type=int, default=2000, help="steps of LM adaptation")
+    parser.add_argument("--lm-steps", type=int, default=2000, help="steps of LM adaptation and instructions")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of 128 tokens per step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
