@@ -32,13 +32,8 @@ from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
 NAME = "fastprompt"
 SERVED = ("t5", "mt5", "umt5")  # config.model_type
-FAMILY = (
-    *SERVED,
-    "longt5",
-    "pop2piano",
-    "switch_transformers",
-    "udop",
-)  # the rest gets transformers' functions
+# The rest gets transformers' functions.
+FAMILY = (*SERVED, "longt5", "pop2piano", "switch_transformers", "udop")
 
 
 class Keys(NamedTuple):
@@ -48,7 +43,10 @@ class Keys(NamedTuple):
     offset: int | Tensor  # the position of query 0 among the keys; a tensor with a static cache
     causal: bool
 
-    ndim = 0  # generate makes a static cache's mask itself; T5 asks whether it is one [B, S], then for the mask of it
+    @property
+    def ndim(self) -> int:
+        """generate makes a static cache's mask itself; T5 asks whether it is one [B, S], and then for the mask of it."""
+        return 0
 
 
 def keys(**arguments: Any) -> Keys | Tensor | None:
@@ -60,19 +58,16 @@ def keys(**arguments: Any) -> Keys | Tensor | None:
     plain = function is causal_mask_function or function is bidirectional_mask_function
     if (
         getattr(config, "model_type", None) not in SERVED
-        or not getattr(
-            config, "is_causal", True
-        )  # then a decoder's masks do not tell self- from cross-attention
+        # Without is_causal a decoder's masks do not tell self- from cross-attention.
+        or not getattr(config, "is_causal", True)
         or not plain
         or arguments.get("kv_offset", 0) != 0
         or (mask is not None and mask.dim() != 2)
     ):
         return eager_mask(**arguments)
     if mask is not None:
-        S = arguments["kv_length"]
-        mask = functional.pad(mask, (0, max(S - mask.shape[1], 0)))[
-            :, :S
-        ]  # a static cache's free slots: False
+        S = arguments["kv_length"]  # more than the mask has: a static cache's free slots
+        mask = functional.pad(mask, (0, max(S - mask.shape[1], 0)))[:, :S]
     offset = arguments.get("q_offset", 0)
     if isinstance(offset, Tensor):
         offset = offset.clone()  # the cache counts on in place
