@@ -45,7 +45,7 @@ class Keys(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """generate makes a static cache's mask itself; T5 asks whether it is one [B, S], and then for the mask of it."""
+        """generate makes a static cache's mask itself; T5 asks whether it is one [B, S], then for its mask."""
         return 0
 
 

@@ -25,8 +25,9 @@ FP_INLINE uint32_t mul_high(uint32_t a, uint32_t b) {
 #endif
 }
 
-FP_INLINE fp::PhiloxBlock philox(uint64_t seed, uint64_t counter) {
-    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+// `stream` is the counter's third word.
+FP_INLINE fp::PhiloxBlock philox(uint64_t seed, uint64_t counter, uint32_t stream = 0) {
+    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = stream, c3 = 0;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #if defined(__CUDA_ARCH__)
 #pragma unroll

@@ -272,17 +272,18 @@ void Work::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
         most = value > most ? value : most;
     }
     const float found = largest_lane(most), high = found > top[row] ? found : top[row];
+    const float base = high == -INFINITY ? 0.0f : high;  // all scores so far are -inf: weights of 0, not NaN
     if (dropout.active()) draw(i, chunk, allowed);
     vfloat sum{};
     for (int64_t n = 0; n < allowed; n += kLanes) {
-        vfloat weight = exp(load(s + n) - high);
+        vfloat weight = exp(load(s + n) - base);
         sum += weight;
         if (dropout.active()) weight = drop(weight, keys.at(factors, chunk + n));
         store(s + n, weight);
     }
     for (int64_t n = round_up(allowed, kLanes); n < width; n += kLanes) store(s + n, vfloat{});
     const float added = sum_lanes(sum);
-    const vfloat rescale = exp(splat(top[row] - high));
+    const vfloat rescale = exp(splat(top[row] - base));
     if (chunk > 0) {
         for (int64_t d = 0; d < a.K; d += kLanes) store(out + row * a.K + d, load(out + row * a.K + d) * rescale);
     }
