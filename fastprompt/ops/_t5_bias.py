@@ -35,6 +35,12 @@ def t5_bias_table(
             "t5_bias_table",
             f"weight must have shape [num_buckets, H]=[{num_buckets}, H], got {list(weight.shape)}",
         )
+    exact = num_buckets // (4 if bidirectional else 2)  # distances below it have a bucket each
+    if not 0 < exact < max_distance:
+        fail(
+            "t5_bias_table",
+            f"max_distance must exceed the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance}",
+        )
     distance = torch.arange(-max_distance, max_distance + 1, device=weight.device)
     buckets = T5Attention._relative_position_bucket(
         distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance

@@ -24,7 +24,8 @@ the log of the sum and 1: the pair loses less to rounding. With w the weight and
 dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
 prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias has none.
 
-No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it.
+No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it. In fp32 with K > 64
+they would spill; the reference runs then.
 
 Source: transformers T5Attention; Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention).
 """
@@ -363,7 +364,7 @@ def _triton_t5_attention_backward(dout: Tensor, out: Tensor, stats: Tensor, *arg
 
     a = reference.Inputs(*arguments)
     _check_backward(dout, a, out, stats)
-    if a.q.dtype not in DTYPE_CODES:
+    if a.q.dtype not in DTYPE_CODES or not kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device):
         return NotImplemented
     gradients = _fake_backward(dout, out, stats, *arguments)
     kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), stats, a, *gradients)
