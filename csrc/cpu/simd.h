@@ -366,10 +366,9 @@ private:
     FP_INLINE void words_of(uint64_t block, uint32_t stream, vuint* words) const {
         vwords c0[kChains], c1[kChains], c2[kChains], c3[kChains] = {};
         for (int64_t chain = 0; chain < kChains; ++chain) {
-            vwords counter{};
-            for (int64_t i = 0; i < kBlocks; ++i) {
-                counter[i] = block + static_cast<uint64_t>(chain * kBlocks + i);
-            }
+            vwords lane{};  // 0, 1, 2, ...: known to the compiler
+            for (int64_t i = 0; i < kBlocks; ++i) lane[i] = static_cast<uint64_t>(i);
+            const vwords counter = lane + (block + static_cast<uint64_t>(chain * kBlocks));
             c0[chain] = counter;
             c1[chain] = counter >> 32;
             c2[chain] = vwords{} + stream;
