@@ -546,7 +546,8 @@ int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p,
     const Dropout dropout(seed, dropout_p);
     const Limits most = limits(a);
     const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
-    const int64_t wanted = tasks > 0 && !backward ? 2 * omp_get_max_threads() / tasks : 1;
+    const int64_t threads = omp_get_max_threads();
+    const int64_t wanted = tasks > 0 && !backward ? 2 * threads / tasks : 1;
     const int64_t limited = wanted < blocks ? wanted : blocks, parts = limited > 1 ? limited : 1;
     int64_t failed = 0;
 #pragma omp parallel reduction(+ : failed) if (a.N * a.H * a.K >= kParallelElements || most.keys >= kKeys)
