@@ -124,7 +124,6 @@ def t5_attention(
         offset, causal, dropout_p,
     )  # fmt: skip
     _check(arguments)
-    _check_values(arguments)
     return torch.ops.fastprompt.t5_attention(*arguments)[0]
 
 
@@ -221,6 +220,14 @@ def _check_prompt(a: reference.Inputs, H: int, K: int) -> None:
         check_same_device(name, "prompt_lens", a.prompt_lens, "q", a.q)
 
 
+def _checked(arguments: tuple[Any, ...]) -> reference.Inputs:
+    """The op's arguments, after every check: kernels trust them, and the op can be called by anyone."""
+    a = reference.Inputs(*arguments)
+    _check(a)
+    _check_values(a)
+    return a
+
+
 def _check_values(a: reference.Inputs) -> None:
     """What index tensors hold, where looking costs no wait. On a GPU the kernels keep inside the tensors."""
     if a.q.device.type != "cpu" or torch.compiler.is_compiling():
@@ -241,7 +248,6 @@ def _check_values(a: reference.Inputs) -> None:
 
 
 def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, stats: Tensor) -> None:
-    """The kernels trust these shapes, and the op can be called by anyone."""
     name = "t5_attention_backward"
     _check(a)
     for what, x in (("dout", dout), ("out", out)):
@@ -274,15 +280,13 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor stats)", fake=_fake)
 def t5_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
-    a = reference.Inputs(*arguments)
-    _check(a)
+    a = _checked(arguments)
     return reference.forward(a)
 
 
 @op.native
 def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
-    a = reference.Inputs(*arguments)
-    _check(a)
+    a = _checked(arguments)
     if a.q.dtype not in DTYPE_CODES or (a.q.is_cuda and (a.cu_q is not None or a.q.shape[1] > DECODE_ROWS)):
         return NotImplemented
     out, stats = _fake(*arguments)
@@ -305,8 +309,7 @@ def _check_status(status: int) -> None:
 def _triton_t5_attention(*arguments: Any) -> Any:
     from fastprompt.triton_kernels import t5_attention as kernels
 
-    a = reference.Inputs(*arguments)
-    _check(a)
+    a = _checked(arguments)
     if a.q.dtype not in DTYPE_CODES:
         return NotImplemented
     out, stats = _fake(*arguments)
@@ -333,7 +336,7 @@ def t5_attention_backward_reference(
     dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """share_k, share_v [B, P, H, K] wide: what each example adds to the gradients of its prompt's keys and values."""
-    a = reference.Inputs(*arguments)
+    a = _checked(arguments)
     _check_backward(dout, a, out, stats)
     return reference.backward(dout, a, out, stats)
 
@@ -342,13 +345,13 @@ def t5_attention_backward_reference(
 def _native_t5_attention_backward(
     kernels: SimpleNamespace, dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
 ) -> Any:
-    a = reference.Inputs(*arguments)
+    a = _checked(arguments)
     _check_backward(dout, a, out, stats)
     if a.q.dtype not in DTYPE_CODES or not hasattr(kernels, "t5_attention_backward"):
         return NotImplemented
     gradients = _fake_backward(dout, out, stats, *arguments)
     if any(x.numel() for x in gradients):
-        strides, dout, out = Strides(a), dout.contiguous(), out.contiguous()
+        strides, dout, out, stats = Strides(a), dout.contiguous(), out.contiguous(), stats.contiguous()
         status = kernels.t5_attention_backward(
             dout.data_ptr(), out.data_ptr(), stats.data_ptr(), *strides.pointers,
             strides.address, pointer(a.seed), *(x.data_ptr() for x in gradients),
@@ -362,12 +365,12 @@ def _native_t5_attention_backward(
 def _triton_t5_attention_backward(dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any) -> Any:
     from fastprompt.triton_kernels import t5_attention as kernels
 
-    a = reference.Inputs(*arguments)
+    a = _checked(arguments)
     _check_backward(dout, a, out, stats)
     if a.q.dtype not in DTYPE_CODES or not kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device):
         return NotImplemented
     gradients = _fake_backward(dout, out, stats, *arguments)
-    kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), stats, a, *gradients)
+    kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), stats.contiguous(), a, *gradients)
     return gradients
 
 

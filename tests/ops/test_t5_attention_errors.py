@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """t5_attention tells what is wrong with its arguments, and computes nothing from them."""
 
+import re
+
 import pytest
 import torch
 
@@ -94,3 +96,20 @@ def test_table_of_another_shape():
         t5_bias_table(random(31, H), bidirectional=True)
     with pytest.raises(TypeError, match="weight must have dtype"):
         t5_bias_table(torch.ones(32, H, dtype=torch.int64), bidirectional=True)
+
+
+@pytest.mark.parametrize(
+    "message", ["cu_q must rise from 0 to 4, got [0, 5, 4]", "prompt_lens must lie in [0, P]"]
+)
+def test_the_bare_op_refuses_bad_indices_too(message):
+    """What torch.compile calls, and what anyone may call."""
+    given = (
+        packed(cu_q=torch.tensor([0, 5, 4]))
+        if "cu_q" in message
+        else with_prompt(prompt_lens=torch.tensor([5, 0, 0]))
+    )
+    names = ("q", "k", "v", "bias", "prompt_k", "prompt_v", "prompt_ids", "prompt_lens")
+    tensors = [given.get(name) for name in names]
+    cu = [given.get(name) for name in ("cu_q", "cu_k")]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        torch.ops.fastprompt.t5_attention(*tensors, None, None, *cu, None, 0, False, 0.0)
