@@ -107,6 +107,14 @@ def _seeds():
     random.seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny models only wait for a second thread
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return torch.device(request.config.getoption("device"))

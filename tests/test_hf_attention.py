@@ -54,12 +54,7 @@ LAYOUTS = {
 LAYERS = {"t5": 6, "v1_1": 7, "mt5": 6, "umt5": 6}  # attention layers: encoder, and two per decoder block
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models only wait for a second thread
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -66,6 +66,12 @@ def _prompt_of(b, prompt_ids, prompt_lens, R, P):
 
 
 @triton.jit
+def _first_row(b, begin, cu, stride_example, stride_row):
+    """Where example b's rows begin, in elements."""
+    return tl.cast(b, tl.int64) * stride_example if cu is None else begin * stride_row
+
+
+@triton.jit
 def _offset_of(b, offsets, offset):
     return offset if offsets is None else tl.load(offsets + b).to(tl.int32)
 
@@ -150,11 +156,8 @@ def t5_attention_kernel(
     table = None if bias is None else bias + h * (2 * M + 1) + M
     pair = b * H + h
 
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    own = key_begin if cu_k is not None else tl.cast(0, tl.int64)
-    example = tl.cast(0, tl.int64) if cu_k is not None else b64
-    query_row = begin if cu_q is not None else tl.cast(0, tl.int64)
-    b_q = _load(q + example * qb + query_row * qn + h64 * qh, o_i, m_i, qn, K)
+    h64 = tl.cast(h, tl.int64)
+    b_q = _load(q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh, o_i, m_i, qn, K)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, K), tl.float32)
@@ -173,8 +176,8 @@ def t5_attention_kernel(
             top, total, acc = _online(b_s, _load(base_v, o_n, m_n, pvn, K), top, total, acc, b_f)
             seen += 1
 
-    base_k = k + example * kb + own * kn + h64 * kh
-    base_v = v + example * vb + own * vn + h64 * vh
+    base_k = k + _first_row(b, key_begin, cu_k, kb, kn) + h64 * kh
+    base_v = v + _first_row(b, key_begin, cu_k, vb, vn) + h64 * vh
     start = 0 if seed is None else -(P_b % 4)  # so that a tile begins a Philox block
     end = keys
     if CAUSAL:
@@ -262,12 +265,9 @@ def t5_attention_dq_kernel(
     o_query = o_i + _offset_of(b, offsets, offset)
     table = None if bias is None else bias + h * (2 * M + 1) + M
     pair = b * H + h
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    own = key_begin if cu_k is not None else tl.cast(0, tl.int64)
-    example = tl.cast(0, tl.int64) if cu_k is not None else b64
-    query_row = begin if cu_q is not None else tl.cast(0, tl.int64)
+    h64 = tl.cast(h, tl.int64)
     rows = begin + o_i
-    b_q = _load(q + example * qb + query_row * qn + h64 * qh, o_i, m_i, qn, K)
+    b_q = _load(q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh, o_i, m_i, qn, K)
     o_out = (rows[:, None] * H + h) * K + tl.arange(0, K)[None, :]
     b_dout = tl.load(dout + o_out, mask=m_i[:, None], other=0.0)
     top, inverse, b_delta, starved = _row_stats(stats, delta, rows, m_i, h, H, N, keys)
@@ -286,8 +286,8 @@ def t5_attention_dq_kernel(
             _, b_ds = _gradients(b_s, b_dw, m_n[None, :], top, inverse, b_delta, b_f)
             acc += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee")
 
-    base_k = k + example * kb + own * kn + h64 * kh
-    base_v = v + example * vb + own * vn + h64 * vh
+    base_k = k + _first_row(b, key_begin, cu_k, kb, kn) + h64 * kh
+    base_v = v + _first_row(b, key_begin, cu_k, vb, vn) + h64 * vh
     start = 0 if seed is None else -(P_b % 4)
     hungry = tl.max(starved.to(tl.int32)) > 0
     end = keys
@@ -323,33 +323,24 @@ def t5_attention_dkv_kernel(
     h = tl.program_id(1)
     if PROMPT:
         b, i_n, _, size = _find_tile(tl.program_id(0), None, P, B, BN)
-        prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
-        keys = P_b
-        j_first = i_n
         out_row = tl.cast(b, tl.int64) * P
     else:
-        # One tile more than the keys need: dropout's tiles begin before key 0.
-        b, i_n, out_row, keys = _find_tile(tl.program_id(0), cu_k, S, B, BN)
-        size = keys
-        prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
-        j_first = P_b + i_n
+        b, i_n, out_row, size = _find_tile(tl.program_id(0), cu_k, S, B, BN)
+    prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
+    j_first = i_n if PROMPT else P_b + i_n
     o_n = i_n + tl.arange(0, BN)
-    real = (o_n < keys) & (o_n < size)
+    real = o_n < (P_b if PROMPT else size)
     begin, queries = _rows_of(b, cu_q, T)
     o_key = o_n - P_b if PROMPT else o_n
     start_at = _offset_of(b, offsets, offset)
     table = None if bias is None else bias + h * (2 * M + 1) + M
     pair = b * H + h
-    b64, h64 = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-    packed_k = (not PROMPT) and (cu_k is not None)
-    own = out_row if packed_k else tl.cast(0, tl.int64)
-    source = prompt if PROMPT else (tl.cast(0, tl.int64) if packed_k else b64)
-    b_k = _load(k + source * kb + own * kn + h64 * kh, o_n, real, kn, K)
-    b_v = _load(v + source * vb + own * vn + h64 * vh, o_n, real, vn, K)
+    h64 = tl.cast(h, tl.int64)
+    base_k = k + (prompt * kb if PROMPT else _first_row(b, out_row, cu_k, kb, kn)) + h64 * kh
+    base_v = v + (prompt * vb if PROMPT else _first_row(b, out_row, cu_k, vb, vn)) + h64 * vh
+    b_k, b_v = _load(base_k, o_n, real, kn, K), _load(base_v, o_n, real, vn, K)
     m_n = real if PROMPT else _own_mask(key_mask, b, S, o_n, real)
-    query_example = tl.cast(0, tl.int64) if cu_q is not None else b64
-    query_row = begin if cu_q is not None else tl.cast(0, tl.int64)
-    base_q = q + query_example * qb + query_row * qn + h64 * qh
+    base_q = q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh
     own_keys = size if not PROMPT else 1
     b_dk = tl.zeros((BN, K), tl.float32)
     b_dv = tl.zeros((BN, K), tl.float32)

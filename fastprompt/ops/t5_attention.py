@@ -249,7 +249,6 @@ def _check_values(a: reference.Inputs) -> None:
 
 def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, stats: Tensor) -> None:
     name = "t5_attention_backward"
-    _check(a)
     for what, x in (("dout", dout), ("out", out)):
         check_tensor(name, what, x, (a.q.dtype,))
         check_shape(name, what, x, tuple(a.q.shape), "that of q")
@@ -272,10 +271,14 @@ def _contiguous(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _empty(a: reference.Inputs) -> tuple[Tensor, Tensor]:
+    return _contiguous(a.q), a.q.new_empty(_stats_shape(a), dtype=reference.wide_dtype(a.q))
+
+
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = reference.Inputs(*arguments)
     _check(a)
-    return _contiguous(a.q), a.q.new_empty(_stats_shape(a), dtype=reference.wide_dtype(a.q))
+    return _empty(a)
 
 
 @op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor stats)", fake=_fake)
@@ -289,7 +292,7 @@ def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
     a = _checked(arguments)
     if a.q.dtype not in DTYPE_CODES or (a.q.is_cuda and (a.cu_q is not None or a.q.shape[1] > DECODE_ROWS)):
         return NotImplemented
-    out, stats = _fake(*arguments)
+    out, stats = _empty(a)
     if out.numel():
         strides = Strides(a)
         status = kernels.t5_attention(
@@ -312,19 +315,24 @@ def _triton_t5_attention(*arguments: Any) -> Any:
     a = _checked(arguments)
     if a.q.dtype not in DTYPE_CODES:
         return NotImplemented
-    out, stats = _fake(*arguments)
+    out, stats = _empty(a)
     if out.numel():
         kernels.t5_attention(a, out, stats)
     return out, stats
+
+
+def _empty_gradients(a: reference.Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    share = a.q.new_empty(_share_shape(a), dtype=reference.wide_dtype(a.q))
+    return _contiguous(a.q), _contiguous(a.k), _contiguous(a.v), share, torch.empty_like(share)
 
 
 def _fake_backward(
     dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a = reference.Inputs(*arguments)
+    _check(a)
     _check_backward(dout, a, out, stats)
-    share = a.q.new_empty(_share_shape(a), dtype=reference.wide_dtype(a.q))
-    return _contiguous(a.q), _contiguous(a.k), _contiguous(a.v), share, torch.empty_like(share)
+    return _empty_gradients(a)
 
 
 @op.define(
@@ -349,7 +357,7 @@ def _native_t5_attention_backward(
     _check_backward(dout, a, out, stats)
     if a.q.dtype not in DTYPE_CODES or not hasattr(kernels, "t5_attention_backward"):
         return NotImplemented
-    gradients = _fake_backward(dout, out, stats, *arguments)
+    gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
         strides, dout, out, stats = Strides(a), dout.contiguous(), out.contiguous(), stats.contiguous()
         status = kernels.t5_attention_backward(
@@ -369,7 +377,7 @@ def _triton_t5_attention_backward(dout: Tensor, out: Tensor, stats: Tensor, *arg
     _check_backward(dout, a, out, stats)
     if a.q.dtype not in DTYPE_CODES or not kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device):
         return NotImplemented
-    gradients = _fake_backward(dout, out, stats, *arguments)
+    gradients = _empty_gradients(a)
     kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), stats.contiguous(), a, *gradients)
     return gradients
 

@@ -53,11 +53,8 @@ UNTIED = ("v1_1", "mt5", "byt5", "ul2")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models only wait for a second thread
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    pass
 
 
 @pytest.fixture
