@@ -408,7 +408,35 @@ FP_INLINE bool is_dtype(int64_t dtype) { return dtype >= fp::kFloat32 && dtype <
 
 FP_INLINE int64_t size_of(int64_t dtype) { return dtype == fp::kFloat32 ? 4 : 2; }
 
+// A bit per lane, that of lane 0 lowest; the lanes of `mask` are all bits or none.
+FP_INLINE uint32_t lane_bits(vuint mask) {
+#if FP_LANES == 16 && defined(__AVX512DQ__)
+    return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+#elif FP_LANES == 8 && defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+#else
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < kLanes; ++i) bits |= (mask[i] & 1u) << i;
+    return bits;
+#endif
+}
+
+// The inverse of lane_bits.
+FP_INLINE vuint lane_mask(uint32_t bits) {
+    vuint lane_bit{};  // 1, 2, 4, ...: known to the compiler
+    for (int64_t i = 0; i < kLanes; ++i) lane_bit[i] = 1u << i;
+    return bit_cast<vuint>((lane_bit & bits) != 0u);
+}
+
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kParallelElements = 16384;
+
+// each_chunk over `count` elements, shared out among the threads.
+template <class Body>
+FP_INLINE void each_chunk_parallel(int64_t count, const Body& body) {
+#pragma omp parallel for schedule(static) if (count >= kParallelElements)
+    for (int64_t begin = 0; begin < count; begin += kChunk)
+        body(begin, count - begin < kChunk ? count - begin : kChunk);
+}
 
 }  // namespace

@@ -60,6 +60,13 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+def dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """x [...] with dropped elements zero, the others scaled; the elements count as if x were contiguous."""
+    if seed is None or dropout_p == 0.0:
+        return x
+    return torch.where(keep_mask(tuple(x.shape), dropout_p, seed), x * keep_scale(dropout_p), 0.0)
+
+
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a * b, both below 2^32, in int64 arithmetic that never overflows."""
     low_part = a * (b & 0xFFFF)  # < 2^48

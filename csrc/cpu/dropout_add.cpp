@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// dropout_add on the CPU: one pass, no mask in memory. Formulas: fastprompt/ops/dropout_add.py.
+#include "common/kernel.h"
+#include "cpu/simd.h"
+
+namespace {
+
+constexpr int64_t kBadDType = -1;
+
+// residual may be null.
+int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, void* y, int64_t count, double dropout_p,
+                    int64_t dtype, void* /*stream*/) {
+    if (!is_dtype(dtype)) return kBadDType;
+    const Dropout dropout(seed, dropout_p);
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);
+        T* ys = static_cast<T*>(y);
+        each_chunk_parallel(count, [&](int64_t first, int64_t size) {
+            float factors[kChunk];
+            if (dropout.active()) dropout.factors(first, size, factors);
+            each_vector(size, [&](int64_t i, auto extent) {
+                vfloat value = load_at(xs + first, i, extent);
+                if (dropout.active()) value = drop(value, load_at(factors, i, extent));
+                if (residuals != nullptr) value += load_at(residuals + first, i, extent);
+                store_at(ys + first, i, extent, value);
+            });
+        });
+    });
+    return 0;
+}
+
+FP_KERNEL(dropout_add);
+
+}  // namespace

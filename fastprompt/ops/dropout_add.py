@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dropout_add: h = residual + dropout(x), the end of every T5 sublayer; without a residual, dropout alone.
+
+    x, residual, h [..., D]   of one dtype
+
+The mask is a function of the seed and the element's index (docs/decisions/0004), so the backward pass rebuilds it and
+saves the seed alone:  dx = dropout(dh) by the same mask, dresidual = dh.
+
+Source: transformers T5LayerFF and its siblings, `hidden_states + self.dropout(forwarded_states)`.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._op import Op
+from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
+from fastprompt.ops._dropout import check_dropout, dropout, new_seed
+
+op = Op("dropout_add")
+
+
+def dropout_add(
+    x: Tensor, residual: Tensor | None = None, *, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """``residual + dropout(x)`` in one pass; no mask is stored.
+
+    Args:
+        x: [..., D] float32, bfloat16, float16 or float64.
+        residual: [..., D], x's dtype; None: nothing is added.
+        dropout_p: probability of dropping an element of ``x``.
+        seed: [1] int64 on x's device, fixes the dropout mask; drawn from torch's generator when None.
+
+    Returns:
+        h [..., D] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device.
+    """
+    if dropout_p > 0.0 and seed is None:
+        seed = new_seed(x.device)
+    return torch.ops.fastprompt.dropout_add(x, residual, seed, dropout_p)
+
+
+def _check(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float) -> None:
+    check_tensor("dropout_add", "x", x, FLOATS)
+    if residual is not None:
+        check_tensor("dropout_add", "residual", residual, (x.dtype,))
+        check_shape("dropout_add", "residual", residual, tuple(x.shape), "that of x")
+        check_same_device("dropout_add", "residual", residual, "x", x)
+    check_dropout("dropout_add", dropout_p, seed, x)
+
+
+def _fake(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
+    _check(x, residual, seed, dropout_p)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@op.define("dropout_add(Tensor x, Tensor? residual, Tensor? seed, float dropout_p) -> Tensor", fake=_fake)
+def dropout_add_reference(
+    x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> Tensor:
+    _check(x, residual, seed, dropout_p)
+    h = dropout(x if x.dtype == torch.float64 else x.float(), seed, dropout_p)
+    if residual is not None:
+        h = residual + h
+    return h.to(x.dtype, copy=residual is None).contiguous()
+
+
+@op.native
+def _native_dropout_add(
+    kernels: SimpleNamespace, x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> Any:
+    _check(x, residual, seed, dropout_p)
+    if x.dtype not in DTYPE_CODES:
+        return NotImplemented
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    h = torch.empty_like(x)
+    if x.numel():
+        kernels.dropout_add(
+            x.data_ptr(), pointer(residual), pointer(seed), h.data_ptr(), x.numel(), dropout_p,
+            DTYPE_CODES[x.dtype], stream(x),
+        )  # fmt: skip
+    return h
+
+
+@op.triton
+def _triton_dropout_add(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float) -> Any:
+    from fastprompt.triton_kernels import dropout_add as kernels
+
+    _check(x, residual, seed, dropout_p)
+    if x.dtype not in DTYPE_CODES:
+        return NotImplemented
+    residual = None if residual is None else residual.contiguous()
+    return kernels.dropout_add(x.contiguous(), residual, seed, dropout_p)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+    _, _, seed, ctx.dropout_p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dh
+    if ctx.dropout_p > 0.0 and ctx.needs_input_grad[0]:
+        dx = torch.ops.fastprompt.dropout_add(dh, None, ctx.saved_tensors[0], ctx.dropout_p)
+    needs_x, needs_residual = ctx.needs_input_grad[:2]
+    return dx if needs_x else None, dh if needs_residual else None, None, None
+
+
+op.autograd("dropout_add", setup_context=_setup_context, backward=_backward)
+op.publish()

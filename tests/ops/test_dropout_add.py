@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dropout_add: residual plus x by the mask, forward and backward, with only the seed saved."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastprompt.ops import dropout_add
+from fastprompt.ops._dropout import keep_mask, keep_scale
+from fastprompt.testing import saved_bytes
+
+OP = "dropout_add"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SEED = torch.tensor([2**40 + 7])
+SHAPES = [(1,), (3, 7), (2, 5, 33), (8, 64), (0, 5), pytest.param((5, 1031), marks=pytest.mark.big)]
+
+
+def check(shape, dtype, device, dropout_p, add, number=0):
+    """One rounding, after an fp32 product and sum; zero where dropped."""
+    generator = torch.Generator().manual_seed(number)
+    x, residual, dh = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    seed = SEED.to(device)
+    leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+    h = dropout_add(leaves[0], leaves[1] if add else None, dropout_p=dropout_p, seed=seed)
+    h.backward(dh)
+    keep = keep_mask(shape, dropout_p, seed)
+    want, want_dx = (torch.where(keep, v.float() * keep_scale(dropout_p), 0.0) for v in (x, dh))
+    if add:
+        want = residual + want
+        assert torch.equal(leaves[1].grad, dh)
+    assert torch.equal(h, want.to(dtype))
+    assert torch.equal(leaves[0].grad, want_dx.to(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("add", [True, False])
+def test_value_and_gradients(backend, device, shape, dtype, dropout_p, add):
+    check(shape, dtype, device, dropout_p, add)
+
+
+def test_any_shape(backend, device, examples):
+    @settings(max_examples=examples)
+    @given(
+        st.lists(st.integers(0, 40), min_size=1, max_size=3),
+        st.sampled_from(FLOATS),
+        st.sampled_from((0.0, 0.25, 0.9)),
+        st.booleans(),
+        st.integers(0, 999),
+    )
+    def any_case(shape, dtype, dropout_p, add, number):
+        check(tuple(shape), dtype, device, dropout_p, add, number)
+
+    any_case()
+
+
+def test_output_never_shares_memory_with_the_input(backend, device):
+    x = torch.randn(4, 4, device=device)
+    h = dropout_add(x)
+    h.zero_()
+    assert x.any()
+
+
+def test_layout_changes_no_bit(backend, device):
+    x, seed = torch.randn(6, 10, device=device), SEED.to(device)
+    straight = dropout_add(x, x, dropout_p=0.5, seed=seed)
+    twisted = x.t().contiguous().t()
+    assert torch.equal(dropout_add(twisted, x, dropout_p=0.5, seed=seed), straight)
+    assert torch.equal(dropout_add(x, twisted, dropout_p=0.5, seed=seed), straight)
+
+
+def test_saves_the_seed_alone(backend, device):
+    x = torch.randn(9, 13, device=device, requires_grad=True)
+    with saved_bytes() as saved:
+        dropout_add(x, x, dropout_p=0.1)
+    assert saved.bytes == SEED.nbytes
+
+
+def test_seed_comes_from_torch(backend, device):
+    x = torch.ones(64, device=device)
+    torch.manual_seed(3)
+    first, second = dropout_add(x, dropout_p=0.5), dropout_add(x, dropout_p=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(dropout_add(x, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_float64_gradient():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: dropout_add(x, x * 2, dropout_p=0.3, seed=SEED), x)
+
+
+def test_fullgraph_compile():
+    x = torch.randn(4, 8, requires_grad=True)
+    torch.compile(lambda x: dropout_add(x, x), fullgraph=True, backend="aot_eager")(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((4, 8), 2.0))
+
+
+def test_errors():
+    with pytest.raises(
+        ValueError, match=r"fastprompt::dropout_add: residual must have shape that of x=\[3\], got \[4\]"
+    ):
+        dropout_add(torch.ones(3), torch.ones(4))
+    with pytest.raises(
+        TypeError, match="fastprompt::dropout_add: residual must have dtype float32, got bfloat16"
+    ):
+        dropout_add(torch.ones(3), torch.ones(3).bfloat16())
+    with pytest.raises(ValueError, match=r"fastprompt::dropout_add: dropout_p must lie in \[0, 1\], got -1"):
+        dropout_add(torch.ones(3), dropout_p=-1.0)
