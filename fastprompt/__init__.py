@@ -11,10 +11,22 @@ from fastprompt.prompts import PromptConfig
 
 with suppress(ImportError):  # a transformers without these interfaces refuses the name by itself
     from fastprompt import hf_attention as hf_attention
+    from fastprompt.patching import explain, patch, patched, unpatch
 
 try:
     __version__ = version("fastprompt")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["PromptConfig", "PromptModel", "backend_used", "backends", "ops", "use_backend"]
+__all__ = [
+    "PromptConfig",
+    "PromptModel",
+    "backend_used",
+    "backends",
+    "explain",
+    "ops",
+    "patch",
+    "patched",
+    "unpatch",
+    "use_backend",
+]

@@ -17,7 +17,7 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);
         T* ys = static_cast<T*>(y);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
-            float factors[kChunk];
+            float factors[kChunk] = {};
             if (dropout.active()) dropout.factors(first, size, factors);
             each_vector(size, [&](int64_t i, auto extent) {
                 vfloat value = load_at(xs + first, i, extent);

@@ -72,7 +72,7 @@ int64_t gated_act(const void* a, const void* b, const int64_t* seed, void* y, in
             const T *as = static_cast<const T*>(a), *bs = static_cast<const T*>(b);
             T* ys = static_cast<T*>(y);
             each_chunk_parallel(count, [&](int64_t first, int64_t size) {
-                float factors[kChunk];
+                float factors[kChunk] = {};
                 if (dropout.active()) dropout.factors(first, size, factors);
                 each_vector(size, [&](int64_t i, auto extent) {
                     vfloat value = curve<kind>(load_at(as + first, i, extent)).value * load_at(bs + first, i, extent);
@@ -95,7 +95,7 @@ int64_t gated_act_backward(const void* dy, const void* a, const void* b, const i
             const T *dys = static_cast<const T*>(dy), *as = static_cast<const T*>(a), *bs = static_cast<const T*>(b);
             T *das = static_cast<T*>(da), *dbs = static_cast<T*>(db);
             each_chunk_parallel(count, [&](int64_t first, int64_t size) {
-                float factors[kChunk];
+                float factors[kChunk] = {};
                 if (dropout.active()) dropout.factors(first, size, factors);
                 each_vector(size, [&](int64_t i, auto extent) {
                     vfloat grad = load_at(dys + first, i, extent);

@@ -40,7 +40,7 @@ int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept,
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
             const T* xs = static_cast<const T*>(x) + first;
             T* ys = static_cast<T*>(y) + first;
-            float factors[kChunk];
+            float factors[kChunk] = {};
             if (dropout.active()) dropout.factors(first, size, factors);
             each_vector(size, [&](int64_t i, auto extent) {
                 const vfloat value = load_at(xs, i, extent);

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One prompt-tuning step of a whole frozen T5, forward + backward to the input embeddings: patched beside stock.
+
+Random weights in the shapes of v1.1-small and v1.1-base, train mode, a right-padded batch of P + S encoder rows, T
+labels. Saved bytes are what autograd keeps for backward, parameters left out.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from _harness import OURS, Call, Case, Contender, Options, Spec, main
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+from fastprompt import patch
+from fastprompt.testing import saved_bytes
+
+EAGER, SDPA, COMPILED = "HF eager", "HF sdpa", "torch.compile of HF sdpa"
+MEMORY = {OURS: "balanced", "fastprompt, speed": "speed", "fastprompt, lean": "lean"}
+MODELS = {
+    "v1.1-small": {"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "d_kv": 64},
+    "v1.1-base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "d_kv": 64},
+    "tiny": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 100},
+}
+P = 100
+
+
+def specs(options: Options) -> list[Spec]:
+    fp32 = torch.float32
+    if options.quick:
+        return [Spec("tiny", fp32, (("B", 2), ("S", 12), ("T", 4)), True, p) for p in (0.0, 0.1)]
+    sizes = [("v1.1-small", 8, 128, 8), ("v1.1-base", 4, 128, 32)]
+    more = [("v1.1-small", 8, 256, 32), ("v1.1-base", 4, 256, 8)] if options.all_shapes else []
+    return [
+        Spec(model, fp32, (("B", B), ("S", S), ("T", T)), (model, B, S, T) in sizes, p)
+        for model, B, S, T in sizes + more
+        for p in (0.1, 0.0)
+    ]
+
+
+def contenders(spec: Spec, options: Options) -> list[str]:
+    return [*MEMORY, EAGER, SDPA, *([COMPILED] if options.all_shapes else [])]
+
+
+def build(spec: Spec, options: Options) -> Case:
+    B, S, T = (size for _, size in spec.sizes)
+    config = T5Config(
+        **MODELS[spec.what],
+        feed_forward_proj="gated-gelu",
+        dropout_rate=spec.dropout_p,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    stock = T5ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    stock = stock.to(options.device, spec.dtype).requires_grad_(False).train()
+    L = S if options.quick else P + S
+    embeds = torch.randn(B, L, config.d_model, device=options.device, dtype=spec.dtype, requires_grad=True)
+    mask = (
+        torch.arange(L, device=options.device)
+        < L - S // 4 * (torch.arange(B, device=options.device)[:, None] > 0)
+    ).long()
+    labels = torch.randint(1, config.vocab_size, (B, T), device=options.device)
+
+    models: dict[str, Any] = {}
+    for name in contenders(spec, options):
+        model = models[name] = share(stock)
+        if name in MEMORY:
+            patch(model, memory=MEMORY[name])
+        elif name != EAGER:
+            for each in (model, model.encoder, model.decoder):
+                each.config._attn_implementation_internal = "sdpa"
+    calls: dict[str, Contender] = {}
+    for name, model in models.items():
+        forward = partial(model, inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
+        with saved_bytes(exclude=stock.parameters()) as saved:
+            kept = forward()
+        del kept
+        if name == COMPILED:
+            torch._dynamo.reset()
+            compiled = torch.compile(model, dynamic=False)
+            forward = partial(
+                compiled, inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False
+            )
+        calls[name] = Contender(step(forward, embeds), None, saved.bytes)
+    goal = {0.0: 1.35, 0.1: 1.8}[spec.dropout_p]
+    goals = {} if options.quick else {EAGER: goal, SDPA: goal}
+    weights = sum(p.numel() for p in stock.parameters()) * embeds.element_size()
+    check = partial(check_step, models, embeds, mask, labels)
+    return Case("training_step", spec, calls, 2 * weights, check, goals)
+
+
+def share(model: Any) -> Any:
+    """A model of its own over the same weights."""
+    memo = {id(tensor): tensor for tensor in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def step(forward: Call, embeds: Tensor) -> Call:
+    """-> the loss and the gradient of the encoder's input."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = forward().loss
+        return loss, torch.autograd.grad(loss, embeds)[0]
+
+    return run
+
+
+def check_step(models: dict[str, Any], embeds: Tensor, mask: Tensor, labels: Tensor) -> None:
+    """Without dropout every model has eager's loss and gradient to the precision of the dtype."""
+    results = {}
+    for name, model in models.items():
+        model.eval()
+        forward = partial(model, inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
+        results[name] = step(forward, embeds)()
+        model.train()
+    for result in results.values():
+        for ours, theirs in zip(result, results[EAGER], strict=True):
+            scale = float(theirs.detach().abs().max())
+            tolerance = 64 * torch.finfo(theirs.dtype).eps
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_alone(time_alone):
+    time_alone()
+
+
+def test_together(time_together):
+    time_together()
+
+
+if __name__ == "__main__":
+    main(specs, build)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in T5 modules: mixins for Hugging Face's classes, which own no tensors and read their children's at every call.
+
+``fast_class(T5LayerFF)`` is the class ``FastT5LayerFF(FastFF, T5LayerFF)``. patch() gives it to a module, unpatch()
+takes it away. A module that cannot run its kernel runs the forward of the class that it was.
+"""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from fastprompt.modules.attention import FastCrossAttention, FastSelfAttention
+from fastprompt.modules.dropout import FastDropout
+from fastprompt.modules.ff import FastFF
+from fastprompt.modules.norm import FastNorm
+
+# transformers' module names; their classes are named after the prefix.
+FAMILY = {
+    "t5": "T5",
+    "mt5": "MT5",
+    "umt5": "UMT5",
+    "longt5": "LongT5",
+    "pop2piano": "Pop2Piano",
+    "udop": "Udop",
+    "switch_transformers": "SwitchTransformers",
+}
+# What is identical in which model. The other classes compute something else.
+MIXINS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "LayerNorm": (FastNorm, tuple(FAMILY.values())),
+    "LayerFF": (FastFF, ("T5", "MT5", "UMT5", "LongT5", "Pop2Piano", "Udop")),
+    "LayerSelfAttention": (FastSelfAttention, ("T5", "MT5")),
+    "LayerCrossAttention": (FastCrossAttention, ("T5", "MT5")),
+}
+
+
+def mixin_for(cls: type) -> type | None:
+    """What serves a module of exactly this class; None if nothing does."""
+    if cls is nn.Dropout:
+        return FastDropout
+    if cls.__module__.startswith("transformers.models."):
+        for suffix, (mixin, prefixes) in MIXINS.items():
+            if cls.__name__.removesuffix(suffix) in prefixes:
+                return mixin
+    return None
+
+
+def fast_class(cls: Any) -> type:
+    """The drop-in for ``cls``, made once; pickle and deepcopy find it in this module by its name."""
+    name = f"Fast{cls.__name__}" if cls is not nn.Dropout else "FastStackDropout"
+    found = globals().get(name)
+    if found is None:
+        mixin = mixin_for(cls)
+        assert mixin is not None
+        found = globals()[name] = type(name, (mixin, cls), {"__module__": __name__, "stock_class": cls})
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """Finds the classes of a model that was pickled in another process."""
+    if name == "FastStackDropout":
+        return fast_class(nn.Dropout)
+    for module, prefix in FAMILY.items():
+        for suffix in MIXINS:
+            if name == f"Fast{prefix}{suffix}":
+                path = f"transformers.models.{module}.modeling_{module}"
+                __import__(path)
+                return fast_class(getattr(sys.modules[path], name.removeprefix("Fast")))
+    raise AttributeError(name)

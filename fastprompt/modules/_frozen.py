@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sublayers share: when a layer's tensors can be read directly, and the pieces of its backward."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.ops._checks import FLOATS
+
+ops = torch.ops.fastprompt
+linear = nn.functional.linear
+
+
+def obstacle(children: Mapping[str, Any]) -> str | None:
+    """Why these linear layers and norms cannot be computed from their weights alone; None if they can.
+
+    A LoRA or quantised layer is another class or weight, an offloaded one has hooks or a meta weight; a weight that
+    trains needs a gradient that the fused layers do not compute.
+    """
+    dtype = None
+    for name, child in children.items():
+        cls, weight = type(child), getattr(child, "weight", None)
+        stock = cls is nn.Linear or hasattr(cls, "stock_class") or cls.__name__.endswith("LayerNorm")
+        if not stock:
+            return f"{name} is a {cls.__name__}"
+        if type(weight) not in (nn.Parameter, Tensor) or weight is None:
+            return f"{name}.weight is a {type(weight).__name__}"
+        if getattr(child, "bias", None) is not None:
+            return f"{name} has a bias"
+        if weight.requires_grad:
+            return f"{name}.weight is trained"
+        if weight.is_meta or "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+            return f"{name} has hooks"
+        if weight.dtype not in FLOATS:
+            return f"{name}.weight is {weight.dtype}"
+        if dtype is not None and weight.dtype != dtype:
+            return f"{name}.weight is {weight.dtype}, others are {dtype}"
+        dtype = weight.dtype
+    return None
+
+
+def ready(children: Mapping[str, Any], *inputs: Tensor) -> bool:
+    """May the fused layer run on these inputs?"""
+    if obstacle(children) is not None or torch.is_autocast_enabled(inputs[0].device.type):
+        return False
+    weight = next(iter(children.values())).weight
+    return all(x.dtype == weight.dtype and x.device == weight.device for x in inputs)
+
+
+def rate(dropout: nn.Dropout) -> float:
+    """The probability that this module drops with now."""
+    return dropout.p if dropout.training else 0.0
+
+
+class Origin(NamedTuple):
+    """How a sublayer's output can be computed again: base + dropout(out @ wo.T) for each step, in order."""
+
+    base: Tensor  # [B, T, D]
+    steps: tuple[tuple[Tensor, Tensor, Tensor | None, float], ...]  # out [B, T, I], wo [D, I], seed [1], p
+
+    def rebuild(self) -> Tensor:
+        h = self.base
+        for out, wo, seed, p in self.steps:
+            h = add(linear(out, wo), h, seed, p)
+        return h
+
+    def tensors(self) -> list[Tensor | None]:
+        return [self.base, *(x for out, wo, seed, _ in self.steps for x in (out, wo, seed))]
+
+
+def saved_input(x: Tensor, origin: Origin | None) -> tuple[list[Tensor | None], tuple[float, ...]]:
+    """What to save in order to have x again: itself, or its origin."""
+    return ([x], ()) if origin is None else (origin.tensors(), tuple(p for *_, p in origin.steps))
+
+
+def restored_input(saved: list[Any], rates: tuple[float, ...]) -> Tensor:
+    base, *rest = saved
+    steps = [(*rest[3 * i : 3 * i + 3], p) for i, p in enumerate(rates)]
+    return Origin(base, tuple(steps)).rebuild()  # type: ignore[arg-type]
+
+
+def origin_of(x: Tensor, memory: str) -> Origin | None:
+    """The origin that the attention layer before left on its output, where memory is to be saved by it."""
+    if memory != "lean" or torch.compiler.is_compiling():
+        return None
+    return getattr(x, "fastprompt_origin", None)
+
+
+def add(x: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """residual + dropout(x); x is given up."""
+    return ops.dropout_add(x, residual, seed, p) if p > 0.0 else x.add_(residual)
+
+
+def dropped(dy: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """The gradient of x in ``add``."""
+    return ops.dropout_add(dy, None, seed, p) if p > 0.0 else dy
+
+
+def products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of grad @ weight over the pairs, accumulated in the products: [..., K], [K, D] -> [..., D]."""
+    (first, weight), *others = pairs
+    total = first @ weight
+    rows = total.view(-1, total.shape[-1])
+    for grad, weight in others:
+        rows.addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+    return total
+
+
+def norm_gradient(dn: Tensor, dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of x in x + f(norm(x)), given those of norm(x) and of the sum."""
+    return ops.rms_norm_backward(dn, x, w, rstd).add_(dy)

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stack's dropout, of its embeddings and of its output, by dropout_add: no mask is stored."""
+
+from torch import Tensor
+
+from fastprompt.ops._checks import FLOATS
+from fastprompt.ops.dropout_add import dropout_add
+
+
+class FastDropout:
+    """Mixin for nn.Dropout."""
+
+    kernel = "dropout_add"
+    p: float
+    training: bool
+
+    def fastprompt_obstacle(self) -> str | None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or x.dtype not in FLOATS:
+            return super().forward(x)  # type: ignore[misc]
+        return dropout_add(x, dropout_p=self.p)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5LayerFF as one differentiable function: y = x + dropout(wo(dropout(act(wi(norm(x))))))
+
+Saved for backward, per row: x [D] and rstd; ReLU: a bit per inner element; gated, by memory policy:
+
+    speed               the two pre-activations [2 F]
+    balanced, lean      nothing: the norm and the two wi products are computed again
+    lean                instead of x, what the attention layer before has saved anyway: x is computed from it
+
+Weights get no gradient, so neither norm(x) nor the activation's output is needed. Source: transformers T5LayerFF.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
+
+from fastprompt.modules._frozen import (
+    Origin,
+    add,
+    dropped,
+    linear,
+    norm_gradient,
+    obstacle,
+    ops,
+    origin_of,
+    products,
+    rate,
+    ready,
+    restored_input,
+    saved_input,
+)
+from fastprompt.ops._dropout import new_seed
+
+ACTS = {type(ACT2FN[name]): name for name in ("relu", "gelu", "gelu_new", "silu")}
+
+
+class Options(NamedTuple):
+    eps: float
+    act: str
+    inner_p: float
+    outer_p: float
+    memory: str
+    save: bool
+
+
+class FrozenFF(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        origin: Origin | None,
+        w: Tensor,
+        wi: tuple[Tensor, ...],
+        wo: Tensor,
+        inner_seed: Tensor | None,
+        outer_seed: Tensor | None,
+        o: Options,
+    ) -> Tensor:
+        pre, rstd = _project(x, w, wi, o.eps)
+        kept: list[Tensor] = []
+        if o.act == "relu":
+            g, bits = ops.relu_dropout(pre[0], inner_seed, o.inner_p)
+            kept = [bits]
+        else:
+            g = ops.gated_act(*pre, inner_seed, o.act, o.inner_p)
+            kept = pre if o.memory == "speed" else []
+        if o.save:
+            inputs, ctx.rates = saved_input(x, origin)
+            ctx.options, ctx.sizes = o, (len(wi), len(kept))
+            ctx.save_for_backward(w, *wi, wo, inner_seed, outer_seed, rstd, *kept, *inputs)
+        return add(linear(g, wo), x, outer_seed, o.outer_p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        o, (matrices, count) = ctx.options, ctx.sizes
+        w, *rest = ctx.saved_tensors
+        wi, (wo, inner_seed, outer_seed, rstd, *rest) = rest[:matrices], rest[matrices:]
+        kept, x = rest[:count], restored_input(rest[count:], ctx.rates)
+        dg = dropped(dy, outer_seed, o.outer_p) @ wo
+        if o.act == "relu":
+            grads = [ops.relu_dropout_backward(dg, kept[0], o.inner_p)]
+        else:
+            if not kept:
+                kept, _ = _project(x, w, wi, o.eps)
+            grads = ops.gated_act_backward(dg, *kept, inner_seed, o.act, o.inner_p)
+        dn = products(*zip(grads, wi, strict=True))
+        return norm_gradient(dn, dy, x, w, rstd), *(None,) * 7
+
+
+def _project(x: Tensor, w: Tensor, wi: tuple[Tensor, ...], eps: float) -> tuple[list[Tensor], Tensor]:
+    """The pre-activations [..., F] of each wi, and rstd."""
+    n, rstd = ops.rms_norm(x, w, eps)
+    return [linear(n, each) for each in wi], rstd
+
+
+class FastFF:
+    """Mixin for T5LayerFF."""
+
+    kernel = "frozen_ff: rms_norm, gated_act or relu_dropout, dropout_add"
+    DenseReluDense: Any
+    layer_norm: Any
+    dropout: Any
+    fastprompt_memory: str
+
+    def _children(self) -> dict[str, Any]:
+        dense = self.DenseReluDense
+        wi = ("wi_0", "wi_1") if hasattr(dense, "wi_0") else ("wi",)
+        return {**{name: getattr(dense, name) for name in (*wi, "wo")}, "layer_norm": self.layer_norm}
+
+    def _act(self) -> str | None:
+        act = ACTS.get(type(self.DenseReluDense.act))
+        return act if (act == "relu") != hasattr(self.DenseReluDense, "wi_0") else None
+
+    def fastprompt_obstacle(self) -> str | None:
+        if self._act() is None:
+            return f"its activation is a {type(self.DenseReluDense.act).__name__}"
+        return obstacle(self._children())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        children, act = self._children(), self._act()
+        if act is None or not ready(children, hidden_states):
+            return super().forward(hidden_states)  # type: ignore[misc]
+        x, memory = hidden_states, self.fastprompt_memory
+        *wi, wo, w = (child.weight for child in children.values())
+        inner_p, outer_p = rate(self.DenseReluDense.dropout), rate(self.dropout)
+        save = torch.is_grad_enabled() and x.requires_grad
+        seeds = [new_seed(x.device) if p > 0.0 else None for p in (inner_p, outer_p)]
+        options = Options(self.layer_norm.variance_epsilon, act, inner_p, outer_p, memory, save)
+        return FrozenFF.apply(x, origin_of(x, memory), w, tuple(wi), wo, *seeds, options)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5LayerNorm by rms_norm."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastprompt.modules._frozen import obstacle
+from fastprompt.ops._checks import FLOATS
+from fastprompt.ops.rms_norm import rms_norm
+
+
+class FastNorm:
+    """Mixin for T5LayerNorm: y = w * x / rms(x). Saves the input and one fp32 per row."""
+
+    kernel = "rms_norm"
+    weight: Any
+    variance_epsilon: float
+
+    def fastprompt_obstacle(self) -> str | None:
+        return obstacle({"norm": self})
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if obstacle({"norm": self}) is not None or hidden_states.dtype not in FLOATS:
+            return super().forward(hidden_states)  # type: ignore[misc]
+        y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        assert isinstance(y, Tensor)
+        return y

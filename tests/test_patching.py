@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+"""patch changes what runs and nothing that a user can see: outputs, gradients, generation, files, classes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
+
+import fastprompt
+from fastprompt import PromptConfig, PromptModel, backend_used, explain, patch, patched, unpatch
+from fastprompt.modules.attention import FrozenAttention
+from fastprompt.modules.ff import FrozenFF
+from fastprompt.testing import saved_bytes
+
+VOCAB = 64
+TINY = {
+    "vocab_size": VOCAB,
+    "d_model": 48,  # not heads * d_kv
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_kv": 16,
+    "relative_attention_num_buckets": 8,  # so that short inputs reach every bucket
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+LAYOUTS = {
+    "t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
+    "v1_1": (
+        T5ForConditionalGeneration,
+        T5Config,
+        {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2},
+    ),
+    "ul2": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-silu"}),
+    "mt5": (MT5ForConditionalGeneration, MT5Config, {}),
+    "umt5": (UMT5ForConditionalGeneration, UMT5Config, {}),
+    "longt5": (LongT5ForConditionalGeneration, LongT5Config, {"encoder_attention_type": "local"}),
+    "switch": (SwitchTransformersForConditionalGeneration, SwitchTransformersConfig, {"num_experts": 2}),
+}
+FULL = ("t5", "v1_1", "ul2", "mt5")  # every layer is served
+MEMORY = ("speed", "balanced", "lean")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+each_memory = pytest.mark.parametrize("memory", MEMORY)
+
+
+@pytest.fixture
+def make(device):
+    def make(layout="v1_1", dtype=torch.float32, frozen=True, attention="eager", **changes):
+        model_class, config_class, special = LAYOUTS[layout]
+        torch.manual_seed(0)
+        config = config_class(**(TINY | special | changes))
+        model = model_class._from_config(config, attn_implementation=attention)
+        for parameter in model.parameters():  # wide enough that a wrong mask or position shows
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return model.to(device, dtype).eval().requires_grad_(not frozen)
+
+    return make
+
+
+@pytest.fixture
+def batch(device):
+    def batch(padding="right", B=3, S=17):
+        ids = torch.randint(2, VOCAB, (B, S), generator=torch.Generator().manual_seed(1))
+        mask = torch.ones_like(ids)
+        for row in range(B if padding else 0):
+            mask[row, slice(S - 3 * row, S) if padding == "right" else slice(0, 3 * row)] = 0
+        return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+    return batch
+
+
+@pytest.fixture
+def labels(device):
+    labels = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
+    labels[-1, -2:] = -100
+    return labels.to(device)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often each fused layer ran."""
+    counts = {"FrozenFF": 0, "FrozenAttention": 0}
+    for function in (FrozenFF, FrozenAttention):
+
+        def counted(*args, name=function.__name__, apply=function.apply):
+            counts[name] += 1
+            return apply(*args)
+
+        monkeypatch.setattr(function, "apply", counted)
+    return counts
+
+
+def step(model, batch, labels, **options):
+    """(logits, loss, gradient of inputs_embeds)."""
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    output = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels, **options)
+    output.loss.backward()
+    return output.logits.detach(), output.loss.detach(), embeds.grad
+
+
+def close(ours, theirs, tolerance=1e-5):
+    scale = max(1.0, theirs.detach().abs().max().item())
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+def as_close(ours, stock, truth):
+    """Root mean square of the errors."""
+    for mine, theirs, exact in zip(ours, stock, truth, strict=True):
+        error, allowed = ((x.double() - exact).pow(2).mean().sqrt() for x in (mine, theirs))
+        assert error <= 1.1 * allowed + 2**-9 * exact.abs().mean()
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
+
+
+@each_memory
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_and_gradient(make, batch, labels, layout, padding, memory):
+    model, inputs = make(layout), batch(padding)
+    expected = step(model, inputs, labels)
+    for ours, theirs in zip(step(patch(model, memory=memory), inputs, labels), expected, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", FULL)
+def test_every_layer_is_served(make, batch, labels, ran, layout):
+    model = patch(make(layout))
+    assert all(row.reason is None for row in explain(model))
+    step(model, batch(), labels)
+    encoder, decoder = len(model.encoder.block), len(model.decoder.block)
+    assert ran == {"FrozenFF": encoder + decoder, "FrozenAttention": encoder + 2 * decoder}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_patch_and_unpatch_leave_the_model_as_it_was(make, batch, labels, layout):
+    model = make(layout, attention="sdpa" if layout in FULL else "eager")
+    before, keys, expected = classes(model), list(model.state_dict()), step(model, batch(), labels)
+    state = [dict(module.__dict__) for module in model.modules()]
+    implementation = model.encoder.config._attn_implementation
+    for options in ({"memory": "lean"}, {"attention": False}, {"ff": False, "norm": False}, {}):
+        patch(model, **options)
+        assert list(model.state_dict()) == keys
+    assert classes(model) != before
+    unpatch(model)
+    assert classes(model) == before
+    assert [sorted(module.__dict__) for module in model.modules()] == [sorted(each) for each in state]
+    assert model.encoder.config._attn_implementation == implementation
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with patched(model, memory="speed") as same:
+        assert same is model
+        assert classes(model) != before
+    assert classes(model) == before
+
+
+def test_only_what_is_asked_for(make):
+    model = make()
+    for option, suffix in (("attention", "Attention"), ("norm", "LayerNorm"), ("ff", "LayerFF")):
+        chosen = {"attention": False, "norm": False, "ff": False} | {option: True}
+        served = {row.cls for row in explain(patch(model, **chosen)) if row.reason is None}
+        assert served
+        assert all(cls.endswith(suffix) or (cls == "Dropout" and option == "norm") for cls in served)
+
+
+@pytest.mark.parametrize("layout", ["t5", "v1_1"])
+def test_dropout_is_the_same_under_every_policy(make, batch, labels, layout):
+    model, results = make(layout, dropout_rate=0.3).train(), []
+    for memory in MEMORY:
+        torch.manual_seed(5)
+        results.append(step(patch(model, memory=memory), batch(), labels))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+    torch.manual_seed(6)
+    assert not torch.equal(step(model, batch(), labels)[0], results[0][0])
+    plain = step(model.eval(), batch(), labels)
+    assert not torch.equal(plain[0], results[0][0])
+
+
+def test_dropout_gradient_is_that_of_the_function(make, batch, labels):
+    """Finite differences in float64, with the masks of one seed."""
+    model, inputs = patch(make(dtype=torch.float64, dropout_rate=0.2).train(), memory="lean"), batch()
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    direction = torch.randn(embeds.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+    def loss(t):
+        torch.manual_seed(7)
+        point = embeds + t * direction.to(embeds.device)
+        return model(inputs_embeds=point, attention_mask=inputs["attention_mask"], labels=labels).loss
+
+    t = torch.zeros((), dtype=torch.float64, device=embeds.device, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(t), t)
+    h = 1e-6
+    close(slope, ((loss(h) - loss(-h)) / (2 * h)).detach(), 1e-7)
+
+
+def test_dropout_means_what_torch_means_by_it(make, batch):
+    """The mean over many masks: as far from the stock's mean as the stock's two halves are from each other."""
+    model, inputs = make("t5", dropout_rate=0.2, num_layers=1).train(), batch(None)
+
+    def mean(count):
+        with torch.no_grad():
+            runs = [model.encoder(**inputs)[0] for _ in range(count)]
+        return torch.stack(runs).double().mean(0)
+
+    torch.manual_seed(0)
+    first, second = mean(200), mean(200)
+    apart = (first - second).pow(2).mean().sqrt()
+    patch(model)
+    assert (mean(200) - (first + second) / 2).pow(2).mean().sqrt() < 1.2 * apart
+
+
+@pytest.mark.parametrize("layout", ["t5", "v1_1", "mt5"])
+def test_bfloat16_is_as_close_to_float64_as_the_stock_model(make, batch, labels, layout):
+    model, inputs = make(layout, torch.bfloat16), batch()
+    truth = step(copy.deepcopy(model).double(), inputs, labels)
+    stock, ours = step(model, inputs, labels), step(patch(model), inputs, labels)
+    as_close(ours, stock, truth)
+
+
+@each_memory
+def test_saved_bytes(make, batch, labels, memory):
+    """Counted by hand for one encoder: per token the policy's tensors, and nothing of size S x S."""
+    model = make(dropout_rate=0.1, num_decoder_layers=1).train().encoder
+    D, I, F, H, layers, N = 48, 64, 40, 4, 3, 3 * 17  # noqa: E741 (I is T5's inner width)
+    inputs = batch(None)
+    embeds = model.embed_tokens(inputs["input_ids"]).detach().requires_grad_()
+    with saved_bytes() as stock:
+        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    with saved_bytes(exclude=(inputs["attention_mask"],)) as saved:
+        patch(model, memory=memory)(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    row = {"speed": 2 * D + 4 * I + 2 * F, "balanced": 2 * D + 4 * I, "lean": D + I}[memory]
+    floats = layers * N * (row + 2 * H + 2) + N * D + N  # statistics; the final norm
+    table, seeds, mask = H * (2 * 16 + 1) * 4 * layers, layers * 4 * 8 + 16, N
+    assert 4 * floats <= saved.bytes <= 4 * floats + table + seeds + 8 * mask
+    assert saved.bytes < stock.bytes
+
+
+def test_saves_nothing_without_a_gradient(make, batch, labels):
+    model = patch(make().train())
+    with saved_bytes() as saved:
+        model(**batch(), labels=labels)
+    assert saved.bytes == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 5},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["t5", "v1_1", "mt5"])
+def test_generate(make, batch, layout, options):
+    model = make(layout)
+    outputs = []
+    for run in (model, patch(model)):
+        torch.manual_seed(0)
+        outputs.append(run.generate(**batch("left"), max_new_tokens=12, min_new_tokens=12, **options))
+    assert torch.equal(*outputs)
+
+
+def test_training_fills_the_cache_as_before(make, batch, labels):
+    model = make()
+    expected = model(**batch(), labels=labels).past_key_values
+    embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
+    inputs = {"inputs_embeds": embeds, "attention_mask": batch()["attention_mask"]}
+    ours = patch(model)(**inputs, labels=labels).past_key_values
+    for name in ("self_attention_cache", "cross_attention_cache"):
+        pairs = zip(getattr(ours, name).layers, getattr(expected, name).layers, strict=True)
+        for one, two in pairs:
+            close(one.keys, two.keys)
+            close(one.values, two.values)
+    assert ours.is_updated == expected.is_updated
+
+
+def test_hidden_states_and_attentions(make, batch, labels):
+    model, options = make(), {"output_hidden_states": True, "output_attentions": True}
+    expected = model(**batch(), labels=labels, **options)
+    ours = patch(model)(**batch(), labels=labels, **options)
+    assert list(ours) == list(expected)
+    for name in expected:
+        if isinstance(expected[name], tuple) and name != "past_key_values":
+            assert len(ours[name]) == len(expected[name])
+            for one, two in zip(ours[name], expected[name], strict=True):
+                close(one, two)
+
+
+def test_four_dimensional_mask(make, batch, labels):
+    model, inputs = make(), batch()
+    mask = (1.0 - inputs["attention_mask"][:, None, None, :].float()) * torch.finfo(torch.float32).min
+    inputs["attention_mask"] = mask
+    expected = step(model, inputs, labels)
+    for ours, theirs in zip(step(patch(model), inputs, labels), expected, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@each_memory
+def test_gradient_checkpointing(make, batch, labels, memory, reentrant):
+    model = patch(make(dropout_rate=0.2).train(), memory=memory)
+    torch.manual_seed(3)
+    expected = step(model, batch(), labels, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(3)
+    for ours, theirs in zip(step(model, batch(), labels, use_cache=False), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_save_load_copy_and_pickle(make, batch, labels, tmp_path):
+    model = make()
+    expected = step(model, batch(), labels)
+    patch(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).requires_grad_(False)
+    assert not any(hasattr(cls, "stock_class") for cls in classes(loaded))
+    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for ours, theirs in zip(step(other.to(model.device), batch(), labels), expected, strict=True):
+            close(ours, theirs)
+    assert classes(pickle.loads(pickle.dumps(model))) == classes(model)
+
+
+def test_fullgraph_compile(make, batch, labels):
+    model, inputs = patch(make(), memory="balanced"), batch()
+    expected = step(model, inputs, labels, use_cache=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(step(compiled, inputs, labels, use_cache=False), expected, strict=True):
+        close(ours, theirs)
+
+
+def test_autocast_runs_the_stock_layers(make, batch, labels, ran):
+    model = make()
+    truth = step(copy.deepcopy(model).double(), batch(), labels)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        stock, ours = step(model, batch(), labels), step(patch(model), batch(), labels)
+    assert ran == {"FrozenFF": 0, "FrozenAttention": 0}
+    as_close(ours, stock, truth)
+
+
+def test_half_precision_with_fp32_wo(make, batch, labels, tmp_path, ran):
+    """from_pretrained(dtype=float16) keeps wo in fp32, and the residual stream with it."""
+    make().save_pretrained(tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16).requires_grad_(False)
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    inputs = batch()
+    expected = step(model, inputs, labels)
+    for ours, theirs in zip(step(patch(model), inputs, labels), expected, strict=True):
+        close(ours, theirs, 1e-2)
+    assert ran["FrozenFF"] == 0
+    assert any("float32" in (row.reason or "") for row in explain(model))
+
+
+@pytest.mark.parametrize(
+    "trained", ["SelfAttention.q", "EncDecAttention.v", "DenseReluDense.wo", "layer_norm"]
+)
+def test_trained_weights_get_their_gradient(make, batch, labels, trained):
+    grads = []
+    for change in (lambda model: model, patch):
+        model = change(make())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        step(model, batch(), labels)
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert grads[0]
+    for name, grad in grads[0].items():
+        close(grads[1][name], grad)
+    assert any("is trained" in (row.reason or "") for row in explain(model))
+
+
+def test_trained_bias(make, batch, labels):
+    models = make(), patch(make())
+    for model in models:
+        for stack in (model.encoder, model.decoder):
+            stack.block[0].layer[0].SelfAttention.relative_attention_bias.requires_grad_(True)
+        step(model, batch(), labels)
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        if one.requires_grad:
+            close(two.grad, one.grad)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_peft_prompt_tuning(make, batch, labels, before):
+    def gradient(fast):
+        model = make()
+        model = patch(model) if fast and before else model
+        torch.manual_seed(0)
+        config = PromptTuningConfig(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=5)
+        model = get_peft_model(model, config)
+        model = patch(model) if fast and not before else model
+        output = model(**batch(), labels=labels)
+        output.loss.backward()
+        return output.logits, next(p for p in model.parameters() if p.requires_grad).grad
+
+    for ours, theirs in zip(gradient(True), gradient(False), strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_lora_keeps_its_adapter(make, batch, labels, before):
+    def gradients(fast):
+        model = make()
+        model = patch(model) if fast and before else model
+        torch.manual_seed(0)
+        config = LoraConfig(
+            task_type=TaskType.SEQ_2_SEQ_LM, r=2, target_modules=["q", "wo"], init_lora_weights=False
+        )
+        model = get_peft_model(model, config)
+        model = patch(model) if fast and not before else model
+        output = model(**batch(), labels=labels)
+        output.loss.backward()
+        return [output.logits, *(p.grad for p in model.parameters() if p.requires_grad)], model
+
+    (ours, model), (theirs, _) = gradients(True), gradients(False)
+    for one, two in zip(ours, theirs, strict=True):
+        close(one, two, 3e-5)  # each is a sum over all tokens
+    assert any(
+        "lora" in (row.reason or "").lower() or "is a Linear" in (row.reason or "") for row in explain(model)
+    )
+
+
+def test_prompt_model(make, batch, labels):
+    results = []
+    for change in (lambda model: model, patch):
+        torch.manual_seed(0)
+        model = change(PromptModel(make(), PromptConfig(num_tokens=4)))
+        output = model(**batch(), labels=labels)
+        output.loss.backward()
+        results.append((output.logits.detach(), model.prompts["default"].grad))
+    for ours, theirs in zip(*reversed(results), strict=True):
+        close(ours, theirs)
+
+
+def test_encoder_alone(make, batch, device):
+    model = T5EncoderModel(make().config).to(device).eval().requires_grad_(False)
+    expected = model(**batch())[0]
+    close(patch(model)(**batch())[0], expected)
+    assert backend_used("t5_attention") is not None
+
+
+def test_hooks_on_a_child_still_run(make, batch, labels):
+    model, seen = patch(make()), []
+    model.encoder.block[0].layer[1].DenseReluDense.wo.register_forward_hook(lambda *_: seen.append(1))
+    model.encoder.block[0].layer[0].SelfAttention.q.register_forward_pre_hook(lambda *_: seen.append(2))
+    step(model, batch(), labels)
+    assert sorted(seen) == [1, 2]
+    assert sum("has hooks" in (row.reason or "") for row in explain(model)) == 2
+
+
+def test_quantised_child_falls_back(make, batch, labels):
+    class Linear8bit(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = make()
+    for block in model.encoder.block:
+        block.layer[1].DenseReluDense.wo.__class__ = Linear8bit
+        block.layer[0].SelfAttention.v.__class__ = Linear8bit
+    expected = step(model, batch(), labels)
+    for ours, theirs in zip(step(patch(model), batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    assert "Linear8bit" in str(explain(model))
+
+
+def test_report(make):
+    text = str(explain(patch(make(d_kv=24))))
+    assert "its heads are 24 wide" in text
+    assert "T5LayerFF" in text
+    assert "modules run fastprompt's kernels" in text
+    assert {row.reason for row in explain(unpatch(make()))} == {"not patched"}
+
+
+def test_errors(make):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        patch("t5-small")
+    with pytest.raises(ValueError, match="memory must be one of speed, balanced, lean, got 'small'"):
+        patch(make(), memory="small")
+    with pytest.raises(ValueError, match="on_unsupported must be one of"):
+        patch(make(), on_unsupported="ignore")
+    with pytest.raises(ValueError, match=r"fastprompt\.patch: model must contain a T5"):
+        patch(nn.Linear(2, 2))
+    model = make(d_kv=24)
+    with pytest.raises(ValueError, match=r"modules stay as in transformers\. .*heads are 24 wide"):
+        patch(model, on_unsupported="error")
+    assert not any(hasattr(cls, "stock_class") for cls in classes(model))
+    with pytest.warns(UserWarning, match="heads are 24 wide"):
+        patch(model, on_unsupported="warn")
+
+
+def test_public_names():
+    assert {"patch", "unpatch", "patched", "explain"} <= set(fastprompt.__all__)
