@@ -10,7 +10,7 @@ and of a cross-attention layer the encoder's output, which all layers share, in 
 
 A call that leaves use_cache on gets its cache filled, as from transformers but without gradient; turn it off in
 training to save that memory. With a cache that holds something (generation), with attention weights as output, or with
-a mask of the user's own, the stock layer runs; its attention function is fastprompt's (hf_attention) where that applies.
+a mask of the user's own, the stock layer runs; its attention function is fastprompt's (hf_attention) where it can be.
 
 Source: transformers T5LayerSelfAttention, T5LayerCrossAttention.
 """
