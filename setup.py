@@ -118,6 +118,7 @@ setup(
     packages=[
         "fastprompt",
         "fastprompt.demo",
+        "fastprompt.modules",
         "fastprompt.ops",
         "fastprompt.prompts",
         "fastprompt.triton_kernels",
