@@ -65,7 +65,52 @@ def attention_samples():
         yield "t5_attention_prompt_sum", (share, ids, 2, dtype)
 
 
-SAMPLES = {"rms_norm": norm_samples, "prompt_embed": embed_samples, "t5_attention": attention_samples}
+def element_samples(name, *options):
+    """Of an op on a and b with a mask from the seed, and of its backward."""
+    for a, b in ((leaf(2, 3, 8), leaf(2, 3, 8)), (transposed(6, 8), transposed(6, 8))):
+        for seed, p in ((SEED, 0.5), (None, 0.0)):
+            yield name, (a, b, seed, *options, p)
+            yield f"{name}_backward", (torch.randn(a.shape), a.detach(), b.detach(), seed, *options, p)
+
+
+def gated_samples():
+    for act in ("gelu_new", "gelu", "silu"):
+        yield from element_samples("gated_act", act)
+
+
+def relu_samples():
+    for a in (leaf(2, 3, 8), transposed(6, 8)):
+        yield "relu_dropout", (a, SEED, 0.5)
+        _, bits = torch.ops.fastprompt.relu_dropout(a.detach(), SEED, 0.5)
+        yield "relu_dropout_backward", (torch.randn(a.shape), bits, 0.5)
+
+
+def dropout_samples():
+    for x, residual in ((leaf(2, 3, 8), leaf(2, 3, 8)), (transposed(6, 8), None)):
+        yield "dropout_add", (x, residual, SEED, 0.5)
+    yield "dropout_add", (x, x.detach(), None, 0.0)
+
+
+def loss_samples():
+    labels, weight = torch.tensor([[3, -100, 8], [0, 1, 2]]), torch.randn(9, 4)
+    for hidden in (leaf(2, 3, 4), leaf(3, 2, 4).transpose(0, 1)):
+        yield "linear_cross_entropy", (hidden, weight, labels, None, 1.0, -100, 2, True)
+    yield "linear_cross_entropy", (hidden.detach(), weight, labels, torch.tensor(7), 0.5, -100, None, False)
+    yield (
+        "linear_cross_entropy",
+        (leaf(0, 4).bfloat16(), weight.bfloat16(), labels[0, :0], None, 1.0, 3, None, True),
+    )
+
+
+SAMPLES = {
+    "rms_norm": norm_samples,
+    "prompt_embed": embed_samples,
+    "t5_attention": attention_samples,
+    "gated_act": gated_samples,
+    "relu_dropout": relu_samples,
+    "dropout_add": dropout_samples,
+    "linear_cross_entropy": loss_samples,
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_cross_entropy: the loss of logits = (scale * hidden) W^T against labels, without ever holding all logits.
+
+    hidden  [..., D]
+    weight  [V, D]   in hidden's dtype, frozen
+    labels  [...]    int64; rows labelled ignore_index do not count
+    loss    []       in hidden's dtype: the mean over the rows that count, or their sum / num_items
+    drows   [..., D] in hidden's dtype: the gradient of each row's own loss by scale * hidden, zero where ignored
+    share   [1]      fp32, scale / count: dhidden = dloss * share * drows. All that the backward saves
+
+W is frozen, so the gradient needs no second look at it: it is computed with the loss, in one pass over W in chunks of
+rows. Each chunk costs a product (logits [N, chunk]), one fused step, and, where a gradient is wanted, a second
+product. The step keeps an online softmax over the classes other than the label, and takes the label's logit out:
+
+    top = max_v l_v    total = sum_v exp(l_v - top)    others = sum_v exp(l_v - top) W_v    over v != label
+    d = top + log(total) - l_label
+    loss of the row = log(1 + e^d)    drow = (others / total - W_label) / (1 + e^-d)
+
+Nothing here cancels when the label is almost certain, and the weights exp(l - top) are rounded to hidden's dtype
+relative to the largest of them, so neither loss nor gradient vanishes in half precision. Statistics and sums are fp32.
+drows is kept unscaled because dloss * share * drows in float16 may need a loss scale that only dloss brings.
+
+The products are torch's. float16 is multiplied as float32 on a CPU, where PyTorch's own float16 products take 20 to
+100 times as long. torch.autocast changes nothing inside: for bfloat16 products cast hidden and weight.
+
+Source: Milakov & Gimelshein 2018 (online softmax); Wijmans et al. 2024 (Cut Your Losses) and Liger's
+fused_linear_cross_entropy, which chunk rows instead and so read W once per chunk; transformers ForCausalLMLoss.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._op import Op
+from fastprompt.ops._checks import (
+    FLOATS,
+    check_frozen,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    fail,
+    refuse_gradient,
+)
+
+op = Op("linear_cross_entropy")
+
+# step(logits [N, C], labels [N], top [N], total [N], picked [N], others [N, D] or None, first): takes a chunk of
+# logits, of classes first to first + C, into the statistics. With `others`, rescales that to the new top and leaves
+# exp(logit - top) in logits.
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Any]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Cross-entropy of ``(scale * hidden) @ weight.T`` against ``labels``.
+
+    Args:
+        hidden: [..., D] float32, bfloat16, float16 or float64.
+        weight: [V, D] in hidden's dtype, frozen.
+        labels: [...] int64, classes in [0, V) or ``ignore_index``.
+        scale: multiplies hidden, the product rounded to hidden's dtype; D**-0.5 for a T5 with tied embeddings.
+        ignore_index: the label of rows that do not count.
+        num_items: an int or a 0-d tensor; the losses' sum is divided by it. None: by the number of rows that count.
+        chunk: rows of weight that are multiplied at a time; None: chosen by the number of rows of hidden.
+
+    Returns:
+        The loss, 0-d, in hidden's dtype. If no row counts it is 0 with a zero gradient, where PyTorch's mean is NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
+        IndexError: on a CPU, a label is outside [0, V). A GPU makes the loss NaN instead, and that row's gradient.
+    """
+    _check(hidden, weight, labels, None if isinstance(num_items, int) else num_items, chunk)
+    check_frozen("linear_cross_entropy", "weight", weight)
+    if isinstance(num_items, int):
+        if num_items < 1:
+            fail("linear_cross_entropy", f"num_items must be positive, got {num_items}")
+        num_items = labels.new_full((), num_items)
+    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    loss, _, _ = torch.ops.fastprompt.linear_cross_entropy(
+        hidden, weight, labels, num_items, scale, ignore_index, chunk, needs_grad
+    )
+    return loss
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, chunk: int | None
+) -> None:
+    name = "linear_cross_entropy"
+    check_tensor(name, "hidden", hidden, FLOATS)
+    if hidden.dim() < 1:
+        fail(name, "hidden must have shape [..., D], got a scalar")
+    check_tensor(name, "weight", weight, (hidden.dtype,))
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
+        fail(name, f"weight must have shape [V, D]=[V, {hidden.shape[-1]}], got {list(weight.shape)}")
+    check_tensor(name, "labels", labels, (torch.int64,))
+    check_shape(name, "labels", labels, tuple(hidden.shape[:-1]), "that of hidden without D")
+    check_same_device(name, "weight", weight, "hidden", hidden)
+    check_same_device(name, "labels", labels, "hidden", hidden)
+    if num_items is not None:
+        check_tensor(name, "num_items", num_items, (torch.int64, torch.int32, torch.float32))
+        check_shape(name, "num_items", num_items, (), "a scalar's")
+        if num_items.device.type != "cpu":  # a number on the CPU goes with any device
+            check_same_device(name, "num_items", num_items, "hidden", hidden)
+    if chunk is not None and chunk < 1:
+        fail(name, f"chunk must be positive, got {chunk}")
+
+
+def _check_labels(labels: Tensor, V: int) -> None:
+    """labels [N] that count, on a CPU: one that no chunk holds would never meet its logit."""
+    low, high = (int(bound) for bound in labels.aminmax()) if labels.numel() else (0, 0)
+    for value in (low, high):
+        if not 0 <= value < V:
+            remedy = "Was another model's tokenizer used, or another ignore_index?"
+            fail(
+                "linear_cross_entropy",
+                f"labels must lie in [0, V)=[0, {V}), got {value}. {remedy}",
+                IndexError,
+            )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64 (the truth in tests), else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+Outputs = tuple[Tensor, Tensor, Tensor]  # loss, drows, share
+ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor labels, Tensor? num_items, float scale, int ignore_index, int? chunk,"
+    " bool needs_grad"
+)
+
+
+def _fake_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
+    chunk: int | None, needs_grad: bool,
+) -> Outputs:  # fmt: skip
+    """drows has no elements where no gradient is wanted."""
+    _check(hidden, weight, labels, num_items, chunk)
+    drows = hidden.new_empty(hidden.shape if needs_grad else (0,))
+    return hidden.new_empty(()), drows, hidden.new_empty((1,), dtype=_wide(hidden.dtype))
+
+
+@op.define(
+    f"linear_cross_entropy({ARGUMENTS}) -> (Tensor loss, Tensor drows, Tensor share)",
+    fake=_fake_linear_cross_entropy,
+)
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
+    chunk: int | None, needs_grad: bool,
+) -> Outputs:  # fmt: skip
+    """Holds all logits."""
+
+    def losses_of(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        w, index = weight.to(_wide(rows.dtype)), labels.clamp(0, weight.shape[0] - 1)[:, None]
+        logits = rows.to(w.dtype) @ w.t()
+        picked = logits.gather(1, index).masked_fill(index != labels[:, None], torch.nan)
+        odds = (logits - _certain_is_nan(picked)).scatter_(1, index, -torch.inf)
+        d = odds.logsumexp(-1)
+        if not needs_grad:
+            return softplus(d), None
+        others = logits.scatter_(1, index, -torch.inf)
+        p = others.softmax(-1).masked_fill(others == -torch.inf, 0.0)  # the softmax of -infinity alone is NaN
+        return softplus(d), d.sigmoid()[:, None] * (p @ w - w[index[:, 0]])
+
+    return _reduced(losses_of, hidden, weight, labels, num_items, scale, ignore_index, chunk)
+
+
+def values_are_at_hand(device: torch.device) -> bool:
+    """If so, ignored rows are left out. To know their number a GPU would have to wait: it takes them along, masked."""
+    return device.type == "cpu"
+
+
+def _reduced(
+    losses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
+    chunk: int | None,
+) -> Outputs:  # fmt: skip
+    """losses_of(rows [N, D], labels [N]) -> losses [N] and their gradients by the rows [N, D] or None, both wide."""
+    _check(hidden, weight, labels, num_items, chunk)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        counts, kept = row_labels != ignore_index, None
+        if values_are_at_hand(hidden.device):
+            kept = counts.nonzero()[:, 0]
+            rows, row_labels = rows[kept], row_labels[kept]
+            _check_labels(row_labels, weight.shape[0])
+        losses, row_grads = losses_of(rows if scale == 1.0 else rows * scale, row_labels)
+        if kept is None:
+            losses = losses.where(counts, 0.0)
+        count = counts.sum() if num_items is None else num_items
+        loss = torch.where(counts.any(), losses.sum() / count, 0.0).to(hidden.dtype)
+        share = torch.where(counts.any(), scale / count, 0.0).to(losses.dtype).reshape(1)
+        if row_grads is None:
+            return loss, hidden.new_empty((0,)), share
+        if kept is None:
+            drows = row_grads.masked_fill_(~counts[:, None], 0.0).to(hidden.dtype)
+        else:
+            drows = hidden.new_zeros((counts.numel(), hidden.shape[-1]))
+            drows.index_copy_(0, kept, row_grads.to(hidden.dtype))
+        return loss, drows.view(hidden.shape), share
+
+
+def _certain_is_nan(picked: Tensor) -> Tensor:
+    """An infinite logit of the label would read as certainty. As in PyTorch, the loss is then not a number."""
+    return picked.masked_fill(picked == torch.inf, torch.nan)
+
+
+def chunk_size(rows: Tensor, V: int) -> int:
+    """Rows of W per chunk, for rows [N, D]: enough for fast products.
+
+    On a CPU, few enough that both products find the chunk in the caches, and that logits [N, chunk] stay small.
+    """
+    N, D = rows.shape
+    if rows.device.type == "cpu":
+        best = max(512, min(2**22 // (D * rows.element_size() or 1), 2**23 // (N or 1)))
+    else:
+        best = max(2048, 2**24 // (N or 1))
+    return min(V, best // 256 * 256)
+
+
+def _in_chunks(
+    step: Step, rows: Tensor, labels: Tensor, weight: Tensor, chunk: int | None, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """rows [N, D], labels [N], weight [V, D] -> losses [N] and their gradients by rows [N, D] or None, fp32."""
+    (N, D), V = rows.shape, weight.shape[0]
+    slow_half = rows.dtype == torch.float16 and rows.device.type == "cpu"
+    rows = rows.float() if slow_half else rows
+    chunk = min(chunk or chunk_size(rows, V), V)
+    logits = rows.new_empty((N * chunk,))
+    top, total, picked = (
+        rows.new_full((N,), value, dtype=torch.float32) for value in (-torch.inf, 0.0, torch.nan)
+    )
+    others = rows.new_zeros((N, D), dtype=torch.float32) if needs_grad else None
+    for first in range(0, V if N else 0, chunk):
+        w = weight[first : first + chunk].to(rows.dtype)
+        part = logits[: N * w.shape[0]].view(N, w.shape[0])
+        torch.mm(rows, w.t(), out=part)
+        step(part, labels, top, total, picked, others, first)
+        if others is not None:
+            _add_product(others, part, w)
+    d = (top - _certain_is_nan(picked)) + total.log()
+    if others is not None:
+        # total is at least 1, but for V = 1: then there are no others.
+        others.div_(total.clamp_min(1.0)[:, None]).sub_(weight[labels.clamp(0, V - 1)])
+        others.mul_(torch.sigmoid(d)[:, None])
+    return softplus(d), others
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [N, D] fp32 += a [N, C] @ b [C, D]."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(a, b))
+
+
+@op.native
+def _native_linear_cross_entropy(
+    kernels: SimpleNamespace, hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None,
+    scale: float, ignore_index: int, chunk: int | None, needs_grad: bool,
+) -> Any:  # fmt: skip
+    if hidden.dtype not in DTYPE_CODES:
+        return NotImplemented
+
+    def step(
+        logits: Tensor, labels: Tensor, top: Tensor, total: Tensor, picked: Tensor, others: Tensor | None,
+        first: int,
+    ) -> None:  # fmt: skip
+        kernels.linear_cross_entropy(
+            logits.data_ptr(), labels.data_ptr(), top.data_ptr(), total.data_ptr(), picked.data_ptr(),
+            pointer(others), *logits.shape, first, weight.shape[1], DTYPE_CODES[logits.dtype], stream(logits),
+        )  # fmt: skip
+
+    def losses_of(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _in_chunks(step, rows, labels.contiguous(), weight, chunk, needs_grad)
+
+    return _reduced(losses_of, hidden, weight, labels, num_items, scale, ignore_index, chunk)
+
+
+@op.triton
+def _triton_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
+    chunk: int | None, needs_grad: bool,
+) -> Any:  # fmt: skip
+    from fastprompt.triton_kernels.linear_cross_entropy import linear_cross_entropy as step
+
+    if hidden.dtype not in DTYPE_CODES:
+        return NotImplemented
+
+    def losses_of(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _in_chunks(step, rows, labels.contiguous(), weight, chunk, needs_grad)
+
+    return _reduced(losses_of, hidden, weight, labels, num_items, scale, ignore_index, chunk)
+
+
+def _setup_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    needs_grad = inputs[-1]
+    ctx.set_materialize_grads(False)
+    if ctx.needs_input_grad[1]:
+        refuse_gradient("linear_cross_entropy", "weight")
+    if ctx.needs_input_grad[0] and not needs_grad:
+        fail("linear_cross_entropy", "needs_grad must be True where hidden requires grad, got False")
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_linear_cross_entropy(
+    ctx: Any, dloss: Tensor | None, _ddrows: None, _dshare: None
+) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # with create_graph=True: drows would pass for a constant
+        fail(
+            "linear_cross_entropy",
+            "has no second derivative: call backward without create_graph",
+            RuntimeError,
+        )
+    if dloss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 8
+    drows, share = ctx.saved_tensors
+    return (drows * (dloss * share)).to(drows.dtype), *(None,) * 7
+
+
+op.autograd(
+    "linear_cross_entropy",
+    setup_context=_setup_linear_cross_entropy,
+    backward=_backward_linear_cross_entropy,
+)
+op.publish()
