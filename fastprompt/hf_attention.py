@@ -5,6 +5,9 @@ transformers calls two functions by that name. :func:`keys` makes the mask, once
 its attention layers unread, so it is :class:`Keys` and no [B, 1, T, S] tensor. :func:`attention` runs in every layer. A
 name without a mask function gets no mask at all and attends to padding, so both are registered or neither.
 
+Keys and values of prompts (:class:`PromptKeys`) come the same way: in a :class:`Keys` that a caller passes as its
+attention_mask, or, where HF makes the masks itself, from the :func:`prompt_keys` block around the call.
+
 T5 computes its bias densely, in the first layer of a stack, as a function of key - query: the first column and the
 first row say it all. Cross-attention is handed zeros, which are left out.
 
@@ -12,8 +15,10 @@ What :func:`t5_attention` does not compute goes to transformers' own functions, 
 trained, attention weights as output, a mask of the user's own, another scale or head width.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +41,35 @@ SERVED = ("t5", "mt5", "umt5")  # config.model_type
 FAMILY = (*SERVED, "longt5", "pop2piano", "switch_transformers", "udop")
 
 
+class PromptKeys(NamedTuple):
+    """Keys and values of prompts, in front of an example's own, for every layer of a stack.
+
+    t5_attention reads them in place, for each example those of its prompt; nothing is copied per example.
+    """
+
+    keys: tuple[Tensor, ...]  # per layer [R, P, H, K]
+    values: tuple[Tensor, ...]  # per layer [R, P, H, K]
+    ids: Tensor | None = None  # int64 [B], the prompt of each example; None: all take the only one
+    lens: Tensor | None = None  # int64 [R], how many of the P keys each prompt has; None: all
+    bias: Tensor | None = None  # fp32 [H, 2M + 1] of t5_bias_table; None in cross-attention, which has none
+
+    def for_batch(self, B: int) -> "PromptKeys":
+        """With ids of B rows: generate repeats each example for its beams and returned sequences."""
+        if self.ids is None or len(self.ids) == B:
+            return self
+        return self._replace(ids=self.ids.repeat_interleave(B // len(self.ids)))
+
+
 class Keys(NamedTuple):
     """Which keys a query may attend to."""
 
     mask: Tensor | None  # bool [B, S]: the key is no padding; None: none is
     offset: int | Tensor  # the position of query 0 among the keys; a tensor with a static cache
     causal: bool
+    prompt: PromptKeys | None = None
+    cu: Tensor | None = (
+        None  # int64 [B + 1]: the rows are packed, [1, N, D], and example b begins at row cu[b]
+    )
 
     @property
     def ndim(self) -> int:
@@ -49,12 +77,46 @@ class Keys(NamedTuple):
         return 0
 
 
+# Which prompts the mask function adds: those of an encoder's self-attention, of a decoder's, of cross-attention.
+_PROMPTS: ContextVar[dict[str, PromptKeys]] = ContextVar("fastprompt_prompt_keys")
+_open_blocks = 0  # of prompt_keys, in all threads
+
+
+@contextmanager
+def prompt_keys(**sites: PromptKeys | None) -> Iterator[None]:
+    """A ``with`` block in which T5 stacks read prompts: ``encoder=``, ``decoder=`` (self-attention), ``cross=``.
+
+    For calls whose masks HF makes, as generate does at every step. The stacks' attn_implementation is "fastprompt".
+    """
+    global _open_blocks
+    token = _PROMPTS.set({site: prompt for site, prompt in sites.items() if prompt is not None})
+    _open_blocks += 1
+    try:
+        yield
+    finally:
+        _open_blocks -= 1
+        _PROMPTS.reset(token)
+
+
+def _prompt_of(site: str) -> PromptKeys | None:
+    if not torch.compiler.is_compiling():
+        return _PROMPTS.get({}).get(site)
+    if _open_blocks:  # the compiler cannot read context variables
+        _refuse_prompt("generation through torch.compile")
+    return None
+
+
 def keys(**arguments: Any) -> Keys | Tensor | None:
     """transformers' mask function: its arguments are those of ``masking_utils.sdpa_mask``, and ``config``."""
     config, function, mask = (arguments.get(name) for name in ("config", "mask_function", "attention_mask"))
     _check_family(config)
+    causal, offset = function is causal_mask_function, arguments.get("q_offset", 0)
+    if isinstance(offset, Tensor):
+        offset = offset.clone()  # the cache counts on in place
     if isinstance(mask, Keys):
-        return mask
+        return mask._replace(offset=offset) if causal else mask
+    site = "decoder" if causal else "cross" if getattr(config, "is_decoder", False) else "encoder"
+    prompt = _prompt_of(site)
     plain = function is causal_mask_function or function is bidirectional_mask_function
     if (
         getattr(config, "model_type", None) not in SERVED
@@ -64,14 +126,20 @@ def keys(**arguments: Any) -> Keys | Tensor | None:
         or arguments.get("kv_offset", 0) != 0
         or (mask is not None and mask.dim() != 2)
     ):
+        if prompt is not None:
+            _refuse_prompt("a mask of another form than [B, S]")
         return eager_mask(**arguments)
     if mask is not None:
         S = arguments["kv_length"]  # more than the mask has: a static cache's free slots
         mask = functional.pad(mask, (0, max(S - mask.shape[1], 0)))[:, :S]
-    offset = arguments.get("q_offset", 0)
-    if isinstance(offset, Tensor):
-        offset = offset.clone()  # the cache counts on in place
-    return Keys(mask, offset, function is causal_mask_function)
+    return Keys(mask, offset, causal, prompt and prompt.for_batch(arguments["batch_size"]))
+
+
+def _refuse_prompt(what: str) -> NoReturn:
+    raise ValueError(
+        f"fastprompt: prompts of keys and values (kinds 'cached' and 'prefix') do not go with {what}. Leave it out, or"
+        " use a prompt of kind 'prepend'"
+    )
 
 
 def attention(
@@ -91,20 +159,40 @@ def attention(
         cross = bool(module.is_decoder) and not attention_mask.causal
         bias = None if cross else position_bias
         if _covered(query, key, value, attention_mask) and _frozen(module, bias, dropout, query, key):
+            prompt = attention_mask.prompt
+            if prompt is not None:
+                table = prompt.bias
+            else:
+                table = None if bias is None else _table(bias, attention_mask)
             out = t5_attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
-                None if bias is None else _table(bias, attention_mask),
+                table,
                 key_mask=attention_mask.mask,
                 offset=attention_mask.offset if attention_mask.causal else 0,
                 causal=attention_mask.causal,
                 dropout_p=dropout,
+                **_prompt_arguments(prompt, module.layer_idx),
             )
             return out, None
+    if isinstance(attention_mask, Keys) and attention_mask.prompt is not None:
+        _refuse_prompt("attention weights as output, a trained bias or heads that no kernel takes")
     return _transformers_attention(
         module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
     )
+
+
+def _prompt_arguments(prompt: PromptKeys | None, layer: Any) -> dict[str, Tensor | None]:
+    """What t5_attention is told of the prompts of one layer."""
+    if prompt is None:
+        return {}
+    return {
+        "prompt_k": prompt.keys[layer],
+        "prompt_v": prompt.values[layer],
+        "prompt_ids": prompt.ids,
+        "prompt_lens": prompt.lens,
+    }
 
 
 def _check_family(config: Any) -> None:
