@@ -155,7 +155,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query [B, H, T, K], key and value [B, H, S, K] -> [B, T, H, K], no weights."""
     _check_family(getattr(module, "config", None))
-    if isinstance(attention_mask, Keys) and scaling == 1.0 and not kwargs.get("output_attentions"):
+    if isinstance(attention_mask, Keys) and scaling == 1.0 and not wants_weights(module, kwargs):
         cross = bool(module.is_decoder) and not attention_mask.causal
         bias = None if cross else position_bias
         if _covered(query, key, value, attention_mask) and _frozen(module, bias, dropout, query, key):
@@ -193,6 +193,12 @@ def _prompt_arguments(prompt: PromptKeys | None, layer: Any) -> dict[str, Tensor
         "prompt_ids": prompt.ids,
         "prompt_lens": prompt.lens,
     }
+
+
+def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Are attention weights asked for, in the call or in the configuration? As transformers' capture_outputs reads it."""
+    default = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(kwargs.get("output_attentions", default))
 
 
 def _check_family(config: Any) -> None:
@@ -260,7 +266,7 @@ def _transformers_attention(
         mask = _full_mask(mask, query, key)
         kwargs["is_causal"] = False  # the mask says it
     function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
-    if kwargs.get("output_attentions"):
+    if wants_weights(module, kwargs):
         from transformers.models.t5.modeling_t5 import eager_attention_forward
 
         function = eager_attention_forward

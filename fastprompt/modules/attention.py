@@ -161,7 +161,7 @@ class FastAttention:
             and (past is None or self._is_fresh(past))
             and isinstance(allowed.offset, int)
             and allowed.offset == 0
-            and not kwargs.get("output_attentions")
+            and not hf_attention.wants_weights(getattr(self, self.attention_name), kwargs)
             and getattr(self, self.attention_name).key_value_proj_dim in HEAD_WIDTHS
             and ready(self._children(), *inputs)
         )
