@@ -160,15 +160,11 @@ def attention(
         bias = None if cross else position_bias
         if _covered(query, key, value, attention_mask) and _frozen(module, bias, dropout, query, key):
             prompt = attention_mask.prompt
-            if prompt is not None:
-                table = prompt.bias
-            else:
-                table = None if bias is None else _table(bias, attention_mask)
             out = t5_attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
-                table,
+                None if bias is None else prompt.bias if prompt is not None else _table(bias, attention_mask),
                 key_mask=attention_mask.mask,
                 offset=attention_mask.offset if attention_mask.causal else 0,
                 causal=attention_mask.causal,
@@ -196,7 +192,7 @@ def _prompt_arguments(prompt: PromptKeys | None, layer: Any) -> dict[str, Tensor
 
 
 def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Are attention weights asked for, in the call or in the configuration? As transformers' capture_outputs reads it."""
+    """Are attention weights asked for, in the call or in the configuration? As in capture_outputs."""
     default = getattr(getattr(module, "config", None), "output_attentions", False)
     return bool(kwargs.get("output_attentions", default))
 
