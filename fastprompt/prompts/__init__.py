@@ -3,12 +3,15 @@
 
 from fastprompt.prompts.bank import PromptBank
 from fastprompt.prompts.config import PromptConfig
-from fastprompt.prompts.files import PromptFile, read_prompt, write_prompt
+from fastprompt.prompts.files import read_prompt, write_prompt
 from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.init import initial_prompt
+from fastprompt.prompts.layout import ModelShape
+from fastprompt.prompts.prompt_file import PromptFile
 
 __all__ = [
     "ModelIdentity",
+    "ModelShape",
     "PromptBank",
     "PromptConfig",
     "PromptFile",

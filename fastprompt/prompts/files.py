@@ -7,126 +7,160 @@ and whatever is wrong inside a file ends as an error that names it.
 
 import json
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from fastprompt.prompts.config import KINDS
+import fastprompt
+from fastprompt.prompts._safe_files import float_shapes, opened, replacing, write_safetensors
 from fastprompt.prompts.identity import ModelIdentity
-from fastprompt.prompts.rows import check_shape, checked_rows
+from fastprompt.prompts.layout import ModelShape, check_layout
+from fastprompt.prompts.peft_files import read_peft, write_peft
+from fastprompt.prompts.prompt_file import PromptFile
+from fastprompt.prompts.rows import checked_rows, finite_fp32
 
-_FORMAT, _VERSION, _TENSOR = "fastprompt.prompt", "1", "prompt"
-_JSON_LIMIT = 1 << 20  # an adapter_config.json has about a thousand bytes
+FORMAT, VERSION = "fastprompt.prompt", "1"
+FORMATS = ("safetensors", "npy", "peft")
 
 
-@dataclass(frozen=True, eq=False)
-class PromptFile:
-    """What a prompt file holds.
+def write_prompt(path: str | os.PathLike[str], prompt: PromptFile, *, format: str = "safetensors") -> None:  # noqa: A002
+    """Write ``prompt`` for :func:`read_prompt` and for others to read.
+
+    A file appears whole or not at all: it is written beside its place and moved there.
 
     Args:
-        rows: [P, D], fp32, on the CPU.
-        kind: as in PromptConfig.
-        init: how the prompt began, if the file says so.
-        name: what it was called in the model that saved it, if the file says so.
-        model: the model it was trained for; only our own format says so.
-    """
-
-    rows: Tensor
-    kind: str = "prepend"
-    init: str | None = None
-    name: str | None = None
-    model: ModelIdentity | None = None
-
-
-def write_prompt(path: str | os.PathLike[str], prompt: PromptFile) -> None:
-    """Write ``prompt`` as one safetensors file: tensor "prompt" [P, D] in fp32, the rest as metadata.
-
-    The file appears whole or not at all: it is written beside its place and moved there.
+        path: the file, or for PEFT the folder.
+        prompt: what to write.
+        format: ``"safetensors"``: one file, tensors in fp32, the rest as metadata. ``"npy"``: the rows [P, D] of a
+            ``"prepend"`` prompt, as google-research/prompt-tuning has them. ``"peft"``: a folder that
+            ``PeftModel.from_pretrained`` loads; see :func:`fastprompt.prompts.peft_files.write_peft`.
 
     Raises:
-        ValueError: rows that are not finite. OSError: as the file system has it.
+        TypeError, ValueError: values that are not finite floats, tensors that are no prompt of this kind, or a
+            prompt that the format cannot express. OSError: as the file system has it.
     """
-    rows = checked_rows("write_prompt: rows", prompt.rows)
-    metadata = {"format": _FORMAT, "version": _VERSION, "kind": prompt.kind}
-    if prompt.init is not None:
-        metadata["init"] = prompt.init
-    if prompt.name is not None:
-        metadata["name"] = prompt.name
-    if prompt.model is not None:
-        metadata["model"] = json.dumps(asdict(prompt.model))
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: it makes files private to their owner, and os.replace would hand that on to the prompt.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes(save({_TENSOR: rows}, metadata))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    if format not in FORMATS:
+        raise ValueError(f"write_prompt: format must be one of {list(FORMATS)}, got {format!r}")
+    checked = _checked(prompt)
+    if format == "peft":
+        write_peft(path, checked)
+    elif format == "npy":
+        if prompt.kind != "prepend":
+            raise ValueError(
+                f"write_prompt: a .npy file says nothing of its kind and is read as 'prepend', got {prompt.kind!r}. "
+                "Use format='safetensors'"
+            )
+        with replacing(path) as stream:
+            np.save(stream, checked.rows.numpy())
+    else:
+        write_safetensors(path, checked.tensors, prompt_metadata(checked) | {"format": FORMAT})
 
 
-def read_prompt(path: str | os.PathLike[str], *, width: int | None = None) -> PromptFile:
-    """Read a prompt file: one of ``write_prompt``, a .npy [P, D], or a PEFT PROMPT_TUNING adapter's folder.
+def prompt_metadata(prompt: PromptFile) -> dict[str, str | None]:
+    """What our own files say of a prompt beside its tensors."""
+    return {
+        "version": VERSION,
+        "package": fastprompt.__version__,
+        "kind": prompt.kind,
+        "parameterization": prompt.parameterization,
+        "init": prompt.init,
+        "name": prompt.name,
+        "model": json.dumps(asdict(prompt.model)) if prompt.model else None,
+    }
+
+
+def read_prompt(
+    path: str | os.PathLike[str],
+    *,
+    width: int | None = None,
+    shape: ModelShape | None = None,
+    task: int | None = None,
+) -> PromptFile:
+    """Read a prompt: a file of ``write_prompt``, a .npy [P, D], or the folder of a PEFT adapter.
 
     What a file is shows in its first bytes, not in its name: google-research/prompt-tuning writes .npy files
-    called ``encoder.prompt.prompt.prompt``. PEFT stores 2P rows for a T5 and uses the first P; those are read.
+    called ``encoder.prompt.prompt.prompt``. How PEFT's tables are read is told in
+    :func:`fastprompt.prompts.peft_files.read_peft`.
 
     Args:
         path: the file or folder.
         width: D, where it is known; another width is refused before its data is read.
+        shape: all of the model's sizes, where they are known; likewise.
+        task: which task's prompt of a PEFT multitask adapter.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         TypeError, ValueError: anything wrong inside, with the path and the remedy.
     """
     source = Path(path)
+    sizes = {} if shape is None else shape.sizes()
+    if width is not None:
+        sizes["D"] = width
     if source.is_dir():
-        return PromptFile(_read_peft(source, width))
+        return read_peft(source, sizes, task)
+    if task is not None:
+        raise ValueError(f"read_prompt: task is read only with a PEFT adapter's folder, and {source} is none")
     with source.open("rb") as stream:
         head = stream.read(9)
     if head.startswith(b"\x93NUMPY"):
-        return PromptFile(_read_npy(source, width))
+        return PromptFile(_read_npy(source, sizes.get("D")))
     if head.endswith(b"{") and len(head) == 9:  # safetensors: 8 bytes of header length, then the JSON header
-        return _read_safetensors(source, width)
+        return _read_safetensors(source, sizes)
     raise ValueError(
         f"read_prompt: {source} is no safetensors file, .npy file or PEFT adapter folder. Pickles (.pt, .bin, "
         ".pkl) run code and are not read: save the array [P, D] with numpy.save"
     )
 
 
-def _read_safetensors(source: Path, width: int | None) -> PromptFile:
-    with _opened(source) as handle:
+def _checked(prompt: PromptFile) -> PromptFile:
+    """The same with tensors that are fit to be written."""
+    what = "write_prompt: the prompt"
+    shapes = {name: tuple(tensor.shape) for name, tensor in prompt.tensors.items()}
+    check_layout(what, prompt.kind, prompt.parameterization, shapes)
+    values = {name: finite_fp32(f"{what}: tensor {name!r}", value) for name, value in prompt.tensors.items()}
+    return PromptFile(values, prompt.kind, prompt.init, prompt.name, prompt.model, prompt.parameterization)
+
+
+def _read_safetensors(source: Path, sizes: Mapping[str, int]) -> PromptFile:
+    with opened("read_prompt", source) as handle:
         metadata = handle.metadata() or {}
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"read_prompt: {source} holds other tensors {sorted(handle.keys())[:4]}, not a prompt. "
                 "For a PEFT adapter pass its folder"
             )
-        version, kind = metadata.get("version"), metadata.get("kind")
-        if version != _VERSION or kind not in KINDS:
+        if metadata.get("version") != VERSION:
             raise ValueError(
-                f"read_prompt: {source} must have version {_VERSION} and kind {' or '.join(KINDS)}, "
-                f"got version {version} and kind {kind}. It may come from a newer release"
+                f"read_prompt: {source} must have version {VERSION}, got {metadata.get('version')}. "
+                "It may come from a newer release"
             )
-        rows = _read_tensor(source, handle, _TENSOR, None, width)
-    return PromptFile(rows, kind, metadata.get("init"), metadata.get("name"), _identity(source, metadata))
+        what = f"read_prompt: {source}"
+        shapes = float_shapes(what, handle)
+        kind, parameterization = metadata.get("kind", ""), metadata.get("parameterization")
+        check_layout(what, kind, parameterization, shapes, sizes)
+        values = {name: finite_fp32(f"{what}: tensor {name!r}", handle.get_tensor(name)) for name in shapes}
+    return PromptFile(
+        values,
+        kind,
+        metadata.get("init"),
+        metadata.get("name"),
+        read_identity(what, metadata),
+        parameterization,
+        metadata.get("package"),
+    )
 
 
-def _identity(source: Path, metadata: dict[str, str]) -> ModelIdentity | None:
+def read_identity(what: str, metadata: Mapping[str, str]) -> ModelIdentity | None:
+    """The model that a file's ``metadata`` describes; None if it says nothing of it."""
     if "model" not in metadata:
         return None
     try:
         return ModelIdentity(**json.loads(metadata["model"]))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"read_prompt: {source} describes its model unreadably: {error}") from None
+        raise ValueError(f"{what} describes its model unreadably: {error}") from None
 
 
 def _read_npy(source: Path, width: int | None) -> Tensor:
@@ -137,55 +171,3 @@ def _read_npy(source: Path, width: int | None) -> Tensor:
     except Exception as error:  # numpy's header parser lets SyntaxError, tokenize and overflow errors out
         raise ValueError(f"read_prompt: {source} is no readable .npy file: {error}") from error
     return checked_rows(f"read_prompt: the array in {source}", array, None, width)
-
-
-def _read_peft(source: Path, width: int | None) -> Tensor:
-    config = _read_json(source / "adapter_config.json")
-    kind, num_tokens = config.get("peft_type"), config.get("num_virtual_tokens")
-    copies = config.get("num_transformer_submodules") or 1
-    if kind != "PROMPT_TUNING" or type(num_tokens) is not int or copies not in (1, 2):
-        raise ValueError(
-            f"read_prompt: {source} must be a PROMPT_TUNING adapter with num_virtual_tokens and at most 2 "
-            f"num_transformer_submodules, got {kind!r} with {num_tokens!r} and {copies!r}"
-        )
-    weights = source / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ValueError(
-            f"read_prompt: {source} has no adapter_model.safetensors. Save the adapter again with "
-            "safe_serialization=True: adapter_model.bin is a pickle and is not read"
-        )
-    with _opened(weights) as handle:
-        rows = _read_tensor(weights, handle, "prompt_embeddings", copies * num_tokens, width)
-    return rows[:num_tokens].clone()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"read_prompt: {path.parent} has no {path.name}, so it is no PEFT adapter folder")
-    with path.open("rb") as stream:
-        text = stream.read(_JSON_LIMIT)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"read_prompt: {path} is no readable JSON of at most 1 MiB: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"read_prompt: {path} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _read_tensor(source: Path, handle: Any, name: str, rows: int | None, width: int | None) -> Tensor:
-    names = sorted(handle.keys())
-    if name not in names:
-        raise ValueError(f"read_prompt: {source} must hold tensor {name!r}, got {names[:4]}")
-    what = f"read_prompt: tensor {name!r} in {source}"
-    check_shape(what, tuple(handle.get_slice(name).get_shape()), rows, width)
-    return checked_rows(what, handle.get_tensor(name), rows, width)
-
-
-@contextmanager
-def _opened(source: Path) -> Iterator[Any]:
-    try:
-        with safe_open(source, framework="pt", device="cpu") as handle:
-            yield handle
-    except (SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map a file of that size
-        raise ValueError(f"read_prompt: {source} is no readable safetensors file: {error}") from error

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fastprompt
 from fastprompt.prompts import ModelIdentity, PromptFile, files, read_prompt, write_prompt
+from fastprompt.prompts.layout import SITES, ModelShape, check_layout
 
 D = 32
 
@@ -40,17 +42,123 @@ def test_npy_of_the_original_project_has_no_suffix(dtype, order, rows, tmp_path)
     assert np.array_equal(read_prompt(path).rows.numpy(), values.astype(np.float32))
 
 
-@pytest.mark.parametrize("submodules", [None, 1, 2])
-def test_peft_folder(submodules, make_model, tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5, num_transformer_submodules=submodules
+def test_npy_is_written_for_the_original_project(rows, tmp_path):
+    path = tmp_path / "encoder.prompt.prompt.prompt"
+    write_prompt(path, PromptFile(rows), format="npy")
+    with path.open("rb") as stream:  # as its from_array initialiser does
+        array = np.load(stream)
+    assert array.dtype == np.float32
+    assert np.array_equal(array, rows.numpy())
+    with pytest.raises(ValueError, match="is read as 'prepend', got 'cached'"):
+        write_prompt(path, PromptFile(rows, "cached"), format="npy")
+    with pytest.raises(ValueError, match=r"format must be one of \['safetensors', 'npy', 'peft'\], got 'pt'"):
+        write_prompt(path, PromptFile(rows), format="pt")
+
+
+SHAPE = ModelShape(d_model=D, encoder_layers=3, decoder_layers=2, heads=4, head_width=12)
+PREFIXES = {
+    "rows": {"encoder": (3, 5, D), "decoder": (2, 5, D), "cross": (2, 5, D)},
+    "kv": {
+        f"{site}_{part}": (n, 5, 4, 12) for site, n in zip(SITES, (3, 2, 2), strict=True) for part in "kv"
+    },
+}
+
+
+def prefix(shapes, parameterization):
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    return PromptFile(tensors, "prefix", parameterization=parameterization)
+
+
+@pytest.mark.parametrize("sites", [SITES, ("encoder",), ("decoder", "cross"), ("cross",)])
+@pytest.mark.parametrize("parameterization", PREFIXES)
+def test_a_prefix_of_any_sites_comes_back(parameterization, sites, tmp_path):
+    shapes = {n: s for n, s in PREFIXES[parameterization].items() if n.split("_")[0] in sites}
+    written = prefix(shapes, parameterization)
+    write_prompt(tmp_path / "prefix", written)
+    again = read_prompt(tmp_path / "prefix", shape=SHAPE)
+    assert (again.kind, again.parameterization) == ("prefix", parameterization)
+    assert again.package == fastprompt.__version__
+    assert again.tensors.keys() == written.tensors.keys()
+    assert all(torch.equal(again.tensors[name], written.tensors[name]) for name in shapes)
+    with pytest.raises(ValueError, match=r"a 'prefix' prompt has no rows \[P, D\]; its tensors are"):
+        _ = again.rows
+
+
+def test_a_cached_prompt_keeps_its_kind(rows, tmp_path):
+    write_prompt(tmp_path / "prompt", PromptFile(rows, "cached"))
+    assert read_prompt(tmp_path / "prompt", shape=SHAPE).kind == "cached"
+
+
+BAD_PREFIXES = {
+    "no tensors": ("rows", {}, r"must hold tensors among \['encoder', 'decoder', 'cross'\], got \[\]"),
+    "other name": ("rows", {"encoder": (3, 5, D), "prompt": (5, D)}, "must hold tensors among"),
+    "key alone": ("kv", {"cross_k": (2, 5, 4, 12)}, "keys and values together, got"),
+    "other site": ("kv", {"shared_k": (2, 5, 4, 12), "shared_v": (2, 5, 4, 12)}, "must hold tensors among"),
+    "lengths": (
+        "rows",
+        {"decoder": (2, 5, D), "encoder": (3, 6, D)},
+        r"\[layers, P, D\]=\[3, 5, 32\].*\[3, 6, 32\]",
+    ),
+    "layers": ("rows", {"cross": (3, 5, D), "decoder": (2, 5, D)}, r"=\[3, 5, 32\].* got \[2, 5, 32\]"),
+    "heads": (
+        "kv",
+        {"cross_k": (2, 5, 4, 12), "cross_v": (2, 5, 3, 16)},
+        r"=\[2, 5, 4, 12\].*\[2, 5, 3, 16\]",
+    ),
+    "rank": ("rows", {"cross": (5, D)}, r"must have shape \[layers, P, D\] with 1 <= layers"),
+    "no rows": ("rows", {"cross": (2, 0, D)}, "must have shape"),
+    "unknown": (
+        "lora",
+        {"cross": (2, 5, D)},
+        "must have parameterization rows or kv for kind 'prefix', got 'lora'",
+    ),
+    "none": (None, {"cross": (2, 5, D)}, "got None. It may come from a newer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PREFIXES)
+def test_tensors_that_are_no_prefix_are_neither_written_nor_read(name, tmp_path):
+    parameterization, shapes, message = BAD_PREFIXES[name]
+    bad = prefix(shapes, parameterization)
+    with pytest.raises(ValueError, match=f"write_prompt: .*{message}"):
+        write_prompt(tmp_path / "prefix", bad)
+    metadata = (
+        OURS | {"kind": "prefix"} | ({"parameterization": parameterization} if parameterization else {})
     )
-    theirs = peft.get_peft_model(make_model(), config)
-    theirs.save_pretrained(tmp_path)
-    expected = theirs.prompt_encoder["default"].embedding.weight
-    assert len(expected) == (5 if submodules == 1 else 10)
-    assert torch.equal(read_prompt(tmp_path, width=D).rows, expected[:5].cpu())
+    save_file(bad.tensors, tmp_path / "prefix", metadata)
+    with pytest.raises(ValueError, match=f"read_prompt: .*{message}"):
+        read_prompt(tmp_path / "prefix")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_layers": 4}, r"=\[4, 5, 4, 12\], as the model .* got \[3, 5, 4, 12\]"),
+        ({"decoder_layers": 1}, r"tensor '(cross|decoder)_k' must have shape .*=\[1, 5, 4, 12\]"),
+        ({"heads": 6}, r"=\[2, 5, 6, 12\]"),
+        ({"head_width": 8}, r"=\[2, 5, 4, 8\]"),
+    ],
+)
+def test_a_prefix_of_another_model_is_refused_before_its_data_is_read(change, message, tmp_path, monkeypatch):
+    write_prompt(tmp_path / "prefix", prefix(PREFIXES["kv"], "kv"))
+    monkeypatch.setattr(files, "finite_fp32", lambda *_: pytest.fail("the data was read"))
+    with pytest.raises(ValueError, match=message):
+        read_prompt(tmp_path / "prefix", shape=dataclasses.replace(SHAPE, **change))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameterization", "shapes"),
+    [
+        ("prepend", None, {"prompt": (65536, 2**14 + 1)}),
+        ("prefix", "rows", {"encoder": (1024, 65536, 9), "cross": (1024, 65536, 9)}),
+    ],
+)
+def test_more_elements_than_any_prompt_has_are_refused_by_the_header(kind, parameterization, shapes):
+    with pytest.raises(
+        ValueError, match=r"x must have at most 1073741824 elements|x: tensor 'prompt' must have"
+    ):
+        check_layout("x", kind, parameterization, shapes)
 
 
 def test_a_failed_write_leaves_the_old_file(rows, tmp_path, monkeypatch):
@@ -119,7 +227,7 @@ HOSTILE = {
     "st_lying_shape": (safetensors(prompt_header([2**31, 2**31], end=16), ONE), "no readable safetensors"),
     "st_deep": (safetensors(b"{" + b'"a":[' * 100_000), "no readable safetensors"),
     "st_other": (safetensors({"w": prompt_header([2, 2])["prompt"]}, ONE), r"other tensors \['w'\]"),
-    "st_no_tensor": (safetensors({"__metadata__": OURS}), "must hold tensor 'prompt'"),
+    "st_no_tensor": (safetensors({"__metadata__": OURS}), r"must hold tensor \['prompt'\], got \[\]"),
     "st_1d": (safetensors(prompt_header([4]), ONE), r"must have shape .* got \[4\]"),
     "st_ints": (safetensors(prompt_header([2, 2], "I32"), ONE), "must hold floats"),
     "st_inf": (
@@ -128,8 +236,8 @@ HOSTILE = {
     ),
     "st_newer": (safetensors(prompt_header([2, 2], version="2"), ONE), "must have version 1"),
     "st_kind": (
-        safetensors(prompt_header([2, 2], kind="prefix"), ONE),
-        "kind prefix. It may come from a newer",
+        safetensors(prompt_header([2, 2], kind="infix"), ONE),
+        "got kind 'infix' with None. It may come from a newer",
     ),
     "st_model": (safetensors(prompt_header([2, 2], model="{"), ONE), "describes its model unreadably"),
     "st_model_keys": (safetensors(prompt_header([2, 2], model='{"a": 1}'), ONE), "describes its model"),
@@ -166,7 +274,7 @@ def test_a_sparse_file_as_large_as_it_says_is_refused_before_it_is_read(tmp_path
 def test_a_shape_that_cannot_be_a_prompt_is_refused_before_its_data_is_read(tmp_path, monkeypatch):
     path = tmp_path / "tall.safetensors"
     save_file({"prompt": torch.zeros(2**17, 1)}, path, OURS)
-    monkeypatch.setattr(files, "checked_rows", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr(files, "finite_fp32", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(ValueError, match=r"1 <= P <= 65536, got \[131072, 1\]"):
         read_prompt(path)
 
@@ -201,43 +309,11 @@ def test_every_truncation_and_many_flipped_bytes_end_in_a_value_error_or_a_finit
     assert refused >= len(whole)
 
 
-PEFT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "num_transformer_submodules": 2}
-
-
-@pytest.mark.parametrize(
-    ("config", "tensors", "message"),
-    [
-        (None, {}, "has no adapter_config.json"),
-        ("{", {}, "no readable JSON"),
-        ("[" * 100_000, {}, "no readable JSON"),
-        ("[]", {}, "must hold a JSON object, got list"),
-        (" " * 2**21 + "{}", {}, "no readable JSON"),
-        (PEFT | {"peft_type": "LORA"}, {}, "must be a PROMPT_TUNING adapter .* got 'LORA'"),
-        (PEFT | {"num_virtual_tokens": "2"}, {}, "got 'PROMPT_TUNING' with '2'"),
-        (PEFT | {"num_virtual_tokens": -2}, {"prompt_embeddings": (4, D)}, "must have shape"),
-        (PEFT | {"num_transformer_submodules": 3}, {"prompt_embeddings": (6, D)}, "at most 2"),
-        (PEFT, None, "no adapter_model.safetensors. Save the adapter again"),
-        (PEFT, {"other": (4, D)}, "must hold tensor 'prompt_embeddings', got"),
-        (PEFT, {"prompt_embeddings": (5, D)}, r"\[4, 32\] .* got \[5, 32\]"),
-        (PEFT, {"prompt_embeddings": (4, D + 1)}, r"\[4, 32\] .* got \[4, 33\]"),
-    ],
-)
-def test_hostile_peft_folders(config, tensors, message, tmp_path):
-    if config is not None:
-        text = config if isinstance(config, str) else json.dumps(config)
-        (tmp_path / "adapter_config.json").write_text(text)
-    if tensors:
-        values = {name: torch.zeros(shape) for name, shape in tensors.items()}
-        save_file(values, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=message):
-        read_prompt(tmp_path, width=D)
-
-
 def test_width_and_presence(rows, tmp_path):
     write_prompt(tmp_path / "prompt", PromptFile(rows))
     with pytest.raises(ValueError, match=r"must have shape \[P, D\]=\[P, 64\].* got \[5, 32\]"):
         read_prompt(tmp_path / "prompt", width=64)
     with pytest.raises(FileNotFoundError):
         read_prompt(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="write_prompt: rows has NaN or infinity"):
+    with pytest.raises(ValueError, match="tensor 'prompt' has NaN or infinity in 5 of its 5 rows"):
         write_prompt(tmp_path / "prompt", PromptFile(rows / 0))

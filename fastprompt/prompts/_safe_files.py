@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that appear whole or not at all, and safetensors and JSON files that are judged before they are read."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastprompt.prompts.layout import Shape
+
+JSON_LIMIT = 1 << 20  # an adapter_config.json has about a thousand bytes
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A stream whose bytes become the file at ``path`` when the block ends well; else they are gone."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: it makes files private to their owner, and os.replace would hand that on.
+    partial = target.with_name(
+        f".{uuid.uuid4().hex}"
+    )  # a name of its own: the target's may be as long as names get
+    try:
+        with partial.open("xb") as stream:
+            yield stream
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str | None]
+) -> None:
+    """Write ``tensors`` and what of ``metadata`` is not None."""
+    given = {key: value for key, value in metadata.items() if value is not None}
+    with replacing(path) as stream:
+        stream.write(save(dict(tensors), given))
+
+
+@contextmanager
+def opened(who: str, source: Path) -> Iterator[Any]:
+    """The open safetensors file; whatever goes wrong with its bytes in the block is a ValueError."""
+    try:
+        with safe_open(source, framework="pt", device="cpu") as handle:
+            yield handle
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map a file of that size
+        raise ValueError(f"{who}: {source} is no readable safetensors file: {error}") from error
+
+
+def float_shapes(what: str, handle: Any) -> dict[str, Shape]:
+    """The shapes of an open file's tensors, from its header. TypeError if one does not hold floats."""
+    shapes = {}
+    for name in sorted(handle.keys()):
+        part = handle.get_slice(name)
+        if part.get_dtype() not in _FLOATS:
+            raise TypeError(f"{what}: tensor {name!r} must hold floats, got dtype {part.get_dtype()}")
+        shapes[name] = tuple(part.get_shape())
+    return shapes
+
+
+def read_json(who: str, path: Path) -> dict[str, Any]:
+    """The JSON object in the file at ``path``."""
+    with path.open("rb") as stream:
+        text = stream.read(JSON_LIMIT)
+    return json_object(f"{who}: {path}", text)
+
+
+def json_object(what: str, text: bytes | str) -> dict[str, Any]:
+    """The JSON object that ``text`` says."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is no readable JSON of at most 1 MiB: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} must hold a JSON object, got {type(values).__name__}")
+    return values
