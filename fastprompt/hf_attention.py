@@ -51,7 +51,11 @@ class PromptKeys(NamedTuple):
     values: tuple[Tensor, ...]  # per layer [R, P, H, K]
     ids: Tensor | None = None  # int64 [B], the prompt of each example; None: all take the only one
     lens: Tensor | None = None  # int64 [R], how many of the P keys each prompt has; None: all
-    bias: Tensor | None = None  # fp32 [H, 2M + 1] of t5_bias_table; None in cross-attention, which has none
+    # fp32 [H, 2M + 1] of t5_bias_table, or one per layer as in UMT5; None in cross-attention, which has none
+    bias: Tensor | tuple[Tensor, ...] | None = None
+
+    def bias_of(self, layer: int) -> Tensor | None:
+        return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
 
     def for_batch(self, B: int) -> "PromptKeys":
         """With ids of B rows: generate repeats each example for its beams and returned sequences."""
@@ -75,6 +79,11 @@ class Keys(NamedTuple):
     def ndim(self) -> int:
         """generate makes a static cache's mask itself; T5 asks whether it is one [B, S], then for its mask."""
         return 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """transformers takes a number of keys from the last entry, and hands it to :func:`keys`, which has its own."""
+        return (0,)
 
 
 # Which prompts the mask function adds: those of an encoder's self-attention, of a decoder's, of cross-attention.
@@ -164,7 +173,11 @@ def attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
-                None if bias is None else prompt.bias if prompt is not None else _table(bias, attention_mask),
+                None
+                if bias is None
+                else _table(bias, attention_mask)
+                if prompt is None
+                else prompt.bias_of(module.layer_idx),
                 key_mask=attention_mask.mask,
                 offset=attention_mask.offset if attention_mask.causal else 0,
                 causal=attention_mask.causal,
