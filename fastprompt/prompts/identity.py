@@ -2,10 +2,12 @@
 """Which frozen model a prompt was trained for.
 
 A prompt means nothing to another model, and shapes cannot tell: T5 v1.1, its LM-adapted and its FLAN
-checkpoints share all of them. The embedding table tells them apart.
+checkpoints share all of them. The embedding table tells them apart. A cache of keys and values depends on every
+weight, so there every weight is asked, by a sample.
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
+_SAMPLES = 256  # of each weight; any training step moves nearly all elements of a weight
 
 
 @dataclass(frozen=True)
@@ -61,4 +64,30 @@ def embedding_sha256(weight: Tensor) -> str:
     digest = hashlib.sha256(f"{list(weight.shape)}".encode())
     for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
         digest.update(chunk.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of named tensors: names, shapes and fp32 values. Of a prompt's, it tells what a cache was made from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {list(values.shape)};".encode())
+        digest.update(memoryview(values.numpy()))
+    return digest.hexdigest()
+
+
+def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of a model's named weights: names, shapes, dtypes, and evenly spaced elements of each.
+
+    Args:
+        weights: ``model.named_parameters()``. At most 256 elements of each leave its device.
+    """
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        flat = weight.detach().reshape(-1)
+        step = -(-max(1, len(flat)) // _SAMPLES)
+        # To fp64, which holds every float dtype's values exactly.
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype};".encode())
+        digest.update(memoryview(flat[::step].to("cpu", torch.float64).contiguous().numpy()))
     return digest.hexdigest()

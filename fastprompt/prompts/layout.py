@@ -104,8 +104,8 @@ def check_shape(what: str, shape: Shape, rows: int | None = None, width: int | N
         return
     expected = f"[{'P' if rows is None else rows}, {'D' if width is None else width}]"
     raise ValueError(
-        f"{what} must have shape [P, D]={expected} with 1 <= P <= {MAX_TOKENS}, got {list(shape)}. "
-        "A prompt fits only models of its own width D (d_model)"
+        f"{what} must have shape [P, D]={expected} with 1 <= P <= {MAX_TOKENS} and at most {MAX_ELEMENTS} elements, "
+        f"got {list(shape)}. A prompt fits only models of its own width D (d_model)"
     )
 
 

@@ -275,7 +275,7 @@ def test_a_shape_that_cannot_be_a_prompt_is_refused_before_its_data_is_read(tmp_
     path = tmp_path / "tall.safetensors"
     save_file({"prompt": torch.zeros(2**17, 1)}, path, OURS)
     monkeypatch.setattr(files, "finite_fp32", lambda *_: pytest.fail("the data was read"))
-    with pytest.raises(ValueError, match=r"1 <= P <= 65536, got \[131072, 1\]"):
+    with pytest.raises(ValueError, match=r"1 <= P <= 65536 .* got \[131072, 1\]"):
         read_prompt(path)
 
 
