@@ -71,9 +71,9 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of named tensors: names, shapes and fp32 values. Of a prompt's, it tells what a cache was made from."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        values = tensors[name].detach().to("cpu", torch.float32)
         digest.update(f"{name} {list(values.shape)};".encode())
-        digest.update(memoryview(values.numpy()))
+        digest.update(_bytes(values))
     return digest.hexdigest()
 
 
@@ -89,5 +89,9 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
         step = -(-max(1, len(flat)) // _SAMPLES)
         # To fp64, which holds every float dtype's values exactly.
         digest.update(f"{name} {list(weight.shape)} {weight.dtype};".encode())
-        digest.update(memoryview(flat[::step].to("cpu", torch.float64).contiguous().numpy()))
+        digest.update(_bytes(flat[::step].to("cpu", torch.float64)))
     return digest.hexdigest()
+
+
+def _bytes(values: Tensor) -> Any:
+    return values.contiguous().numpy()
