@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fastprompt import hf_attention
 from fastprompt.modules import FAMILY, MIXINS, fast_class, mixin_for
 from fastprompt.modules.attention import FastAttention, FastSelfAttention
+from fastprompt.modules.config import served_config, stock_config
 from fastprompt.modules.dropout import FastDropout
 from fastprompt.modules.ff import FastFF
 from fastprompt.modules.norm import FastNorm
@@ -100,12 +101,7 @@ def patch(
         elif not chosen:
             _restore(module)
     for stack in _stacks(model):
-        if attention:
-            if stack.config._attn_implementation_internal != hf_attention.NAME:
-                stack.fastprompt_attention = stack.config._attn_implementation_internal
-                stack.config._attn_implementation_internal = hf_attention.NAME
-        else:
-            _restore_attention(stack)
+        _give_config(stack, (served_config if attention else stock_config)(stack.config))
     if on_unsupported != "fallback":
         missed = [row for row in explain(model) if row.reason is not None and row.reason != NOT_CHOSEN]
         if missed:
@@ -123,7 +119,7 @@ def unpatch(model: M) -> M:
     for module in model.modules():
         _restore(module)
     for stack in _stacks(model):
-        _restore_attention(stack)
+        _give_config(stack, stock_config(stack.config))
     return model
 
 
@@ -194,17 +190,17 @@ def _leaves(model: nn.Module) -> Iterator[nn.Module]:
             yield module
     for stack in _stacks(model):
         dropout = getattr(stack, "dropout", None)
-        if (
-            type(stack).__name__.endswith("Stack")
-            and dropout is not None
-            and _stock(type(dropout)) is nn.Dropout
-        ):
+        if dropout is not None and _stock(type(dropout)) is nn.Dropout:
             yield dropout
 
 
 def _stacks(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config.model_type in hf_attention.SERVED:
+        if (
+            isinstance(module, PreTrainedModel)
+            and type(module).__name__.endswith("Stack")
+            and module.config.model_type in hf_attention.SERVED
+        ):
             yield module
 
 
@@ -215,6 +211,9 @@ def _restore(module: nn.Module) -> None:
             module.__dict__.pop(name, None)
 
 
-def _restore_attention(stack: Any) -> None:
-    if "fastprompt_attention" in stack.__dict__:
-        stack.config._attn_implementation_internal = stack.__dict__.pop("fastprompt_attention")
+def _give_config(stack: Any, config: Any) -> None:
+    """To the stack, which makes the masks, and to all in it that read the same one: its attention layers."""
+    before = stack.config
+    for module in stack.modules():
+        if module.__dict__.get("config") is before:
+            module.config = config

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration that a patched stack reads: transformers' own in all but the name of the attention.
+
+T5's stacks choose their masks and their attention by ``config._attn_implementation``. The configuration object may be
+the user's, and other models' too, so that name is not written into it. A stack is given a second view of the same
+state instead: what is set on one is read from the other.
+"""
+
+from functools import cache
+from typing import Any
+
+from fastprompt import hf_attention
+
+
+class Served:
+    """Mixin for a model's configuration class."""
+
+    stock: Any  # the configuration that this is a view of
+
+    @property
+    def _attn_implementation_internal(self) -> str:
+        return hf_attention.NAME
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.stock, name, value)  # which may refuse, or set more
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]
+        return type(self.stock)  # of which transformers makes another, to compare with its defaults
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return served_config, (self.stock,)  # copies and pickles share their state again
+
+
+@cache
+def _served_class(cls: Any) -> Any:
+    return type(f"Fast{cls.__name__}", (Served, cls), {"__module__": __name__, "__slots__": ("stock",)})
+
+
+def served_config(config: Any) -> Any:
+    """``config`` as a patched stack reads it."""
+    if isinstance(config, Served):
+        return config
+    kind: Any = type(config)
+    view: Any = object.__new__(_served_class(kind))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "stock", config)
+    return view
+
+
+def stock_config(config: Any) -> Any:
+    """``config`` as its model was made with."""
+    return config.stock if isinstance(config, Served) else config
