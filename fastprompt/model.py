@@ -1,39 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PromptModel: a frozen Hugging Face T5 with trainable soft prompts in front of its encoder input."""
+"""PromptModel: a frozen Hugging Face T5 with trainable prompts."""
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from fastprompt import hf_attention
 from fastprompt.ops.prompt_embed import prompt_embed
 from fastprompt.prompts import checks
-from fastprompt.prompts.bank import Names, PromptBank
-from fastprompt.prompts.config import PromptConfig
+from fastprompt.prompts.bank import Choice, Names, PromptBank
+from fastprompt.prompts.branch import evaluating
+from fastprompt.prompts.cache import PromptCaches
+from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.files import PromptFile, read_prompt, write_prompt
 from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.init import initial_prompt
+from fastprompt.prompts.keyed import Keyed, joined, keyed, prompt_keys
 from fastprompt.prompts.mask import prepend_mask
+from fastprompt.prompts.prefix import PrefixPrompt
+from fastprompt.prompts.prefix_init import initial_prefix
+from fastprompt.prompts.reentrant import gathered, is_reentrant
+from fastprompt.prompts.sites import serve
 
 # Keywords that HF reads beside the parameters of a T5's forward.
-_HF_KEYWORDS = {"output_attentions", "output_hidden_states", "num_items_in_batch", "return_dict"}
+_FLAGS = ("output_attentions", "output_hidden_states")
+_HF_KEYWORDS = {*_FLAGS, "num_items_in_batch", "return_dict"}
 
 
 class PromptModel(nn.Module):
-    """A frozen T5 and its soft prompts (Lester et al. 2021); only the prompts train.
+    """A frozen T5 and its prompts (Lester et al. 2021); only the prompts train.
 
-    Row b of a batch enters the encoder as [its prompt | its tokens], which is what HF T5 computes on
-    ``inputs_embeds=torch.cat([prompt, embed(input_ids)])``. The embedding table is read directly, so hooks on
-    the embedding module do not run.
+    With a prompt of kind "prepend", row b of a batch enters the encoder as [its prompt | its tokens], which is what HF
+    T5 computes on ``inputs_embeds=torch.cat([prompt, embed(input_ids)])``. The embedding table is read directly, so
+    hooks on the embedding module do not run. With kinds "cached" and "prefix" the encoder runs the tokens only, and
+    attention layers read the prompts' keys and values beside the tokens' (docs/prompts.md). For these the model's
+    attention is set to "fastprompt", which computes what its own did.
 
     ``.model`` is the model given: frozen in place (``requires_grad_(False)``), nothing added to it. ``.prompts``
-    maps names to fp32 Parameters [P, D]; casts such as ``.bfloat16()`` reach the model and leave the prompts
-    fp32. To move both to a device, move the PromptModel. ``state_dict()`` holds the prompts only, and
+    maps names to fp32 Parameters [P, D], or to a PrefixPrompt; casts such as ``.bfloat16()`` reach the model and leave
+    the prompts fp32. To move both to a device, move the PromptModel. ``state_dict()`` holds the prompts only, and
     ``load_state_dict()`` takes that; ``save_prompt`` writes files that also say which model they belong to.
 
     Args:
@@ -66,6 +77,7 @@ class PromptModel(nn.Module):
         self.tokenizer = tokenizer
         self.prompts = PromptBank()
         self.configs: dict[str, PromptConfig] = {}
+        self._caches = PromptCaches()
         for name, each in ({"default": config} if isinstance(config, PromptConfig) else config).items():
             self.add_prompt(name, each)
         model.requires_grad_(False)
@@ -85,16 +97,18 @@ class PromptModel(nn.Module):
         encoder_outputs: Any = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """The model's forward, with the prompts in front of the encoder input.
+        """The model's forward, with the prompts.
 
         Args:
             input_ids: [B, S] int32 or int64. Not read when ``encoder_outputs`` is given.
             attention_mask: [B, S], 0 where a token is padding, on either side; None: every token counts.
             labels: [B, T] int64, -100 where ignored; asks for the loss.
-            prompts: one name for all rows, or one name per row (lengths may differ); None: the first prompt.
+            prompts: one name for all rows, or one name per row (lengths may differ; "prepend" does not mix with the
+                other kinds); None: the first prompt.
             return_logits: False leaves the logits out of the output.
             decoder_input_ids, decoder_attention_mask: as HF has them.
-            encoder_outputs: of an earlier forward with the same prompts, [B, L, D], L = longest prompt + S.
+            encoder_outputs: of an earlier forward with the same prompts, [B, L, D]; L = longest prompt + S for
+                "prepend", L = S for other kinds.
             kwargs: what else the model's forward takes (``output_attentions``, ``past_key_values``, ...).
 
         Returns:
@@ -105,22 +119,25 @@ class PromptModel(nn.Module):
             IndexError: a token id or, on the CPU, a label is outside the vocabulary.
         """
         checks.check_keywords(kwargs, self._keywords)
-        if encoder_outputs is None:
-            embeds, mask = self._encoder_input(input_ids, attention_mask, prompts)
-            kwargs["inputs_embeds"] = embeds
-        else:
-            embeds, mask = encoder_outputs[0], self._cross_mask(encoder_outputs[0], attention_mask, prompts)
-        checks.check_labels(labels, len(embeds), self.config.vocab_size)
+        batch = self._batch_size(input_ids, encoder_outputs)
+        checks.check_labels(labels, batch, self.config.vocab_size)
+        choice = self._choose(prompts, batch)
         return_dict = kwargs.pop("return_dict", True)
-        output = self.model(
-            attention_mask=mask,
+        arguments = dict(
             labels=labels,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
             return_dict=True,
             **kwargs,
         )
+        if self._is_keyed(choice):
+            output = self._keyed_forward(input_ids, attention_mask, choice, encoder_outputs, arguments)
+        else:
+            if encoder_outputs is None:
+                arguments["inputs_embeds"], mask = self._encoder_input(input_ids, attention_mask, choice)
+            else:
+                mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
+            output = self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
         if not return_logits:
             output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
         return output.to_tuple() if return_dict is False else output
@@ -135,7 +152,7 @@ class PromptModel(nn.Module):
         encoder_outputs: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """HF ``generate`` in all its modes, with the prompts in front of the encoder input.
+        """HF ``generate`` in all its modes, with the prompts.
 
         Args:
             input_ids, attention_mask, prompts, encoder_outputs: as in ``forward``.
@@ -154,17 +171,17 @@ class PromptModel(nn.Module):
                 "PromptModel: assistant_model is not supported, because it has no prompt. "
                 "prompt_lookup_num_tokens needs no second model"
             )
+        choice = self._choose(prompts, self._batch_size(input_ids, encoder_outputs))
+        flags = {name: self._generation_flag(name, kwargs) for name in _FLAGS}
+        if self._is_keyed(choice):
+            return self._keyed_generate(input_ids, attention_mask, choice, encoder_outputs, flags, kwargs)
         if encoder_outputs is None:
-            embeds, mask = self._encoder_input(input_ids, attention_mask, prompts)
+            embeds, mask = self._encoder_input(input_ids, attention_mask, choice)
             encoder_outputs = self.model.get_encoder()(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                output_attentions=self._generation_flag("output_attentions", kwargs),
-                output_hidden_states=self._generation_flag("output_hidden_states", kwargs),
-                return_dict=True,
+                inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags
             )
         else:
-            mask = self._cross_mask(encoder_outputs[0], attention_mask, prompts)
+            mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
         # Given inputs_embeds instead, HF has no token ids for encoder_no_repeat_ngram_size and
         # encoder_repetition_penalty, and ignores them.
         return self.model.generate(input_ids, attention_mask=mask, encoder_outputs=encoder_outputs, **kwargs)
@@ -174,16 +191,55 @@ class PromptModel(nn.Module):
 
         Raises:
             TypeError: ``config`` is no PromptConfig.
-            ValueError: the name is taken or cannot be one, or the initialiser does not work.
+            ValueError: the name is taken or cannot be one, the initialiser does not work, or the model's attention
+                does not serve this kind.
         """
         if not isinstance(config, PromptConfig):
             got = type(config).__name__
             raise TypeError(f"PromptModel: the config of {name!r} must be a PromptConfig, got {got}")
         if name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
-        table = self._table()
-        self.prompts[name] = initial_prompt(config, table, self.tokenizer).to(table.device)
+        checks.check_kind(config.kind, self.model)
+        self.prompts[name] = self._initial(config)
         self.configs[name] = config
+
+    def cache_prompts(self, names: str | Iterable[str] | None = None) -> None:
+        """Compute the keys and values of prompts once, and keep them: forward without gradient and ``generate`` then
+        run the tokens only.
+
+        What is kept is computed again by itself once a prompt or the model has changed. Copies of the PromptModel and
+        its files are without it. Used in eval mode; in training mode dropout makes every call's keys others.
+
+        Args:
+            names: of prompts of kind "cached" or "prefix", one or several; None: all of them.
+
+        Raises:
+            ValueError: an unknown name, or a prompt of kind "prepend", whose keys depend on the tokens.
+        """
+        if names is None:
+            names = [name for name in self.prompts if self.kind(name) != "prepend"]
+        chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        if not chosen:
+            return
+        prompts = self.prompts.choose(chosen, len(chosen)).prompts
+        for name in chosen:
+            if self.kind(name) == "prepend":
+                raise ValueError(
+                    f"PromptModel: prompt {name!r} is of kind 'prepend': its keys depend on the tokens, so there is "
+                    "nothing to keep. Train one of kind 'cached' or 'prefix'"
+                )
+        with torch.no_grad(), evaluating(self.model):
+            self._caches.keep(chosen, prompts, self.model, keyed(self.model, prompts))
+
+    def drop_caches(self) -> None:
+        """Free what ``cache_prompts`` keeps."""
+        self._caches = PromptCaches()
+
+    def kind(self, name: str) -> str:
+        """The kind of a prompt."""
+        if isinstance(self.prompts[name], PrefixPrompt):
+            return "prefix"
+        return self.configs[name].kind if name in self.configs else "prepend"
 
     def save_prompt(self, name: str, path: str | os.PathLike[str]) -> None:
         """Write a prompt and which model it belongs to, as one safetensors file.
@@ -231,8 +287,8 @@ class PromptModel(nn.Module):
 
     @property
     def num_trainable_parameters(self) -> int:
-        """P * D, summed over the prompts."""
-        return sum(prompt.numel() for prompt in self.prompts.values())
+        """Elements of the prompts, P * D each where they are rows in the encoder."""
+        return sum(parameter.numel() for parameter in self.prompts.parameters())
 
     @property
     def config(self) -> Any:
@@ -283,34 +339,158 @@ class PromptModel(nn.Module):
         self._load_prefix = prefix
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _initial(self, config: PromptConfig) -> Tensor | PrefixPrompt:
+        """The first values that a config asks for, where the model is."""
+        table, source = self._table(), None
+        if config.init == "prompt":
+            source = self.prompts.choose(config.source, 1).prompts[0]
+            if len(source) != config.num_tokens:
+                raise ValueError(
+                    f"PromptConfig: source {config.source!r} must have num_tokens={config.num_tokens} rows, "
+                    f"got {len(source)}. Pass num_tokens={len(source)}"
+                )
+        if config.kind == "prefix":
+            serve(self.model)
+            return initial_prefix(config, self.model, self.tokenizer, source).to(table.device)
+        if isinstance(source, PrefixPrompt):
+            raise ValueError(
+                f"PromptConfig: source {config.source!r} is a prefix, and has no rows for a {config.kind} prompt"
+            )
+        if source is not None:
+            return source.detach().clone()
+        return initial_prompt(config, table, self.tokenizer).to(table.device)
+
+    def _batch_size(self, input_ids: Tensor | None, encoder_outputs: Any) -> int:
+        if encoder_outputs is not None:
+            return len(encoder_outputs[0])
+        return len(checks.check_input_ids(input_ids, self._table()))
+
+    def _choose(self, prompts: Names, batch: int) -> Choice:
+        choice = self.prompts.choose(prompts, batch)
+        for prompt in choice.prompts:
+            tensor = prompt if isinstance(prompt, Tensor) else next(iter(prompt.parameters()))
+            checks.check_device("prompts", tensor, self._table())
+        checks.check_one_family({name: self.kind(name) for name in choice.names})
+        return choice
+
+    def _is_keyed(self, choice: Choice) -> bool:
+        """Are they read by attention layers, and no rows of the encoder's input?"""
+        return self.kind(choice.names[0]) != "prepend"
+
     def _encoder_input(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, prompts: Names
+        self, input_ids: Any, attention_mask: Tensor | None, choice: Choice
     ) -> tuple[Tensor, Tensor | None]:
         """The encoder's input [B, L, D] and its mask [B, L] or None."""
         table = self._table()
-        ids = checks.check_input_ids(input_ids, table)
-        batch, num_tokens = ids.shape
+        batch, num_tokens = input_ids.shape
         checks.check_mask(attention_mask, batch, num_tokens, table)
-        choice = self.prompts.choose(prompts, batch)
-        checks.check_device("prompts", choice.prompts[0], table)
-        embeds = prompt_embed(ids, table, choice.prompts, choice.ids)
+        embeds = prompt_embed(input_ids, table, choice.prompts, choice.ids)
         assert isinstance(embeds, Tensor)  # it is a pair for packed ids only
         return embeds, prepend_mask(attention_mask, choice.lengths, num_tokens, table.device)
 
-    def _cross_mask(self, hidden: Tensor, attention_mask: Tensor | None, prompts: Names) -> Tensor | None:
+    def _cross_mask(self, hidden: Tensor, attention_mask: Tensor | None, choice: Choice) -> Tensor | None:
         """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]; one of [B, L] stays."""
         batch, length = hidden.shape[:2]
         if attention_mask is not None and tuple(attention_mask.shape) == (batch, length):
             return attention_mask
-        lengths = self.prompts.choose(prompts, batch).lengths
-        num_tokens = length - max(lengths)
+        num_tokens = length - max(choice.lengths)
         if num_tokens < 0:
             raise ValueError(
-                f"PromptModel: encoder_outputs must have at least the prompt's {max(lengths)} positions, "
+                f"PromptModel: encoder_outputs must have at least the prompt's {max(choice.lengths)} positions, "
                 f"got {length}. Give those of a PromptModel with the same prompts"
             )
         checks.check_mask(attention_mask, batch, num_tokens, self._table())
-        return prepend_mask(attention_mask, lengths, num_tokens, hidden.device)
+        return prepend_mask(attention_mask, choice.lengths, num_tokens, hidden.device)
+
+    def _keyed_forward(
+        self,
+        input_ids: Any,
+        attention_mask: Tensor | None,
+        choice: Choice,
+        encoder_outputs: Any,
+        arguments: dict[str, Any],
+    ) -> Any:
+        sites = self._site_keys(choice)
+        if encoder_outputs is None:
+            flags = {name: arguments[name] for name in _FLAGS if name in arguments}
+            encoder_outputs = self._encode(input_ids, attention_mask, sites["encoder"], flags)
+        hidden = encoder_outputs[0]
+        checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
+        if arguments.get("past_key_values") is not None:
+            # Where the queries stand among the keys is for transformers to say.
+            with hf_attention.prompt_keys(decoder=sites["decoder"], cross=sites["cross"]):
+                return self.model(attention_mask=attention_mask, encoder_outputs=encoder_outputs, **arguments)
+        decoder, cross = sites["decoder"], sites["cross"]
+        if torch.is_grad_enabled() and is_reentrant(self.model.get_decoder()):
+            ids = arguments.pop("decoder_input_ids")
+            embeds = arguments.get("decoder_inputs_embeds")
+            if embeds is None:
+                ids = self.prepare_decoder_input_ids_from_labels(arguments["labels"]) if ids is None else ids
+                embeds = self.model.get_decoder().get_input_embeddings()(ids)
+            arguments["decoder_inputs_embeds"], (decoder, cross) = _as_leaves(embeds, decoder, cross)
+        arguments["decoder_attention_mask"] = hf_attention.Keys(
+            _as_bool(arguments["decoder_attention_mask"]), 0, True, decoder
+        )
+        mask = hf_attention.Keys(_as_bool(attention_mask), 0, False, cross)
+        return self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
+
+    def _keyed_generate(
+        self,
+        input_ids: Any,
+        attention_mask: Tensor | None,
+        choice: Choice,
+        encoder_outputs: Any,
+        flags: dict[str, bool],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        sites = self._site_keys(choice)
+        if encoder_outputs is None:
+            encoder_outputs = self._encode(input_ids, attention_mask, sites["encoder"], flags)
+        hidden = encoder_outputs[0]
+        checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
+        if attention_mask is None:  # generate would guess one from padding ids
+            attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        with hf_attention.prompt_keys(decoder=sites["decoder"], cross=sites["cross"]):
+            return self.model.generate(
+                input_ids, attention_mask=attention_mask, encoder_outputs=encoder_outputs, **kwargs
+            )
+
+    def _encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt: hf_attention.PromptKeys | None,
+        flags: dict[str, bool],
+    ) -> BaseModelOutput:
+        """The encoder over the tokens [B, S], which attend to the prompt's keys too."""
+        encoder = self.model.get_encoder()
+        checks.check_mask(attention_mask, len(input_ids), input_ids.shape[1], self._table())
+        checks.check_ids(input_ids, self._table())
+        embeds = encoder.get_input_embeddings()(input_ids)
+        if torch.is_grad_enabled() and is_reentrant(encoder):
+            embeds, (prompt,) = _as_leaves(embeds, prompt)
+        mask = hf_attention.Keys(_as_bool(attention_mask), 0, False, prompt)
+        return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
+
+    def _site_keys(self, choice: Choice) -> dict[str, hf_attention.PromptKeys | None]:
+        """The prompts' keys for each site, computed or kept."""
+        serve(self.model)
+        ids = [0] * len(choice.lengths) if choice.ids is None else choice.ids
+        fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
+        found = keyed(self.model, choice.prompts) if fresh else self._kept(choice)
+        return {site: prompt_keys(self.model, site, found.get(site), ids) for site in SITES}
+
+    def _kept(self, choice: Choice) -> Keyed:
+        """What ``cache_prompts`` keeps, and what it does not computed now."""
+        stale = self._caches.stale(dict(zip(choice.names, choice.prompts, strict=True)), self.model)
+        self._caches.drop(stale)
+        self.cache_prompts([name for name in self.prompts if name in stale])
+        parts, missing = self._caches.parts(choice.names)
+        if missing:
+            prompts = [choice.prompts[i] for i in missing]
+            for site, (keys, rows) in keyed(self.model, prompts).items():
+                parts[site].append((keys, dict(zip(missing, rows, strict=True))))
+        return {site: joined(each, len(choice.names)) for site, each in parts.items() if each}
 
     def _generation_flag(self, name: str, kwargs: dict[str, Any]) -> bool:
         """As HF resolves it: the keyword, else the given generation config, else the model's own."""
@@ -325,6 +505,29 @@ class PromptModel(nn.Module):
 
     def _identity(self) -> ModelIdentity:
         return ModelIdentity.of(self.model.config, self._table())
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.ne(0)
+
+
+def _as_leaves(
+    embeds: Tensor, *sites: hf_attention.PromptKeys | None
+) -> tuple[Tensor, list[hf_attention.PromptKeys | None]]:
+    """The stack's input and its prompt keys, made ready for reentrant checkpoints."""
+    tensors = [tensor for site in sites if site is not None for tensor in (*site.keys, *site.values)]
+    if not tensors:
+        return embeds, list(sites)
+    embeds, leaves = gathered(embeds, tensors)
+    found: list[hf_attention.PromptKeys | None] = []
+    for site in sites:
+        if site is None:
+            found.append(None)
+            continue
+        layers = len(site.keys)
+        keys, values, leaves = leaves[:layers], leaves[layers : 2 * layers], leaves[2 * layers :]
+        found.append(site._replace(keys=tuple(keys), values=tuple(values)))
+    return embeds, found
 
 
 def _allow_missing_model(module: PromptModel, incompatible: Any) -> None:

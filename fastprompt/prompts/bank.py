@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from fastprompt.prompts.prefix import PrefixPrompt
+
 Names = str | Sequence[str] | None
 
 _TAKEN = frozenset(dir(nn.ParameterDict()))  # names a parameter of a ParameterDict cannot have
@@ -15,18 +17,20 @@ _TAKEN = frozenset(dir(nn.ParameterDict()))  # names a parameter of a ParameterD
 class Choice(NamedTuple):
     """The prompts of one batch.
 
-    prompts: the distinct prompts [P_i, D] in use.
+    names: the distinct prompts in use.
+    prompts: them: [P_i, D], or a PrefixPrompt.
     ids: which of them each of the B rows takes; None if there is only one.
     lengths: P_b of each row.
     """
 
-    prompts: list[Tensor]
+    names: list[str]
+    prompts: list[Any]
     ids: list[int] | None
     lengths: list[int]
 
 
 class PromptBank(nn.ParameterDict):
-    """Trainable prompts by name, each an fp32 Parameter [P, D].
+    """Trainable prompts by name, each an fp32 Parameter [P, D], or a PrefixPrompt of fp32 Parameters.
 
     They stay fp32 when the module around them is cast: the rows of trained T5 prompts have norms from 200 to
     2000, where a learning step is often less than bf16 can add.
@@ -38,6 +42,9 @@ class PromptBank(nn.ParameterDict):
                 "PromptModel: a prompt's name must be a str that is not empty, has no '.' and is no attribute "
                 f"of ParameterDict (such as 'train' or 'keys'), got {name!r}"
             )
+        if isinstance(rows, PrefixPrompt):
+            super().__setitem__(name, rows)
+            return
         if not isinstance(rows, Tensor) or rows.dtype != torch.float32 or rows.ndim != 2:
             got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(f"PromptModel: prompt {name!r} must be a float32 tensor [P, D], got {got}")
@@ -74,7 +81,7 @@ class PromptBank(nn.ParameterDict):
         used = list(dict.fromkeys(per_row))
         prompts = [self[name] for name in used]
         ids = [used.index(name) for name in per_row]
-        return Choice(prompts, ids if len(used) > 1 else None, [len(prompts[i]) for i in ids])
+        return Choice(used, prompts, ids if len(used) > 1 else None, [len(prompts[i]) for i in ids])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_fp32(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastprompt import hf_attention
+
 # Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete
 # for the capacity of its experts.
 MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
@@ -41,6 +43,42 @@ def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
         raise ValueError(f"PromptModel: input_ids must have shape [B >= 1, S], got {list(input_ids.shape)}")
     check_device("input_ids", input_ids, table)
     return input_ids
+
+
+def check_ids(input_ids: Tensor, table: Tensor) -> None:
+    """``input_ids`` must be int32 or int64 within the table's rows. Values are checked on the CPU."""
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        got = str(input_ids.dtype).removeprefix("torch.")
+        raise TypeError(f"PromptModel: input_ids must have dtype int32, int64, got {got}")
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = input_ids[(input_ids < 0) | (input_ids >= len(table))]
+    if len(outside):
+        raise IndexError(
+            f"PromptModel: input_ids must lie in [0, {len(table)}), got {int(outside[0])}. "
+            "Was the text encoded by another model's tokenizer?"
+        )
+
+
+def check_kind(kind: str, model: Any) -> None:
+    """Kinds whose keys attention layers read need a model whose attention is T5's."""
+    if kind != "prepend" and model.config.model_type not in hf_attention.SERVED:
+        raise ValueError(
+            f"PromptModel: a prompt of kind {kind!r} needs a model of type {', '.join(hf_attention.SERVED)}, got "
+            f"{model.config.model_type!r}. Use kind='prepend'"
+        )
+
+
+def check_one_family(kinds: dict[str, str]) -> None:
+    """The prompts of a batch (name: kind) are all "prepend" or none is."""
+    rows = [name for name, kind in kinds.items() if kind == "prepend"]
+    others = [(name, kind) for name, kind in kinds.items() if kind != "prepend"]
+    if rows and others:
+        name, kind = others[0]
+        raise ValueError(
+            f"PromptModel: prompt {rows[0]!r} of kind 'prepend' and prompt {name!r} of kind {kind!r} cannot serve one "
+            "batch: the first is rows of the encoder's input. Give them in two calls"
+        )
 
 
 def check_device(name: str, value: Tensor, table: Tensor) -> None:

@@ -31,9 +31,13 @@ def initial_prompt(config: PromptConfig, weight: Tensor, tokenizer: Any = None) 
         tokenizer: the model's HF tokenizer, for ``"labels"`` and ``"text"``.
 
     Raises:
-        ValueError: no tokenizer, words that it does not know, an array or file of another shape, or a table
-            without data (device meta).
+        ValueError: no tokenizer, words that it does not know, an array or file of another shape, a table
+            without data (device meta), or ``init="prompt"``, which a PromptModel serves.
     """
+    if config.init == "prompt":
+        raise ValueError(
+            "PromptConfig: init='prompt' takes one of a PromptModel's prompts. Pass the config to its add_prompt"
+        )
     return INITIALIZERS[config.init](config, weight, tokenizer)
 
 
@@ -86,6 +90,10 @@ def _text(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
     return rows
 
 
+def _zeros(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
+    return torch.zeros(config.num_tokens, weight.shape[1], device="cpu")
+
+
 def _array(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
     return checked_rows("PromptConfig: source", config.source, config.num_tokens, weight.shape[1])
 
@@ -106,6 +114,7 @@ INITIALIZERS: dict[str, Callable[[PromptConfig, Tensor, Any], Tensor]] = {
     "vocab": _vocab,
     "labels": _labels,
     "text": _text,
+    "zeros": _zeros,
     "array": _array,
     "file": _file,
 }

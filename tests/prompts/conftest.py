@@ -17,6 +17,7 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
+from fastprompt import patch
 from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptConfig
 
@@ -135,3 +136,15 @@ def tokenizer():
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
+
+
+@pytest.fixture
+def make_keyed(make_model):
+    """A PromptModel over a tiny model whose heads kernels take, patched if ``memory`` is given."""
+
+    def make(configs, layout="v1_1", memory=None, **special):
+        model = make_model(layout, **({"d_kv": 16} | special))
+        prompted = PromptModel(model, configs)
+        return prompted if memory is None else patch(prompted, memory=memory)
+
+    return make

@@ -23,10 +23,30 @@ from fastprompt.prompts.init import INITIALIZERS
         ({"seed": -1}, ValueError, "seed must be from 0"),
         ({"seed": "7"}, TypeError, "seed must be an int, got str"),
         (
-            {"kind": "prefix"},
+            {"kind": "suffix"},
             ValueError,
-            r"kind must be one of \['prepend'\], got 'prefix'.*not in this release",
+            r"kind must be one of \['prepend', 'cached', 'prefix'\], got 'suffix'",
         ),
+        (
+            {"kind": "cached", "sites": ["cross"]},
+            ValueError,
+            "sites is read only by kind='prefix', got kind='cached'",
+        ),
+        ({"parameterization": "kv"}, ValueError, "parameterization is read only by kind='prefix'"),
+        ({"mlp": 64}, ValueError, "mlp is read only by kind='prefix', got kind='prepend'. Set that kind"),
+        ({"kind": "prefix", "mlp": -1}, ValueError, "mlp must be from 0 to 65536, got -1"),
+        ({"kind": "prefix", "mlp": 1.5}, TypeError, "mlp must be an int, got float"),
+        ({"kind": "prefix", "sites": []}, ValueError, "sites must be one or more of"),
+        ({"kind": "prefix", "sites": ["cross", "cross"]}, ValueError, "each once, got"),
+        ({"kind": "prefix", "sites": ["Cross"]}, ValueError, r"sites must be .* got \['Cross'\]"),
+        ({"kind": "prefix", "sites": "cross"}, TypeError, "sites must be a list of str, got str 'cross'"),
+        (
+            {"kind": "prefix", "parameterization": "mlp"},
+            ValueError,
+            r"must be one of \['rows', 'kv'\], got 'mlp'",
+        ),
+        ({"init": "prompt"}, ValueError, "init='prompt' needs source="),
+        ({"init": "prompt", "source": 3}, TypeError, "source must be the name of a prompt, got int"),
         ({"init": "vocabulary"}, ValueError, "init must be one of .*'vocab'.*, got 'vocabulary'"),
         ({"init": "labels"}, ValueError, "init='labels' needs labels="),
         ({"init": "labels", "labels": "yes"}, TypeError, "labels must be a list of str, got str 'yes'"),
@@ -42,7 +62,7 @@ from fastprompt.prompts.init import INITIALIZERS
         ({"init": "array", "source": torch.zeros(5, 4)}, ValueError, r"got \[5, 4\]. Pass the array's rows"),
         ({"init": "array", "source": [[1.0], [1.0, 2.0]]}, ValueError, "source must be an array"),
         ({"init": "file", "source": 3}, TypeError, "source must be a path, got int"),
-        ({"source": "x.npy"}, ValueError, "source is read only by init='array' or 'file', got init='vocab'"),
+        ({"source": "x.npy"}, ValueError, "source is read only by init='array' or 'file' or 'prompt', got"),
     ],
 )
 def test_refusals(arguments, error, message):
@@ -60,6 +80,9 @@ def test_refusals(arguments, error, message):
         PromptConfig(2, init="array", source=np.ones((2, 3))),
         PromptConfig(2, init="array", source=torch.ones(2, 3, requires_grad=True)),
         PromptConfig(2, init="array", source=[[1.0, 1.0], [1.0, 1.0]]),
+        PromptConfig(5, "cached", init="prompt", source="rte"),
+        PromptConfig(5, "prefix"),
+        PromptConfig(5, "prefix", init="zeros", sites=["cross", "encoder"], parameterization="kv", mlp=8),
     ],
 )
 def test_dict_round_trip(config):
@@ -82,6 +105,14 @@ def test_it_is_a_value():
         one.num_tokens = 5
 
 
+def test_a_prefix_knows_its_sites_in_one_order():
+    assert PromptConfig(kind="prefix").sites == ("encoder", "decoder", "cross")
+    assert PromptConfig(kind="prefix").parameterization == "rows"
+    one, two = (PromptConfig(kind="prefix", sites=s) for s in (["cross", "encoder"], ("encoder", "cross")))
+    assert one == two
+    assert hash(one) == hash(two)
+
+
 def test_every_name_has_its_function():
-    assert set(INITS) == set(INITIALIZERS)
+    assert set(INITS) == {*INITIALIZERS, "prompt"}  # which a PromptModel serves
     assert KINDS[0] == PromptConfig().kind

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention sites: where in a T5 a prompt can have keys and values of its own, and how its rows become such.
+
+    site      keys and values of layer i                          bias of prompt key p of P, for query i
+    encoder   k(norm(row)), v(norm(row)), as of a token           of distance p - P - i: it stands before the tokens
+    decoder   the same                                            of distance p - P - i: an earlier decoder position
+    cross     k(row), v(row), as of an encoder output             none
+
+The layers' children are called as modules, so LoRA, quantised and hooked ones do what they do for tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastprompt import hf_attention
+from fastprompt.ops import t5_bias_table
+
+
+class Layer(NamedTuple):
+    """An attention layer of a T5."""
+
+    norm: nn.Module | None  # what rows pass before k and v; None: nothing
+    attention: Any  # T5Attention: k, v, n_heads, key_value_proj_dim
+
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [..., P, D] -> keys, values [..., P, H, K]."""
+        normed = rows if self.norm is None else self.norm(rows)
+        heads = (self.attention.n_heads, self.attention.key_value_proj_dim)
+        return tuple(child(normed).unflatten(-1, heads) for child in (self.attention.k, self.attention.v))  # type: ignore[return-value]
+
+
+class Keys(NamedTuple):
+    """Keys and values of R prompts in one site."""
+
+    keys: tuple[Tensor, ...]  # one [R, P, H, K] per layer
+    values: tuple[Tensor, ...]
+    lens: tuple[int, ...]  # R: how many of the P are the prompt's; the rest is filling
+
+
+def site_layers(model: Any, site: str) -> list[Layer]:
+    """The layers of a site, first to last."""
+    if site == "cross":
+        return [Layer(None, block.layer[1].EncDecAttention) for block in model.get_decoder().block]
+    stack = model.get_encoder() if site == "encoder" else model.get_decoder()
+    return [Layer(block.layer[0].layer_norm, block.layer[0].SelfAttention) for block in stack.block]
+
+
+def project(model: Any, site: str, rows: Sequence[Tensor], lens: Sequence[int]) -> Keys:
+    """The keys of a site from one tensor of rows [R, P, D] per layer."""
+    pairs = [layer.project(each) for layer, each in zip(site_layers(model, site), rows, strict=True)]
+    return Keys(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), tuple(lens))
+
+
+def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
+    """The site's bias by distance, [H, 2M + 1]; one per layer where each has its own (UMT5)."""
+    if site == "cross":
+        return None
+    tables = [
+        t5_bias_table(
+            layer.attention.relative_attention_bias.weight,
+            bidirectional=site == "encoder",
+            num_buckets=layer.attention.relative_attention_num_buckets,
+            max_distance=layer.attention.relative_attention_max_distance,
+        )
+        for layer in site_layers(model, site)
+        if layer.attention.has_relative_attention_bias
+    ]
+    return tables[0] if len(tables) == 1 else tuple(tables)
+
+
+def serve(model: Any) -> None:
+    """Let both stacks attend by "fastprompt", which knows of prompt keys and otherwise computes the same.
+
+    Asked before each call: unpatch and set_attn_implementation may have chosen another.
+    """
+    for stack in (model.get_encoder(), model.get_decoder()):
+        if stack.config._attn_implementation_internal != hf_attention.NAME:
+            stack.config._attn_implementation_internal = hf_attention.NAME
