@@ -24,8 +24,8 @@ class Served:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.stock, name, value)  # which may refuse, or set more
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self.stock)  # of which transformers makes another, to compare with its defaults
 
     def __reduce__(self) -> tuple[Any, ...]:
