@@ -8,7 +8,7 @@ and whatever is wrong inside a file ends as an error that names it.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def write_prompt(path: str | os.PathLike[str], prompt: PromptFile, *, format: st
     """
     if format not in FORMATS:
         raise ValueError(f"write_prompt: format must be one of {list(FORMATS)}, got {format!r}")
-    checked = _checked(prompt)
+    checked = checked_prompt("write_prompt: the prompt", prompt)
     if format == "peft":
         write_peft(path, checked)
     elif format == "npy":
@@ -115,13 +115,12 @@ def read_prompt(
     )
 
 
-def _checked(prompt: PromptFile) -> PromptFile:
-    """The same with tensors that are fit to be written."""
-    what = "write_prompt: the prompt"
+def checked_prompt(what: str, prompt: PromptFile) -> PromptFile:
+    """The same with tensors that are fit to be written; errors begin with ``what``."""
     shapes = {name: tuple(tensor.shape) for name, tensor in prompt.tensors.items()}
     check_layout(what, prompt.kind, prompt.parameterization, shapes)
     values = {name: finite_fp32(f"{what}: tensor {name!r}", value) for name, value in prompt.tensors.items()}
-    return PromptFile(values, prompt.kind, prompt.init, prompt.name, prompt.model, prompt.parameterization)
+    return replace(prompt, values=values)
 
 
 def _read_safetensors(source: Path, sizes: Mapping[str, int]) -> PromptFile:
