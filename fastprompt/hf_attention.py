@@ -9,7 +9,8 @@ Keys and values of prompts (:class:`PromptKeys`) come the same way: in a :class:
 attention_mask, or, where HF makes the masks itself, from the :func:`prompt_keys` block around the call.
 
 T5 computes its bias densely, in the first layer of a stack, as a function of key - query: the first column and the
-first row say it all. Cross-attention is handed zeros, which are left out.
+first row say it all. Cross-attention is handed zeros, which are left out. Fused layers (fastprompt.modules) hand on a
+table by distance instead.
 
 What :func:`t5_attention` does not compute goes to transformers' own functions, with the mask in full: a bias that is
 trained, attention weights as output, a mask of the user's own, another scale or head width.
@@ -173,11 +174,7 @@ def attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
                 value.transpose(1, 2),
-                None
-                if bias is None
-                else _table(bias, attention_mask)
-                if prompt is None
-                else prompt.bias_of(module.layer_idx),
+                None if bias is None else table(bias, attention_mask, module.layer_idx),
                 key_mask=attention_mask.mask,
                 offset=attention_mask.offset if attention_mask.causal else 0,
                 causal=attention_mask.causal,
@@ -239,12 +236,20 @@ def _frozen(module: nn.Module, bias: Tensor | None, dropout: float, query: Tenso
         return True
     weight = getattr(getattr(module, "relative_attention_bias", None), "weight", None)
     trained = bias.requires_grad or (dropout > 0.0 and weight is not None and weight.requires_grad)
-    return not trained and bias.shape == (1, query.shape[1], query.shape[2], key.shape[2])
+    dense = (1, query.shape[1], query.shape[2], key.shape[2])
+    return not trained and (bias.dim() == 2 or bias.shape == dense)
 
 
-def _table(bias: Tensor, allowed: Keys) -> Tensor:
-    """bias [1, H, T, S], a function of j - i, as t5_attention's table [H, 2M + 1] of key - query = j - i - offset."""
-    T, S = bias.shape[2:]
+def table(bias: Tensor, allowed: Keys, layer: Any) -> Tensor | None:
+    """What t5_attention is told of a bias [1, H, T, S], a function of j - i: [H, 2M + 1] by key - query.
+
+    A table, which fused layers hand on in place of that bias, stays as it is; a prompt's own has its distances too.
+    """
+    if allowed.prompt is not None:
+        return allowed.prompt.bias_of(layer)
+    if bias.dim() == 2:
+        return bias
+    T, S = bias.shape[2:]  # key - query = j - i - offset
     diagonals = torch.cat((bias[0, :, :, 0].flip(1), bias[0, :, 0, 1:]), 1)  # entry T - 1 + j - i
     if diagonals.dtype != torch.float64:
         diagonals = diagonals.float()
@@ -260,6 +265,14 @@ def _table(bias: Tensor, allowed: Keys) -> Tensor:
     return functional.pad(diagonals[:, : M + 1], (0, M))
 
 
+def _dense(table: Tensor, query: Tensor, key: Tensor, offset: int | Tensor) -> Tensor:
+    """The bias [1, H, T, S] of a table."""
+    M = table.shape[1] // 2
+    query_at = torch.arange(query.shape[2], device=query.device) + offset
+    distance = torch.arange(key.shape[2], device=query.device) - query_at[:, None]
+    return table[:, distance.clamp(-M, M) + M].to(query.dtype)[None]
+
+
 def _transformers_attention(
     module: nn.Module,
     query: Tensor,
@@ -272,6 +285,8 @@ def _transformers_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if isinstance(mask, Keys):
+        if position_bias is not None and position_bias.dim() == 2:
+            position_bias = _dense(position_bias, query, key, mask.offset if mask.causal else 0)
         mask = _full_mask(mask, query, key)
         kwargs["is_causal"] = False  # the mask says it
     function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward

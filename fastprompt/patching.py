@@ -17,7 +17,7 @@ from fastprompt.modules.dropout import FastDropout
 from fastprompt.modules.ff import FastFF
 from fastprompt.modules.norm import FastNorm
 
-MEMORY = ("speed", "balanced", "lean")
+MEMORY = ("speed", "balanced", "lean", "minimal")
 ON_UNSUPPORTED = ("fallback", "warn", "error")
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,7 +70,8 @@ def patch(
         norm: the norms, and the stacks' dropout.
         ff: the feed-forward layers.
         memory: what is kept for backward, all of it exact: "speed" computes nothing twice; "balanced" computes the
-            feed-forward layers' first products again; "lean" also q, k, v and the residual stream inside a block.
+            feed-forward layers' first products and the residual stream inside a block again; "lean" also q, k and v;
+            "minimal" also the attention, and keeps nothing but each block's input.
         on_unsupported: "fallback", "warn" or "error" where a layer cannot be served.
 
     Returns:

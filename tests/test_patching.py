@@ -54,7 +54,7 @@ LAYOUTS = {
     "switch": (SwitchTransformersForConditionalGeneration, SwitchTransformersConfig, {"num_experts": 2}),
 }
 FULL = ("t5", "v1_1", "ul2", "mt5")  # every layer is served
-MEMORY = ("speed", "balanced", "lean")
+MEMORY = ("speed", "balanced", "lean", "minimal")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_memory = pytest.mark.parametrize("memory", MEMORY)
@@ -248,9 +248,10 @@ def test_saved_bytes(make, batch, labels, memory):
         model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
     with saved_bytes(exclude=(inputs["attention_mask"],)) as saved:
         patch(model, memory=memory)(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
-    row = {"speed": 2 * D + 4 * I + 2 * F, "balanced": 2 * D + 4 * I, "lean": D + I}[memory]
-    floats = layers * N * (row + 2 * H + 2) + N * D + N  # statistics; the final norm
-    table, seeds, mask = H * (2 * 16 + 1) * 4 * layers, layers * 4 * 8 + 16, N
+    row = {"speed": 2 * D + 4 * I + 2 * F, "balanced": D + 4 * I, "lean": D + I, "minimal": D}[memory]
+    statistics = 2 if memory == "minimal" else 2 * H + 2
+    floats = layers * N * (row + statistics) + N * D + N  # the final norm
+    table, seeds, mask = H * (2 * 12 + 1) * 4, layers * 4 * 8 + 16, N
     assert 4 * floats <= saved.bytes <= 4 * floats + table + seeds + 8 * mask
     assert saved.bytes < stock.bytes
 
@@ -496,7 +497,7 @@ def test_report(make):
 def test_errors(make):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         patch("t5-small")
-    with pytest.raises(ValueError, match="memory must be one of speed, balanced, lean, got 'small'"):
+    with pytest.raises(ValueError, match="memory must be one of speed, balanced, lean, minimal, got 'small'"):
         patch(make(), memory="small")
     with pytest.raises(ValueError, match="on_unsupported must be one of"):
         patch(make(), on_unsupported="ignore")

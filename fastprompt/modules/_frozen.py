@@ -2,7 +2,7 @@
 """What the sublayers share: when a layer's tensors can be read directly, and the pieces of its backward."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,40 +52,6 @@ def ready(children: Mapping[str, Any], *inputs: Tensor) -> bool:
 def rate(dropout: nn.Dropout) -> float:
     """The probability that this module drops with now."""
     return dropout.p if dropout.training else 0.0
-
-
-class Origin(NamedTuple):
-    """How a sublayer's output can be computed again: base + dropout(out @ wo.T) for each step, in order."""
-
-    base: Tensor  # [B, T, D]
-    steps: tuple[tuple[Tensor, Tensor, Tensor | None, float], ...]  # out [B, T, I], wo [D, I], seed [1], p
-
-    def rebuild(self) -> Tensor:
-        h = self.base
-        for out, wo, seed, p in self.steps:
-            h = add(linear(out, wo), h, seed, p)
-        return h
-
-    def tensors(self) -> list[Tensor | None]:
-        return [self.base, *(x for out, wo, seed, _ in self.steps for x in (out, wo, seed))]
-
-
-def saved_input(x: Tensor, origin: Origin | None) -> tuple[list[Tensor | None], tuple[float, ...]]:
-    """What to save in order to have x again: itself, or its origin."""
-    return ([x], ()) if origin is None else (origin.tensors(), tuple(p for *_, p in origin.steps))
-
-
-def restored_input(saved: list[Any], rates: tuple[float, ...]) -> Tensor:
-    base, *rest = saved
-    steps = [(*rest[3 * i : 3 * i + 3], p) for i, p in enumerate(rates)]
-    return Origin(base, tuple(steps)).rebuild()  # type: ignore[arg-type]
-
-
-def origin_of(x: Tensor, memory: str) -> Origin | None:
-    """The origin that the attention layer before left on its output, where memory is to be saved by it."""
-    if memory != "lean" or torch.compiler.is_compiling():
-        return None
-    return getattr(x, "fastprompt_origin", None)
 
 
 def add(x: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5's attention layers as one differentiable function: y = x + dropout(wo(attention(norm(x))))
 
-Saved for backward, per row: x [D], the attention's output [I], two fp32 per head, rstd; by memory policy also
+Saved for backward, per row: rstd, two fp32 per head; by memory policy also
 
-    speed, balanced     q, k and v [3 I]
-    lean                nothing: the norm and the q, k, v products are computed again, the attention never is
+    speed       x [D], the attention's output [I], q, k and v [3 I]
+    balanced    the same, but x only at the beginning of a block: inside, it is computed from that (_origin.py)
+    lean        without q, k and v: the norm and the three products are computed again, the attention never is
+    minimal     only x at the beginning of a block: the attention is computed again
 
-and of a cross-attention layer the encoder's output, which all layers share, in place of k and v.
+and of a cross-attention layer the encoder's output, which all layers share, in place of k and v. With few queries it
+needs neither (_absorbed.py), and the statistics are computed again.
 
 A call that leaves use_cache on gets its cache filled, as from transformers but without gradient; turn it off in
 training to save that memory. With a cache that holds something (generation), with attention weights as output, or with
@@ -15,7 +18,7 @@ a mask of the user's own, the stock layer runs; its attention function is fastpr
 Source: transformers T5LayerSelfAttention, T5LayerCrossAttention.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,107 +26,61 @@ from torch.autograd.function import once_differentiable
 from transformers import EncoderDecoderCache
 
 from fastprompt import hf_attention
-from fastprompt.modules._frozen import (
-    Origin,
-    add,
-    dropped,
-    linear,
-    norm_gradient,
-    obstacle,
-    ops,
-    origin_of,
-    products,
-    rate,
-    ready,
-    restored_input,
-    saved_input,
-)
+from fastprompt.modules import _absorbed
+from fastprompt.modules._attend import Attend, Options
+from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obstacle, rate, ready
+from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
+from fastprompt.ops import t5_bias_table
 from fastprompt.ops._dropout import new_seed
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 
-class Options(NamedTuple):
-    eps: float
-    heads: int
-    causal: bool
-    weight_p: float
-    outer_p: float
-    memory: str
-    save: bool
-
-
 class FrozenAttention(torch.autograd.Function):
-    """x [B, T, D], states [B, S, D] or None (self-attention) -> y [B, T, D], and without gradient out [B, T, I] and
-    k, v [B, S, H, K]."""
+    """The layer of ``a`` on x [B, T, D] -> y [B, T, D], and without gradient out [B, T, I] and keys and values."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         states: Tensor | None,
-        origin: Origin | None,
-        weights: tuple[Tensor, ...],  # norm, q, k, v, o
-        bias: Tensor | None,
-        key_mask: Tensor | None,
-        weight_seed: Tensor | None,
-        outer_seed: Tensor | None,
-        o: Options,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        w, *_, wo = weights
-        n, rstd = ops.rms_norm(x, w, o.eps)
-        qkv = _project(n, states, weights, o.heads)
-        out, stats = ops.t5_attention(*_inputs(qkv, bias, key_mask, weight_seed, o))
-        flat = out.flatten(2)
+        prompt_k: Tensor | None,
+        prompt_v: Tensor | None,
+        a: Attend,
+        origin: Origin,
+    ) -> tuple[Tensor, ...]:
+        """states, prompt_k and prompt_v are those of ``a``, for autograd to see."""
+        o = a.options
+        out, kept, rstd = a.run(x)
         if o.save:
-            inputs, ctx.rates = saved_input(x, origin)
-            kept = [states] if o.memory == "lean" else qkv
-            ctx.options, ctx.cross, ctx.kept = o, states is not None, len(kept)
-            ctx.save_for_backward(
-                *weights, bias, key_mask, weight_seed, outer_seed, rstd, out, stats, *kept, *inputs
-            )
-        _, k, v = qkv
-        ctx.mark_non_differentiable(flat, k, v)
-        return add(linear(flat, wo), x, outer_seed, o.outer_p), flat, k, v
+            ctx.kept, ctx.attend = o.memory != "minimal", a.without_tensors()
+            tensors = (*a._replace(out=out).tensors(), *a.kernel.kept_by(o.memory, kept))
+            save(ctx, origin, rstd, *(tensors if ctx.kept else a.tensors()))
+        keys_and_values = () if o.absorbed else kept[-2:]
+        ctx.mark_non_differentiable(out, *keys_and_values)
+        return add(linear(out, a.wo), x, a.outer_seed, o.outer_p), out, *keys_and_values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_others: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        o = ctx.options
-        w, wq, wk, wv, wo, bias, key_mask, weight_seed, outer_seed, rstd, out, stats, *rest = (
-            ctx.saved_tensors
-        )
-        weights = (w, wq, wk, wv, wo)
-        kept, x = rest[: ctx.kept], restored_input(rest[ctx.kept :], ctx.rates)
-        qkv = kept
-        if o.memory == "lean":
-            (states,) = kept
-            qkv = _project(ops.rms_norm(x, w, o.eps)[0], states, weights, o.heads)
-        dout = (dropped(dy, outer_seed, o.outer_p) @ wo).view(out.shape)
-        grads = ops.t5_attention_backward(dout, out, stats, *_inputs(qkv, bias, key_mask, weight_seed, o))
-        dq, dk, dv = (grad.flatten(2) for grad in grads[:3])
-        dx = dstates = None
-        if ctx.needs_input_grad[0]:
-            pairs = [(dq, wq)] if ctx.cross else [(dq, wq), (dk, wk), (dv, wv)]
-            dx = norm_gradient(products(*pairs), dy, x, w, rstd)
-        if ctx.needs_input_grad[1]:
-            dstates = products((dk, wk), (dv, wv))
-        return dx, dstates, *(None,) * 7
-
-
-def _project(n: Tensor, states: Tensor | None, weights: tuple[Tensor, ...], heads: int) -> list[Tensor]:
-    """q, k, v [B, T or S, H, K]."""
-    _, wq, wk, wv, _ = weights
-    source = n if states is None else states
-    flat = (linear(n, wq), linear(source, wk), linear(source, wv))
-    return [x.unflatten(-1, (heads, -1)) for x in flat]
-
-
-def _inputs(
-    qkv: list[Tensor], bias: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, o: Options
-) -> tuple[Any, ...]:
-    """The arguments of the op t5_attention."""
-    no_prompt, no_offsets, not_packed = (None,) * 4, None, (None, None)
-    return *qkv, bias, *no_prompt, key_mask, no_offsets, *not_packed, seed, 0, o.causal, o.weight_p
+        x, (rstd, *tensors) = restore(ctx)
+        count = len(Attend._fields) - 2
+        a, kept = ctx.attend.with_tensors(tensors[:count]), tuple(tensors[count:])
+        o, out = a.options, a.out
+        if ctx.kept:
+            kept = a.run_again(x, kept)
+        else:
+            out, kept, _ = a.slot.pop() if a.slot else a.run(x)
+        needs = ctx.needs_input_grad[:4]
+        dout = dropped(dy, a.outer_seed, o.outer_p) @ a.wo
+        dn, *others = a.kernel.backward(a, dout, out, kept, needs)
+        dx = None
+        if dn is not None and o.rows is None:
+            dx = norm_gradient(dn, dy, x, a.w, rstd)
+        elif dn is not None:
+            dx, rows = torch.zeros_like(x), slice(0, o.rows)
+            some = rstd.view(x.shape[:-1])[:, rows].reshape(-1)
+            dx[:, rows] = norm_gradient(dn, dy[:, rows], x[:, rows], a.w, some)
+        return dx, *others, None, None
 
 
 class FastAttention:
@@ -147,13 +104,7 @@ class FastAttention:
         if attention.key_value_proj_dim not in HEAD_WIDTHS:
             widths = ", ".join(map(str, HEAD_WIDTHS))
             return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
-        if self._bias_is_trained():
-            return "relative_attention_bias.weight is trained"
         return obstacle(self._children())
-
-    def _bias_is_trained(self) -> bool:
-        """Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads."""
-        return any(each.relative_attention_bias.weight.requires_grad for each in self.fastprompt_bias)
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
         return (
@@ -186,30 +137,49 @@ class FastAttention:
     ) -> Tensor:
         attention, memory = getattr(self, self.attention_name), self.fastprompt_memory
         children = self._children()
-        weights = (self.layer_norm.weight, *(children[name].weight for name in "qkvo"))
         weight_p, outer_p = attention.dropout if attention.training else 0.0, rate(self.dropout)
         seeds = [new_seed(x.device) if p > 0.0 else None for p in (weight_p, outer_p)]
-        wants = x.requires_grad or (states is not None and states.requires_grad)
-        save = torch.is_grad_enabled() and wants
-        origin = origin_of(x, memory)
+        prompt, layer = allowed.prompt, attention.layer_idx
+        prompts = (None, None) if prompt is None else (prompt.keys[layer], prompt.values[layer])
+        differentiable = any(t is not None and t.requires_grad for t in (x, states, *prompts))
+        save = torch.is_grad_enabled() and differentiable
+        T, K = x.shape[1], attention.key_value_proj_dim
+        absorbed = states is not None and past is None and prompt is None and _absorbed.pays(T, K, save)
         options = Options(
-            self.layer_norm.variance_epsilon,
-            attention.n_heads,
-            allowed.causal,
-            weight_p,
-            outer_p,
-            memory,
-            save,
+            eps=self.layer_norm.variance_epsilon,
+            heads=attention.n_heads,
+            causal=allowed.causal,
+            weight_p=weight_p,
+            outer_p=outer_p,
+            memory=memory,
+            save=save,
+            absorbed=absorbed,
+            rows=getattr(x, "fastprompt_rows", None) if states is None else None,
         )
-        y, out, k, v = FrozenAttention.apply(x, states, origin, weights, bias, allowed.mask, *seeds, options)
+        a = Attend(
+            self.layer_norm.weight,
+            *(children[name].weight for name in "qkvo"),
+            states=states,
+            bias=bias,
+            key_mask=allowed.mask,
+            prompt_k=prompts[0],
+            prompt_v=prompts[1],
+            prompt_ids=None if prompt is None else prompt.ids,
+            prompt_lens=None if prompt is None else prompt.lens,
+            cu=allowed.cu,
+            weight_seed=seeds[0],
+            outer_seed=seeds[1],
+            options=options,
+            slot=[] if memory == "minimal" and not torch.compiler.is_compiling() else None,
+        )
+        y, out, *keys_and_values = FrozenAttention.apply(x, states, *prompts, a, origin_of(x, memory))
         if past is not None:
-            self._cache(past).update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
+            k, v = (each.transpose(1, 2) for each in keys_and_values)
+            self._cache(past).update(k, v, layer)
             if states is not None:
-                past.is_updated[attention.layer_idx] = True
-        if memory == "lean" and save and not torch.compiler.is_compiling():
-            step = (out, weights[-1], seeds[1], outer_p)
-            before = Origin(x.detach(), ()) if origin is None else origin
-            y.fastprompt_origin = Origin(before.base, (*before.steps, step))
+                past.is_updated[layer] = True
+        if save:
+            leave_origin(y, x, a if memory == "minimal" else a._replace(out=out))
         return y
 
 
@@ -217,6 +187,7 @@ class FastSelfAttention(FastAttention):
     """Mixin for T5LayerSelfAttention."""
 
     attention_name = "SelfAttention"
+    SelfAttention: Any
 
     def forward(
         self,
@@ -227,21 +198,42 @@ class FastSelfAttention(FastAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         if self._covers(attention_mask, past_key_values, (hidden_states,), kwargs):
-            bias = position_bias
-            attention, T = self.SelfAttention, hidden_states.shape[1]  # type: ignore[attr-defined]
-            if bias is None and attention.has_relative_attention_bias:
-                bias = attention.compute_bias(T, T, device=hidden_states.device)
-            shape = (1, attention.n_heads, T, T)
-            if (
-                bias is not None
-                and bias.shape == shape
-                and self.fastprompt_bias
-                and not self._bias_is_trained()
-            ):
-                table = hf_attention._table(bias.detach(), attention_mask)
+            T, bias = hidden_states.shape[1], position_bias
+            if bias is None and self.SelfAttention.has_relative_attention_bias:
+                bias = self._table()
+            if bias is None or bias.dim() == 2 or bias.shape == (1, self.SelfAttention.n_heads, T, T):
+                table = (
+                    None
+                    if bias is None
+                    else hf_attention.table(bias.detach(), attention_mask, self.SelfAttention.layer_idx)
+                )
+                # The bias goes on to the next layers as the table that it is.
                 return self._run(hidden_states, None, table, attention_mask, past_key_values), bias, None
         return super().forward(  # type: ignore[misc]
             hidden_states, attention_mask, position_bias, past_key_values, **kwargs
+        )
+
+    def fastprompt_obstacle(self) -> str | None:
+        if self._bias_is_trained():
+            return "relative_attention_bias.weight is trained"
+        return super().fastprompt_obstacle()
+
+    def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
+        frozen = bool(self.fastprompt_bias) and not self._bias_is_trained()
+        return frozen and super()._covers(allowed, past, inputs, kwargs)
+
+    def _bias_is_trained(self) -> bool:
+        """Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads."""
+        return any(each.relative_attention_bias.weight.requires_grad for each in self.fastprompt_bias)
+
+    def _table(self) -> Tensor:
+        """fp32 [H, 2M + 1]: the bias by distance, constant beyond M on either side."""
+        attention = self.SelfAttention
+        return t5_bias_table(
+            attention.relative_attention_bias.weight,
+            bidirectional=not attention.is_decoder,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
         )
 
 

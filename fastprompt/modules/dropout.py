@@ -20,4 +20,7 @@ class FastDropout:
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.dtype not in FLOATS:
             return super().forward(x)  # type: ignore[misc]
-        return dropout_add(x, dropout_p=self.p)
+        y = dropout_add(x, dropout_p=self.p)
+        if hasattr(x, "fastprompt_rows"):
+            y.fastprompt_rows = x.fastprompt_rows  # type: ignore[attr-defined]
+        return y

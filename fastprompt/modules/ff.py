@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5LayerFF as one differentiable function: y = x + dropout(wo(dropout(act(wi(norm(x))))))
 
-Saved for backward, per row: x [D] and rstd; ReLU: a bit per inner element; gated, by memory policy:
+Saved for backward, per row: rstd; ReLU: a bit per inner element; by memory policy also
 
-    speed               the two pre-activations [2 F]
-    balanced, lean      nothing: the norm and the two wi products are computed again
-    lean                instead of x, what the attention layer before has saved anyway: x is computed from it
+    speed                      x [D]; gated: the two pre-activations [2 F]
+    balanced, lean, minimal    nothing: x is computed from what the attention layers before save anyway (_origin.py);
+                               gated: the norm and the two wi products are computed again
 
 Weights get no gradient, so neither norm(x) nor the activation's output is needed. Source: transformers T5LayerFF.
 """
@@ -18,20 +18,17 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
 from fastprompt.modules._frozen import (
-    Origin,
     add,
     dropped,
     linear,
     norm_gradient,
     obstacle,
     ops,
-    origin_of,
     products,
     rate,
     ready,
-    restored_input,
-    saved_input,
 )
+from fastprompt.modules._origin import Origin, origin_of, restore, save
 from fastprompt.ops._dropout import new_seed
 
 ACTS = {type(ACT2FN[name]): name for name in ("relu", "gelu", "gelu_new", "silu")}
@@ -51,7 +48,7 @@ class FrozenFF(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        origin: Origin | None,
+        origin: Origin,
         w: Tensor,
         wi: tuple[Tensor, ...],
         wo: Tensor,
@@ -68,18 +65,16 @@ class FrozenFF(torch.autograd.Function):
             g = ops.gated_act(*pre, inner_seed, o.act, o.inner_p)
             kept = pre if o.memory == "speed" else []
         if o.save:
-            inputs, ctx.rates = saved_input(x, origin)
-            ctx.options, ctx.sizes = o, (len(wi), len(kept))
-            ctx.save_for_backward(w, *wi, wo, inner_seed, outer_seed, rstd, *kept, *inputs)
+            ctx.options, ctx.matrices = o, len(wi)
+            save(ctx, origin, w, wo, inner_seed, outer_seed, rstd, *wi, *kept)
         return add(linear(g, wo), x, outer_seed, o.outer_p)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        o, (matrices, count) = ctx.options, ctx.sizes
-        w, *rest = ctx.saved_tensors
-        wi, (wo, inner_seed, outer_seed, rstd, *rest) = rest[:matrices], rest[matrices:]
-        kept, x = rest[:count], restored_input(rest[count:], ctx.rates)
+        o = ctx.options
+        x, (w, wo, inner_seed, outer_seed, rstd, *rest) = restore(ctx)
+        wi, kept = tuple(rest[: ctx.matrices]), rest[ctx.matrices :]
         dg = dropped(dy, outer_seed, o.outer_p) @ wo
         if o.act == "relu":
             grads = [ops.relu_dropout_backward(dg, kept[0], o.inner_p)]

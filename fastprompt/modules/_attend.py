@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention layer's call: its tensors and options, what it computes with them, and how it computes that again."""
+
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor
+
+from fastprompt.modules import _absorbed, _direct
+from fastprompt.modules._frozen import ops
+
+
+class Options(NamedTuple):
+    eps: float
+    heads: int
+    causal: bool
+    weight_p: float  # dropout of the attention weights
+    outer_p: float  # and of the layer's output
+    memory: str
+    save: bool
+    absorbed: bool
+    rows: int | None  # of each example, how many are wanted of the input's gradient; None: all
+
+
+class Attend(NamedTuple):
+    """The call of an attention layer, without its input."""
+
+    w: Tensor  # [D], of the norm
+    wq: Tensor  # [I, D]
+    wk: Tensor
+    wv: Tensor
+    wo: Tensor  # [D, I]
+    states: Tensor | None = None  # [B, S, D], the encoder's output; None: self-attention
+    bias: Tensor | None = None  # fp32 [H, 2M + 1]
+    key_mask: Tensor | None = None  # bool [B, S]
+    prompt_k: Tensor | None = None  # [R, P, H, K]
+    prompt_v: Tensor | None = None
+    prompt_ids: Tensor | None = None  # int64 [B]
+    prompt_lens: Tensor | None = None  # int64 [R]
+    cu: Tensor | None = None  # int64 [B + 1], where the examples of packed rows begin
+    weight_seed: Tensor | None = None  # int64 [1]
+    outer_seed: Tensor | None = None
+    out: Tensor | None = None  # [B, T, I], where it is saved
+    options: Options = None  # type: ignore[assignment]
+    slot: list[Any] | None = None  # what a later layer's backward computed again for this one's
+
+    def tensors(self) -> list[Tensor | None]:
+        return list(self[:-2])
+
+    def without_tensors(self) -> Self:
+        return self.with_tensors([None] * (len(self) - 2))
+
+    def with_tensors(self, tensors: list[Tensor | None]) -> Self:
+        return self._make([*tensors, self.options, self.slot])
+
+    @property
+    def kernel(self) -> Any:
+        return _absorbed if self.options.absorbed else _direct
+
+    def output(self, x: Tensor) -> Tensor:
+        """out for the input x [B, T, D]."""
+        if self.out is not None:
+            return self.out
+        found = self.slot[0] if self.slot else self.run(x)
+        if self.slot is not None:
+            self.slot[:] = [found]
+        return found[0]
+
+    def run(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """out [B, T, I], what its backward needs beside, and the norm's rstd."""
+        n, rstd = ops.rms_norm(x, self.w, self.options.eps)
+        out, kept = self.kernel.forward(self, n)
+        return out, kept, rstd
+
+    def run_again(self, x: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """All that the backward needs, from what the memory policy kept, without attending again."""
+        n, _ = ops.rms_norm(x, self.w, self.options.eps)
+        return self.kernel.again(self, n, kept)

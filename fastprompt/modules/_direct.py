@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of projected queries over projected keys: t5_attention between the products of q, k and v."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastprompt.modules._frozen import linear, ops, products
+
+if TYPE_CHECKING:
+    from fastprompt.modules._attend import Attend
+
+Kept = tuple[Tensor, ...]  # stats, q, k, v
+
+
+def project(a: "Attend", n: Tensor) -> list[Tensor]:
+    """q, k, v [B, T or S, H, K]; packed rows [N, H, K]."""
+    source = n if a.states is None else a.states
+    flat = (linear(n, a.wq), linear(source, a.wk), linear(source, a.wv))
+    heads = [x.unflatten(-1, (a.options.heads, -1)) for x in flat]
+    return heads if a.cu is None else [x.flatten(0, 1) for x in heads]
+
+
+def _inputs(a: "Attend", qkv: list[Tensor]) -> tuple[Any, ...]:
+    """The arguments of the op t5_attention."""
+    prompt = (a.prompt_k, a.prompt_v, a.prompt_ids, a.prompt_lens)
+    mask = a.key_mask if a.cu is None else None
+    return (
+        *qkv,
+        a.bias,
+        *prompt,
+        mask,
+        None,
+        a.cu,
+        a.cu,
+        a.weight_seed,
+        0,
+        a.options.causal,
+        a.options.weight_p,
+    )
+
+
+def forward(a: "Attend", n: Tensor) -> tuple[Tensor, Kept]:
+    """n [B, T, D] -> out [B, T, I], and what backward needs beside."""
+    qkv = project(a, n)
+    out, stats = ops.t5_attention(*_inputs(a, qkv))
+    return out.view(*n.shape[:-1], -1), (stats, *qkv)
+
+
+def kept_by(memory: str, kept: Kept) -> Kept:
+    """What a policy saves of it: q, k and v are three products away."""
+    return kept if memory in ("speed", "balanced") else kept[:1]
+
+
+def again(a: "Attend", n: Tensor, kept: Kept) -> Kept:
+    """All of it, from what was saved."""
+    return kept if len(kept) > 1 else (*kept, *project(a, n))
+
+
+def backward(
+    a: "Attend", dout: Tensor, out: Tensor, kept: Kept, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of n [B, T or rows, D], states, prompt_k and prompt_v, those of ``needs``."""
+    stats, *qkv = kept
+    shape = qkv[0].shape
+    grads = ops.t5_attention_backward(dout.reshape(shape), out.reshape(shape), stats, *_inputs(a, qkv))
+    dq, dk, dv = (grad.flatten(-2) for grad in grads[:3])
+    needs_n, needs_states, *needs_prompt = needs
+    dn = dstates = None
+    if needs_n:
+        pairs = [(dq, a.wq)] if a.states is not None else [(dq, a.wq), (dk, a.wk), (dv, a.wv)]
+        if a.options.rows is not None:
+            pairs = [(grad[:, : a.options.rows], weight) for grad, weight in pairs]
+        dn = products(*pairs).view(dout.shape[0], -1, a.w.shape[0])
+    if needs_states:
+        dstates = products((dk, a.wk), (dv, a.wv))
+    shares = zip(grads[3:], (a.prompt_k, a.prompt_v), needs_prompt, strict=True)
+    return dn, dstates, *(_prompt_sum(a, *each) for each in shares)
+
+
+def _prompt_sum(a: "Attend", share: Tensor, prompt: Tensor | None, need: bool) -> Tensor | None:
+    if prompt is None or not need:
+        return None
+    return ops.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
