@@ -14,44 +14,39 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastprompt import hf_attention
+from fastprompt.prompts.sites import serve
+
 
 def run_branch(model: Any, prompts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Run prompts [P_i, D] through the encoder, each by itself.
+
+    The blocks are called here, as T5Stack and UMT5Stack do, because what transformers gives as output_hidden_states
+    loses its gradient to checkpoints, and leaves hooks in the model.
 
     Returns:
         What enters each encoder layer, and the encoder's output: [R, P, D] each, P the longest. Rows beyond a prompt's
         own are filling. With gradient, if that is on.
     """
+    serve(model)
     encoder = model.get_encoder()
-    table = encoder.get_input_embeddings().weight
-    rows = pad_sequence([prompt.to(table.dtype) for prompt in prompts], batch_first=True)
+    rows = pad_sequence(
+        [prompt.to(encoder.embed_tokens.weight.dtype) for prompt in prompts], batch_first=True
+    )
     lens = [len(prompt) for prompt in prompts]
     mask = None
     if min(lens) < max(lens):
-        index = torch.arange(rows.shape[1], device=rows.device)
-        mask = (index < torch.tensor(lens, device=rows.device)[:, None]).long()
-    with _kept_whole(encoder):
-        output = encoder(
-            inputs_embeds=rows,
-            attention_mask=mask,
-            output_hidden_states=True,
-            output_attentions=False,
-            return_dict=True,
+        mask = (
+            torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lens, device=rows.device)[:, None]
         )
-    return list(output.hidden_states[:-1]), output.last_hidden_state
-
-
-@contextmanager
-def _kept_whole(encoder: Any) -> Iterator[None]:
-    """Without gradient checkpointing: the hidden states inside a checkpoint have no gradient, and they are few here."""
-    checkpointed = [block for block in encoder.block if getattr(block, "gradient_checkpointing", False)]
-    for block in checkpointed:
-        block.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for block in checkpointed:
-            block.gradient_checkpointing = True
+    hidden, entering = encoder.dropout(rows), []
+    bias: tuple[Tensor, ...] = ()  # T5's first block makes it for the others; UMT5's have each their own
+    for block in encoder.block:
+        entering.append(hidden)
+        output = block(hidden, hf_attention.Keys(mask, 0, False), *bias)
+        hidden, *others = output if isinstance(output, tuple) else (output,)
+        bias = tuple(others[:1])
+    return entering, encoder.dropout(encoder.final_layer_norm(hidden))
 
 
 @contextmanager

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cache_prompts: the same answers from kept keys and values, and never those of another moment."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastprompt.prompts import PromptConfig
+from fastprompt.prompts import cache as cache_module
+
+CONFIGS = {
+    "c5": PromptConfig(5, "cached", init="uniform"),
+    "c2": PromptConfig(2, "cached", init="uniform", seed=1),
+    "rows": PromptConfig(4, "prefix", init="uniform", seed=2),
+    "kv": PromptConfig(7, "prefix", init="uniform", parameterization="kv", mlp=3, sites=["decoder"], seed=3),
+}
+CHOICES = ("c5", "kv", ["c2", "c5", "c2"], ["rows", "kv", "c5"])
+
+
+@pytest.fixture
+def served(make_keyed):
+    """Made without gradient."""
+
+    def make(configs=CONFIGS, **special):
+        prompted = make_keyed(configs, **special)
+        prompted.passes = passes = []  # rows of each pass through the encoder
+        block = prompted.model.get_encoder().block[0]
+        block.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+        return prompted
+
+    with torch.no_grad():
+        yield make
+
+
+def logits(prompted, batch, prompts):
+    prompted.passes.clear()
+    return prompted(**batch, prompts=prompts).logits
+
+
+@pytest.mark.parametrize("prompts", CHOICES, ids=str)
+@pytest.mark.parametrize("memory", [None, "balanced"])
+def test_answers_stay_the_same_and_the_encoder_sees_tokens_only(prompts, memory, served, make_batch):
+    prompted, batch = served(memory=memory), make_batch("left")
+    expected = logits(prompted, batch, prompts)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    tokens = prompted.generate(**text, prompts=prompts, max_new_tokens=6, num_beams=2)
+    prompted.cache_prompts()
+    prompted.passes.clear()
+    torch.testing.assert_close(prompted(**batch, prompts=prompts).logits, expected)
+    assert torch.equal(prompted.generate(**text, prompts=prompts, max_new_tokens=6, num_beams=2), tokens)
+    assert prompted.passes == [3, 3]
+    prompted.drop_caches()
+    torch.testing.assert_close(prompted(**batch, prompts=prompts).logits, expected)
+
+
+def test_a_batch_reads_the_pool_where_it_lies(served, make_batch, monkeypatch):
+    prompted, batch = served(), make_batch()
+    prompted.cache_prompts()
+    pool = prompted._caches.pool_of("c5")
+    assert pool is prompted._caches.pool_of("kv")
+    seen = []
+    encoder = prompted.model.get_encoder()
+    encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"].prompt), with_kwargs=True
+    )
+    prompted(**batch, prompts=["c2", "rows", "c5"])
+    assert seen[0].keys[0] is pool.keyed["encoder"].keys.keys[0]
+    assert seen[0].ids.tolist() == [1, 2, 0]
+
+
+def test_some_prompts_kept_and_some_not(served, make_batch):
+    prompted, batch = served(), make_batch()
+    names = ["c2", "kv", "rows"]
+    expected = logits(prompted, batch, names)
+    for chosen in ("c2", ["rows"], ("c5", "kv")):
+        prompted.cache_prompts(chosen)
+        torch.testing.assert_close(logits(prompted, batch, names), expected)
+    assert prompted.passes == [3]
+    assert prompted._caches.names == set(CONFIGS)
+
+
+def change(prompted, how):
+    """Make what is kept wrong."""
+    prompt, encoder = prompted.prompts["c5"], prompted.model.get_encoder()
+    attention = encoder.block[1].layer[0].SelfAttention
+    if how == "step":
+        prompt.add_(1.0)
+    elif how == "optimizer":
+        with torch.enable_grad():
+            prompt.grad = torch.ones_like(prompt)
+            torch.optim.SGD([prompt], lr=1.0).step()
+    elif how == "load":
+        prompted.load_state_dict({**prompted.state_dict(), "prompts.c5": torch.ones(5, 32)})
+    elif how == "replace":
+        prompted.prompts["c5"] = torch.ones(5, 32)
+    elif how == "model":
+        attention.k.weight.mul_(1.5)
+    elif how == "weight":
+        attention.k.weight = nn.Parameter(attention.k.weight * 1.5, requires_grad=False)
+    elif how == "float64":
+        prompted.double()
+    elif how == "rounded":  # to bf16 and back: storages of the same size, perhaps at the same address
+        prompted.model.bfloat16()
+        gc.collect()
+        prompted.model.float()
+    elif how == "child":
+        attention.k = nn.Sequential(attention.k, nn.Linear(64, 64, bias=False).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    "how", ["step", "optimizer", "load", "replace", "model", "weight", "float64", "rounded", "child"]
+)
+def test_a_stale_cache_is_made_again(how, served, make_batch):
+    prompted, batch = served({"c5": CONFIGS["c5"], "c2": CONFIGS["c2"]}), make_batch()
+    prompted.cache_prompts()
+    before = logits(prompted, batch, "c5")
+    assert prompted.passes == [3]
+    torch.manual_seed(0)
+    change(prompted, how)
+    after = logits(prompted, batch, "c5")
+    assert prompted.passes == [2, 3], "both prompts of the pool, then the tokens"
+    assert not torch.equal(after.float(), before)
+    again = logits(prompted, batch, "c5")
+    assert prompted.passes == [3]
+    assert torch.equal(again, after)
+    prompted.drop_caches()
+    torch.testing.assert_close(logits(prompted, batch, "c5"), after)
+
+
+def test_autocast_has_keys_of_its_own(served, make_batch):
+    prompted, batch = served(), make_batch()
+    prompted.cache_prompts()
+    plain = logits(prompted, batch, "c5")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = logits(prompted, batch, "c5")
+        prompted.drop_caches()
+        torch.testing.assert_close(logits(prompted, batch, "c5"), cast)
+    assert not torch.equal(plain, cast.float())
+
+
+def test_training_and_gradients_do_not_read_the_cache(served, make_batch):
+    prompted, batch = served(dropout_rate=0.5), make_batch()
+    prompted.cache_prompts()
+    with torch.enable_grad():
+        prompted.passes.clear()
+        prompted(**batch, prompts="c5").loss.backward()
+        assert prompted.passes == [1, 3]
+        assert prompted.prompts["c5"].grad.norm() > 0
+    prompted.train()
+    logits(prompted, batch, "c5")
+    assert prompted.passes == [1, 3], "dropout makes other keys in every call"
+
+
+def test_it_is_made_without_dropout_and_leaves_the_mode_alone(served, make_batch):
+    prompted, batch = served(dropout_rate=0.5), make_batch()
+    expected = logits(prompted, batch, "c5")
+    prompted.train()
+    prompted.model.decoder.eval()
+    modes = [module.training for module in prompted.modules()]
+    prompted.cache_prompts()
+    assert [module.training for module in prompted.modules()] == modes
+    prompted.eval()
+    torch.testing.assert_close(logits(prompted, batch, "c5"), expected)
+    assert prompted.passes == [3]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_make_their_own(duplicate, make_keyed, make_batch):
+    prompted, batch = make_keyed(CONFIGS), make_batch()
+    prompted.cache_prompts()
+    twin = duplicate(prompted)
+    assert not twin._caches.names
+    twin.cache_prompts()
+    with torch.no_grad():
+        twin.prompts["c5"].zero_()
+        assert not torch.equal(twin(**batch, prompts="c5").logits, prompted(**batch, prompts="c5").logits)
+
+
+def test_what_is_kept_has_no_graph_and_goes_with_its_names(served):
+    prompted = served()
+    with torch.enable_grad():
+        prompted.cache_prompts(["c5", "c2"])
+    pool = prompted._caches.pool_of("c5")
+    assert not any(tensor.requires_grad for site in pool.keyed.values() for tensor in site.keys.keys)
+    prompted.cache_prompts("c5")
+    assert prompted._caches.pool_of("c2") is not prompted._caches.pool_of("c5")
+    prompted.cache_prompts(["c2"])
+    assert len(prompted._caches._pools) == 2, "a pool of which nothing is wanted is gone"
+    prompted.drop_caches()
+    assert not prompted._caches.names
+
+
+def test_refusals(served):
+    prompted = served({"c": CONFIGS["c5"], "p": PromptConfig(3)})
+    with pytest.raises(ValueError, match="prompt 'p' is of kind 'prepend': its keys depend on the tokens"):
+        prompted.cache_prompts(["c", "p"])
+    with pytest.raises(ValueError, match="there is no prompt 'q'"):
+        prompted.cache_prompts("q")
+    prompted.cache_prompts()
+    assert prompted._caches.names == {"c"}
+
+
+def test_a_trace_holds_no_tensor_alive():
+    tensor = torch.ones(3)
+    trace = cache_module.Trace.of(tensor)
+    assert trace.fits(tensor)
+    assert not trace.fits(tensor.clone())
+    assert not trace.fits(tensor.view(3))
+    del tensor
+    gc.collect()
+    assert trace.tensor() is None
