@@ -5,18 +5,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 TEST_ENV := PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit triton triton-aot sanitize packaging bench bench-quick wheel gpu clean
+.PHONY: help setup demo test lint unit hf-quick hf-tests triton triton-aot sanitize packaging bench bench-quick wheel gpu clean
 
 help:
 	@echo "make demo    train a soft prompt on real text with the tiny T5 in this repository (about 3 minutes)"
 	@echo "make test    everything that CI runs"
 	@echo "make bench   benchmarks beside what a user has today"
-	@echo "make lint | unit | triton | triton-aot | sanitize | packaging   the parts of make test"
+	@echo "make lint | unit | hf-quick | triton | triton-aot | sanitize | packaging   the parts of make test"
+	@echo "make hf-tests  all of transformers' own model tests on patched models (about 3 minutes)"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: build, test and benchmark there"
 
@@ -44,7 +46,7 @@ $(VENV)/installed: $(VENV)/packages setup.py $(NATIVE)
 demo: setup
 	$(BIN)/python -m fastprompt.demo
 
-test: lint unit triton triton-aot sanitize packaging bench-quick
+test: lint unit hf-quick triton triton-aot sanitize packaging bench-quick
 	@echo "all parts of make test passed"
 
 lint: setup
@@ -56,6 +58,23 @@ lint: setup
 
 unit: setup
 	$(PYTEST) tests --ignore tests/triton --ignore tests/triton_aot --ignore tests/packaging
+
+# transformers' own tests of models, which are in its sdist, on stock T5 and on patched T5.
+HF_TESTS := $(VENV)/transformers-tests-$(TRANSFORMERS)
+HF_PYTEST := OMP_NUM_THREADS=1 $(PYTEST) -rf -o pythonpath=tests/hf tests/hf/transformers_tests.py
+
+$(HF_TESTS)/ready: | $(VENV)/packages
+	rm -rf $(HF_TESTS)
+	$(BIN)/pip download -q --no-binary :all: --no-deps --no-build-isolation -d $(HF_TESTS) transformers==$(TRANSFORMERS)
+	tar -xzf $(HF_TESTS)/transformers-$(TRANSFORMERS).tar.gz -C $(HF_TESTS) --strip-components 1 transformers-$(TRANSFORMERS)/tests
+	$(BIN)/pip install -q --no-deps --target $(HF_TESTS)/packages parameterized==0.9.0
+	touch $@
+
+hf-tests: setup $(HF_TESTS)/ready
+	$(HF_PYTEST)
+
+hf-quick: setup $(HF_TESTS)/ready
+	$(HF_PYTEST) -k "v1_1 or t5-encoder"
 
 # Triton's interpreter and its compiler exclude each other in one process.
 triton: setup
