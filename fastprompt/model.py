@@ -18,15 +18,20 @@ from fastprompt.prompts.bank import Choice, Names, PromptBank
 from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.config import SITES, PromptConfig
-from fastprompt.prompts.files import PromptFile, read_prompt, write_prompt
+from fastprompt.prompts.files import read_prompt, write_prompt
 from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.init import initial_prompt
 from fastprompt.prompts.keyed import Keyed, joined, keyed, prompt_keys
+from fastprompt.prompts.layout import ModelShape
+from fastprompt.prompts.loading import assign, check_fits, config_of, file_of, prompt_of
 from fastprompt.prompts.mask import prepend_mask
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.prefix_init import initial_prefix
+from fastprompt.prompts.prompt_file import PromptFile
 from fastprompt.prompts.reentrant import gathered, is_reentrant
 from fastprompt.prompts.sites import serve
+from fastprompt.prompts.store import PromptStore
+from fastprompt.prompts.stored import StoredPrompts
 
 # Keywords that HF reads beside the parameters of a T5's forward.
 _FLAGS = ("output_attentions", "output_hidden_states")
@@ -237,58 +242,122 @@ class PromptModel(nn.Module):
 
     def kind(self, name: str) -> str:
         """The kind of a prompt."""
+        stored = self.prompts.kind_of_stored(name)
+        if stored is not None:
+            return stored
         if isinstance(self.prompts[name], PrefixPrompt):
             return "prefix"
         return self.configs[name].kind if name in self.configs else "prepend"
 
-    def save_prompt(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Write a prompt and which model it belongs to, as one safetensors file.
+    def remove_prompt(self, name: str) -> None:
+        """Remove a prompt from the bank. An optimiser that holds it holds it on. ValueError: there is none."""
+        self._own(name)
+        del self.prompts[name]
+        self.configs.pop(name, None)
+        self._caches.drop([name])
+
+    def rename_prompt(self, name: str, new_name: str) -> None:
+        """Give a prompt another name, in its place among the others; its Parameters stay the same objects.
 
         Raises:
-            ValueError: there is no such prompt, or it is not finite.
+            ValueError: there is no such prompt, or the new name is taken or cannot be one.
         """
-        rows = self.prompts.choose(name, 1).prompts[0]
-        config = self.configs.get(name, PromptConfig(len(rows)))
-        write_prompt(path, PromptFile(rows, config.kind, config.init, name, self._identity()))
+        self._own(name)
+        if new_name in self.prompts:
+            raise ValueError(f"PromptModel: there is a prompt {new_name!r} already. Choose another name")
+        self.prompts.rename(name, new_name)
+        if name in self.configs:
+            self.configs[new_name] = self.configs.pop(name)
+        self._caches.drop([name])
 
-    def load_prompt(self, name: str, path: str | os.PathLike[str], *, strict: bool = True) -> None:
+    def freeze_prompt(self, name: str, frozen: bool = True) -> None:
+        """Keep a prompt from training, or let it train again. ValueError: there is no such prompt."""
+        self._own(name).requires_grad_(not frozen)
+
+    def attach_store(
+        self, store: PromptStore | None, *, strict: bool = True, keep_bytes: int = 256 << 20
+    ) -> None:
+        """Let batches name the prompts of a store. They are frozen, and read from the disk when they are first named.
+
+        They are no Parameters and in no state dict; ``load_prompt(name, store[name])`` makes one of the bank's own.
+        A prompt of the bank hides a stored one of the same name.
+
+        Args:
+            store: of any number of prompts; None: detach the one there is.
+            strict: refuse a store, or a prompt of a folder, that says it belongs to another model.
+            keep_bytes: of stored prompts that stay in memory, beside those of the batch at hand.
+
+        Raises:
+            TypeError: ``store`` is something else.
+            ValueError: it belongs to another model.
+        """
+        if store is None:
+            self.prompts.attach(None)
+            return
+        if not isinstance(store, PromptStore):
+            raise TypeError(f"PromptModel: store must be a PromptStore, got {type(store).__name__}")
+        identity = self._identity() if strict else None
+        difference = store.model.difference(identity) if store.model and identity else None
+        if difference:
+            raise ValueError(
+                f"PromptModel: {store.path!s} belongs to another model: {difference}. Load that model, or pass "
+                "strict=False to use its prompts all the same"
+            )
+        shape = ModelShape.of(self.config)
+        self.prompts.attach(StoredPrompts(store, shape, identity, self.device, keep_bytes))
+
+    def save_prompt(self, name: str, path: str | os.PathLike[str], *, format: str = "safetensors") -> None:  # noqa: A002
+        """Write a prompt, and in our own format which model it belongs to.
+
+        Args:
+            name: the prompt's.
+            path: the file; for PEFT, the folder.
+            format: ``"safetensors"``, ``"npy"`` or ``"peft"``; see :func:`write_prompt`.
+
+        Raises:
+            ValueError: there is no such prompt, it is not finite, or the format cannot express it.
+        """
+        prompt = self.prompts.choose(name, 1).prompts[0]
+        init = self.configs[name].init if name in self.configs else None
+        write_prompt(path, file_of(prompt, self.kind(name), init, name, self._identity()), format=format)
+
+    def load_prompt(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | PromptFile,
+        *,
+        strict: bool = True,
+        task: int | None = None,
+    ) -> None:
         """Read a prompt file, in any format of :func:`read_prompt`, into a new or an existing prompt.
 
         An existing prompt is overwritten in place, so that an optimiser that holds it stays valid.
 
         Args:
             name: the prompt's name here.
-            path: the file or folder.
+            path: the file or folder, or a PromptFile, such as a store's.
             strict: refuse a file that says it belongs to another model. Files of other projects do not say.
+            task: which task's prompt of a PEFT multitask adapter.
 
         Raises:
             FileNotFoundError: there is nothing at ``path``.
-            ValueError: another width or model, another length than the existing prompt's, or a broken file.
+            ValueError: other sizes, kind or model than this one's or the existing prompt's, or a broken file.
         """
-        table = self._table()
-        prompt = read_prompt(path, width=table.shape[1])
-        difference = prompt.model.difference(self._identity()) if strict and prompt.model else None
-        if prompt.model and difference:
-            raise ValueError(
-                f"PromptModel: {path!s} belongs to another model ({prompt.model.name_or_path!r}): "
-                f"{difference}. Load that model, or pass strict=False to use the prompt all the same"
-            )
-        if name not in self.prompts:
-            self.prompts[name] = prompt.rows.to(table.device)
-        elif self.prompts[name].shape == prompt.rows.shape:
-            with torch.no_grad():
-                self.prompts[name].copy_(prompt.rows)
+        shape = ModelShape.of(self.config)
+        file = path if isinstance(path, PromptFile) else read_prompt(path, shape=shape, task=task)
+        source = str(file.name) if isinstance(path, PromptFile) else os.fspath(path)
+        check_fits(f"PromptModel: {source}", file, shape, self._identity() if strict and file.model else None)
+        if name in self.prompts:
+            assign(f"PromptModel: {source}", name, self.prompts[name], self.kind(name), file)
         else:
-            raise ValueError(
-                f"PromptModel: {path!s} must have {len(self.prompts[name])} rows like prompt {name!r}, "
-                f"got {len(prompt.rows)}. Load it under another name"
-            )
-        self.configs[name] = PromptConfig(len(prompt.rows), prompt.kind, init="file", source=os.fspath(path))
+            checks.check_kind(file.kind, self.model)
+            self.prompts[name] = prompt_of(file, self.device)
+        self.configs[name] = config_of(self.prompts[name], file.kind, source)
 
     @property
     def num_trainable_parameters(self) -> int:
-        """Elements of the prompts, P * D each where they are rows in the encoder."""
-        return sum(parameter.numel() for parameter in self.prompts.parameters())
+        """Elements of the prompts that are not frozen, P * D each where they are rows in the encoder."""
+        return sum(each.numel() for each in self.prompts.parameters() if each.requires_grad)
 
     @property
     def config(self) -> Any:
@@ -339,6 +408,14 @@ class PromptModel(nn.Module):
         self._load_prefix = prefix
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _own(self, name: str) -> Any:
+        """The bank's own prompt of that name."""
+        if name not in self.prompts:
+            raise ValueError(
+                f"PromptModel: there is no prompt {name!r} in the bank; there are {list(self.prompts.keys())}"
+            )
+        return self.prompts[name]
+
     def _initial(self, config: PromptConfig) -> Tensor | PrefixPrompt:
         """The first values that a config asks for, where the model is."""
         table, source = self._table(), None
@@ -350,7 +427,6 @@ class PromptModel(nn.Module):
                     f"got {len(source)}. Pass num_tokens={len(source)}"
                 )
         if config.kind == "prefix":
-            serve(self.model)
             return initial_prefix(config, self.model, self.tokenizer, source).to(table.device)
         if isinstance(source, PrefixPrompt):
             raise ValueError(

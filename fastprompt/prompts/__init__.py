@@ -8,6 +8,7 @@ from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.init import initial_prompt
 from fastprompt.prompts.layout import ModelShape
 from fastprompt.prompts.prompt_file import PromptFile
+from fastprompt.prompts.store import PromptStore, write_store
 
 __all__ = [
     "ModelIdentity",
@@ -15,7 +16,9 @@ __all__ = [
     "PromptBank",
     "PromptConfig",
     "PromptFile",
+    "PromptStore",
     "initial_prompt",
     "read_prompt",
     "write_prompt",
+    "write_store",
 ]

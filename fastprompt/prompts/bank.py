@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.prompts.prefix import PrefixPrompt
+from fastprompt.prompts.stored import StoredPrompts
 
 Names = str | Sequence[str] | None
 
-_TAKEN = frozenset(dir(nn.ParameterDict()))  # names a parameter of a ParameterDict cannot have
+_TAKEN = frozenset(dir(nn.ParameterDict())) | {"_stored"}  # names a parameter of the bank cannot have
 
 
 class Choice(NamedTuple):
@@ -34,14 +35,28 @@ class PromptBank(nn.ParameterDict):
 
     They stay fp32 when the module around them is cast: the rows of trained T5 prompts have norms from 200 to
     2000, where a learning step is often less than bf16 can add.
+
+    Batches may also name the prompts of a store that is attached; those are no Parameters, and the bank's own hide
+    any of the same name.
     """
 
+    _stored: StoredPrompts | None = None
+
+    def attach(self, stored: StoredPrompts | None) -> None:
+        """Let batches name these prompts too; None: no more."""
+        self._stored = stored
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a prompt another name, in its place among the others. Its Parameters stay the same objects."""
+        prompts = [(new if name == old else name, self[name]) for name in self]
+        self._check_name(new)
+        for name in list(self):
+            del self[name]
+        for name, prompt in prompts:
+            super().__setitem__(name, prompt)
+
     def __setitem__(self, name: str, rows: Any) -> None:
-        if not isinstance(name, str) or not name or "." in name or name in _TAKEN:
-            raise ValueError(
-                "PromptModel: a prompt's name must be a str that is not empty, has no '.' and is no attribute "
-                f"of ParameterDict (such as 'train' or 'keys'), got {name!r}"
-            )
+        self._check_name(name)
         if isinstance(rows, PrefixPrompt):
             super().__setitem__(name, rows)
             return
@@ -61,10 +76,10 @@ class PromptBank(nn.ParameterDict):
             TypeError: ``names`` is neither a str nor a sequence.
             ValueError: an unknown name, another number of names than rows, or no prompt at all.
         """
-        if not self:
+        if not self and self._stored is None:
             raise ValueError("PromptModel: there is no prompt. Add one with add_prompt or load_prompt")
         if names is None:
-            names = next(iter(self.keys()))
+            names = self._first()
         if not isinstance(names, Sequence):
             raise TypeError(
                 f"PromptModel: prompts must be a name or a list of names, got {type(names).__name__}"
@@ -76,16 +91,48 @@ class PromptBank(nn.ParameterDict):
                 f"got {len(per_row)} names for {batch} rows"
             )
         for name in per_row:
-            if not isinstance(name, str) or name not in self:
-                raise ValueError(f"PromptModel: there is no prompt {name!r}; there are {list(self.keys())}")
+            if not isinstance(name, str):
+                raise ValueError(f"PromptModel: there is no prompt {name!r}: names are str")
         used = list(dict.fromkeys(per_row))
-        prompts = [self[name] for name in used]
-        ids = [used.index(name) for name in per_row]
+        prompts = [self._found(name) for name in used]
+        if self._stored is not None:
+            self._stored.trim(used)
+        number = {name: i for i, name in enumerate(used)}
+        ids = [number[name] for name in per_row]
         return Choice(used, prompts, ids if len(used) > 1 else None, [len(prompts[i]) for i in ids])
+
+    def kind_of_stored(self, name: str) -> str | None:
+        """The kind of an attached store's prompt; None if ``name`` is the bank's own or unknown."""
+        stored = self._stored
+        return stored.kind(name) if stored is not None and name not in self and name in stored else None
+
+    def _found(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        if self._stored is not None and name in self._stored:
+            return self._stored.prompt(name)
+        also = "" if self._stored is None else f" and {len(self._stored)} in {self._stored.store.path!s}"
+        raise ValueError(f"PromptModel: there is no prompt {name!r}; there are {list(self.keys())}{also}")
+
+    def _first(self) -> str:
+        if not self:
+            raise ValueError(
+                "PromptModel: prompts= must name prompts of the store: the bank has none of its own"
+            )
+        return next(iter(self.keys()))
+
+    def _check_name(self, name: object) -> None:
+        if not isinstance(name, str) or not name or "." in name or name in _TAKEN:
+            raise ValueError(
+                "PromptModel: a prompt's name must be a str that is not empty, has no '.' and is no attribute "
+                f"of ParameterDict (such as 'train' or 'keys'), got {name!r}"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_fp32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
 
+        if self._stored is not None:
+            self._stored.apply(fn)
         return super()._apply(keep_fp32, recurse)
