@@ -28,6 +28,7 @@ from fastprompt.prompts.mask import prepend_mask
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.prefix_init import initial_prefix
 from fastprompt.prompts.prompt_file import PromptFile
+from fastprompt.prompts.rank import Choices, Ranking, choice_ids, choice_scores, rank_of
 from fastprompt.prompts.reentrant import gathered, is_reentrant
 from fastprompt.prompts.sites import serve
 from fastprompt.prompts.store import PromptStore
@@ -190,6 +191,64 @@ class PromptModel(nn.Module):
         # Given inputs_embeds instead, HF has no token ids for encoder_no_repeat_ngram_size and
         # encoder_repetition_penalty, and ignores them.
         return self.model.generate(input_ids, attention_mask=mask, encoder_outputs=encoder_outputs, **kwargs)
+
+    def encode(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, prompts: Names = None
+    ) -> BaseModelOutput:
+        """The encoder's output, for ``encoder_outputs`` of forward, ``generate`` and others with the same prompts.
+
+        Args:
+            input_ids, attention_mask, prompts: as in ``forward``.
+
+        Raises:
+            TypeError, ValueError, IndexError: as in ``forward``.
+        """
+        input_ids = checks.check_input_ids(input_ids, self._table())
+        choice = self._choose(prompts, len(input_ids))
+        if self._is_keyed(choice):
+            return self._encode(input_ids, attention_mask, self._site_keys(choice)["encoder"], {})
+        embeds, mask = self._encoder_input(input_ids, attention_mask, choice)
+        return self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+
+    @torch.no_grad()
+    def rank(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        choices: Choices,
+        prompts: Names = None,
+        length_normalized: bool = False,
+        encoder_outputs: Any = None,
+    ) -> Ranking:
+        """Which of some answers the model finds most likely for each input (rank classification).
+
+        The encoder runs once, and the decoder on the tokens of the choices. In training mode dropout is on; call
+        ``eval()`` first, as for ``generate``.
+
+        Args:
+            input_ids, attention_mask, prompts, encoder_outputs: as in ``forward``.
+            choices: C strings, encoded as targets are, with the tokenizer's end marker; or C lists of token ids.
+            length_normalized: rank by the mean log-probability per token, not by the sum.
+
+        Returns:
+            ``scores`` [B, C] and ``best`` [B]; of equal scores the first choice is best.
+
+        Raises:
+            TypeError, ValueError: choices that cannot be; and as in ``forward``.
+        """
+        ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
+        return rank_of(
+            choice_scores(
+                self,
+                input_ids,
+                attention_mask,
+                ids,
+                prompts=prompts,
+                length_normalized=length_normalized,
+                encoder_outputs=encoder_outputs,
+            )
+        )
 
     def add_prompt(self, name: str, config: PromptConfig) -> None:
         """Add a trainable prompt.

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastprompt.prompts.rank import choice_scores
+
 from .batches import Batch
 
 
@@ -17,27 +19,8 @@ def label_scores(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]
     """Log-likelihood of each label given each row's input: fp32 [B, C], in nats.
 
     `model` is a T5ForConditionalGeneration or a PromptModel; `labels` holds the token ids of C label strings.
-    The encoder runs once; so does the decoder if every label is one token, for they all begin alike.
     """
-    if all(len(label) == 1 for label in labels):
-        first = torch.tensor([labels[0]]).repeat(len(batch["input_ids"]), 1)
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=first
-        ).logits
-        return logits[:, 0].float().log_softmax(-1)[:, [token for [token] in labels]]
-    rows, encoder_outputs, scores = len(batch["input_ids"]), None, []
-    for label in labels:
-        target = torch.tensor([label]).repeat(rows, 1)
-        inputs = (
-            {"input_ids": batch["input_ids"]}
-            if encoder_outputs is None
-            else {"encoder_outputs": encoder_outputs}
-        )
-        output = model(attention_mask=batch["attention_mask"], labels=target, **inputs)
-        encoder_outputs = (output.encoder_last_hidden_state,)
-        log_probabilities = output.logits.float().log_softmax(-1)
-        scores.append(log_probabilities.gather(-1, target[..., None]).sum((1, 2)))
-    return torch.stack(scores, dim=1)
+    return choice_scores(model, batch["input_ids"], batch["attention_mask"], labels)
 
 
 def choice_loss(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]) -> Tensor:

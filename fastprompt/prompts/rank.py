@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank classification: the answer is the choice that the model finds most likely.
+
+The encoder runs once for all choices, and so do the decoder's first position and its keys and values of the encoder's
+output: what is left per choice is its own tokens. It is differentiable, so that it can be trained on.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+
+from fastprompt.prompts.bank import Names
+
+Choices = Sequence[str] | Sequence[Sequence[int]]
+
+ROWS_PER_PASS = 64  # decoder rows at a time; the encoder's output is repeated for so many
+
+
+class Ranking(NamedTuple):
+    """What ``PromptModel.rank`` returns.
+
+    scores: [B, C] float, in nats: log-probability of each choice, or its mean per token.
+    best: [B] int64, the choice with the highest score; of equals, the first.
+    """
+
+    scores: Tensor
+    best: Tensor
+
+
+def choice_ids(choices: Choices, tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """The token ids of each choice: a string's as the tokenizer makes them for a target, with its end marker.
+
+    Raises:
+        TypeError, ValueError: choices that are neither strings nor lists of ids, none at all, an empty one, an id
+            outside the vocabulary, or strings without a tokenizer.
+    """
+    if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
+        raise ValueError(
+            f"PromptModel: choices must be a list of one or more strings or id lists, got {choices!r}"
+        )
+    strings = [choice for choice in choices if isinstance(choice, str)]
+    if strings and len(strings) != len(choices):
+        raise TypeError("PromptModel: choices must be all strings or all lists of token ids, got both")
+    if strings and tokenizer is None:
+        raise ValueError(
+            "PromptModel: choices of text need a tokenizer. Pass it to PromptModel, or give token ids"
+        )
+    found = [list(ids) for ids in (tokenizer(strings).input_ids if strings else choices)]
+    for choice, ids in zip(choices, found, strict=True):
+        if not ids or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            raise ValueError(
+                f"PromptModel: a choice must be one or more token ids in [0, {vocab_size}), got {choice!r} with {ids}"
+            )
+    return found
+
+
+def rank_of(scores: Tensor) -> Ranking:
+    """The ranking by scores [B, C]."""
+    # argmax may return any of several equal scores; a stable sort keeps the first one first.
+    return Ranking(scores, scores.sort(dim=1, descending=True, stable=True).indices[:, 0])
+
+
+def choice_scores(
+    model: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    choices: Sequence[Sequence[int]],
+    *,
+    prompts: Names = None,
+    length_normalized: bool = False,
+    encoder_outputs: Any = None,
+) -> Tensor:
+    """Log-probability of each choice given each row's input: [B, C], in nats, fp32 or the model's wider dtype.
+
+    Args:
+        model: a PromptModel, or a T5ForConditionalGeneration.
+        input_ids, attention_mask: [B, S], as the model's forward takes them.
+        choices: the token ids of C targets.
+        prompts: as in PromptModel.forward; None for a bare T5.
+        length_normalized: the mean per token instead of the sum.
+        encoder_outputs: of these inputs, if they are known.
+
+    Raises:
+        ValueError: gradient checkpointing is on in training mode, and a choice has several tokens.
+    """
+    scorer = _Scorer(model, input_ids, attention_mask, prompts, encoder_outputs)
+    first, cache = scorer.first(any(len(choice) > 1 for choice in choices))
+    columns = list(first[:, [choice[0] for choice in choices]].unbind(1))
+    longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
+    at_once = max(1, ROWS_PER_PASS // len(first))
+    for start in range(0, len(longer), at_once):
+        numbers = longer[start : start + at_once]
+        rest = scorer.rest(cache, [choices[number] for number in numbers])
+        for number, scores in zip(numbers, rest.unbind(1), strict=True):
+            columns[number] = columns[number] + scores
+    scores = torch.stack(columns, 1)
+    return scores / scores.new_tensor([len(choice) for choice in choices]) if length_normalized else scores
+
+
+def sequence_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B]: the sum of the log-probabilities that logits [B, T, V] give targets [B, T], without those that are -100."""
+    chosen = _log_softmax(logits).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return chosen.where(targets >= 0, 0).sum(1)
+
+
+class _Scorer:
+    """A model on one batch of inputs, encoded once."""
+
+    def __init__(
+        self, model: Any, input_ids: Tensor | None, mask: Tensor | None, prompts: Names, encoder_outputs: Any
+    ) -> None:
+        self.model, self.mask = model, mask
+        prompted = hasattr(model, "encode")  # a PromptModel; this module is below it
+        self.names = prompts
+        self.more: dict[str, Any] = {"prompts": prompts} if prompted else {}
+        if encoder_outputs is None and prompted:
+            encoder_outputs = model.encode(input_ids, mask, prompts=prompts)
+        elif encoder_outputs is None:
+            encoder_outputs = model.get_encoder()(input_ids=input_ids, attention_mask=mask, return_dict=True)
+        self.hidden = encoder_outputs[0]
+
+    def first(self, keep: bool) -> tuple[Tensor, Any]:
+        """Log-probabilities [B, V] of the first token, and the cache behind it."""
+        start = self.hidden.new_full((len(self.hidden), 1), self._start(), dtype=torch.int64)
+        output = self.model(
+            encoder_outputs=(self.hidden,),
+            attention_mask=self.mask,
+            decoder_input_ids=start,
+            use_cache=keep,
+            **self.more,
+        )
+        if keep and output.past_key_values is None:
+            raise ValueError(
+                "choice_scores: with gradient checkpointing T5 keeps no cache in training mode, and choices of several "
+                "tokens need one. Call gradient_checkpointing_disable()"
+            )
+        return _log_softmax(output.logits[:, 0]), output.past_key_values
+
+    def rest(self, cache: Any, choices: Sequence[Sequence[int]]) -> Tensor:
+        """[B, c]: what the tokens after the first add to the scores of c choices of two or more tokens."""
+        B, c = len(self.hidden), len(choices)
+        tokens = [torch.tensor(choice, device=self.hidden.device) for choice in choices]
+        pad = nn.utils.rnn.pad_sequence
+        given = pad([each[:-1] for each in tokens], batch_first=True).repeat(B, 1)
+        wanted = pad([each[1:] for each in tokens], batch_first=True, padding_value=-100).repeat(B, 1)
+        more = dict(self.more)
+        if not isinstance(self.names, str | None):
+            more["prompts"] = [name for name in self.names for _ in range(c)]
+        output = self.model(
+            encoder_outputs=(_repeated(self.hidden, c),),
+            attention_mask=None if self.mask is None else _repeated(self.mask, c),
+            decoder_input_ids=given,
+            past_key_values=_repeated_cache(cache, c),
+            use_cache=True,
+            **more,
+        )
+        return sequence_scores(output.logits, wanted).view(B, c)
+
+    def _start(self) -> int:
+        config = self.model.config
+        start = config.decoder_start_token_id
+        return int(config.pad_token_id if start is None else start)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _repeated(tensor: Tensor, times: int) -> Tensor:
+    """Row b becomes the rows b * times to (b + 1) * times - 1."""
+    return tensor if times == 1 else tensor.repeat_interleave(times, 0)
+
+
+def _repeated_cache(cache: Any, times: int) -> EncoderDecoderCache:
+    """A cache of its own, so that the next choices find the given one as it was."""
+    parts = []
+    for part in (cache.self_attention_cache, cache.cross_attention_cache):
+        filled = [layer for layer in part.layers if layer.keys is not None]
+        parts.append(
+            DynamicCache([(_repeated(each.keys, times), _repeated(each.values, times)) for each in filled])
+        )
+    return EncoderDecoderCache(*parts)
