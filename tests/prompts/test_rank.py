@@ -79,14 +79,7 @@ def test_every_layout_and_the_bare_model(layout, attention, make_model, inputs):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_patched_model_ranks_alike(name, memory, tuned, make_keyed, inputs):
     patched = make_keyed({}, memory=memory, dtype=torch.float64, num_layers=3, num_decoder_layers=2)
-    for key in KINDS:
-        patched.add_prompt(key, KINDS[key])
-        patched.prompts[key].load_state_dict(tuned.prompts[key].state_dict()) if key in (
-            "rows",
-            "kv",
-        ) else None
-        if key not in ("rows", "kv"):
-            patched.prompts[key].data.copy_(tuned.prompts[key])
+    patched.load_prompt(name, file_of(tuned.prompts[name], tuned.kind(name), None, name))
     expected = one_by_one(tuned, inputs, CHOICES, prompts=name)
     close(patched.rank(**inputs, choices=CHOICES, prompts=name).scores, expected, 1e-5)  # statistics in fp32
 
