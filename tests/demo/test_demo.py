@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from fastprompt.demo import main, race, report, run
+from fastprompt.demo import main, race, report, run, scoring
 from fastprompt.demo.batches import Pair, collate, in_order, shuffled
 from fastprompt.demo.scoring import accuracy, label_scores
 from fastprompt.demo.tune import Curve, Recipe, new_prompt, optimizer_for
