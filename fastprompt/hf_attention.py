@@ -168,8 +168,10 @@ def attention(
     if isinstance(attention_mask, Keys) and scaling == 1.0 and not wants_weights(module, kwargs):
         cross = bool(module.is_decoder) and not attention_mask.causal
         bias = None if cross else position_bias
-        if _covered(query, key, value, attention_mask) and _frozen(module, bias, dropout, query, key):
-            prompt = attention_mask.prompt
+        prompt = attention_mask.prompt
+        # A prompt brings the table of a bias that it knows to be frozen; a reentrant checkpoint marks it as trained.
+        frozen = prompt is not None or _frozen(module, bias, dropout, query, key)
+        if frozen and _covered(query, key, value, attention_mask):
             out = t5_attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),

@@ -50,7 +50,8 @@ class Attend(NamedTuple):
         return self.with_tensors([None] * (len(self) - 2))
 
     def with_tensors(self, tensors: list[Tensor | None]) -> Self:
-        return self._make([*tensors, self.options, self.slot])
+        values: list[Any] = [*tensors, self.options, self.slot]
+        return type(self)(*values)
 
     @property
     def kernel(self) -> Any:

@@ -158,7 +158,10 @@ class FastAttention:
         )
         a = Attend(
             self.layer_norm.weight,
-            *(children[name].weight for name in "qkvo"),
+            wq=children["q"].weight,
+            wk=children["k"].weight,
+            wv=children["v"].weight,
+            wo=children["o"].weight,
             states=states,
             bias=bias,
             key_mask=allowed.mask,

@@ -17,16 +17,21 @@ class Served:
 
     stock: Any  # the configuration that this is a view of
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers makes another of a configuration's class, to compare it with the defaults: a stock one."""
+        return cls.__bases__[1](*args, **kwargs)
+
     @property
     def _attn_implementation_internal(self) -> str:
         return hf_attention.NAME
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stock.get_text_config(
+            *args, **kwargs
+        )  # may copy it, which the compiler does in its own way
+
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.stock, name, value)  # which may refuse, or set more
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self.stock)  # of which transformers makes another, to compare with its defaults
 
     def __reduce__(self) -> tuple[Any, ...]:
         return served_config, (self.stock,)  # copies and pickles share their state again

@@ -46,7 +46,12 @@ def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
 
 
 def check_ids(input_ids: Tensor, table: Tensor) -> None:
-    """``input_ids`` must be int32 or int64 within the table's rows. Values are checked on the CPU."""
+    """``input_ids`` [B, S >= 1] must be int32 or int64 within the table's rows. Values are checked on the CPU."""
+    if not input_ids.shape[1]:
+        raise ValueError(
+            f"PromptModel: input_ids must have at least one token, got {list(input_ids.shape)}. The encoder runs "
+            "nothing else with prompts of kind 'cached' and 'prefix'"
+        )
     if input_ids.dtype not in (torch.int32, torch.int64):
         got = str(input_ids.dtype).removeprefix("torch.")
         raise TypeError(f"PromptModel: input_ids must have dtype int32, int64, got {got}")

@@ -59,16 +59,23 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
     """The site's bias by distance, [H, 2M + 1]; one per layer where each has its own (UMT5)."""
     if site == "cross":
         return None
-    tables = [
-        t5_bias_table(
-            layer.attention.relative_attention_bias.weight,
-            bidirectional=site == "encoder",
-            num_buckets=layer.attention.relative_attention_num_buckets,
-            max_distance=layer.attention.relative_attention_max_distance,
-        )
-        for layer in site_layers(model, site)
-        if layer.attention.has_relative_attention_bias
-    ]
+    tables = []
+    for _, attention in site_layers(model, site):
+        if attention.has_relative_attention_bias:
+            weight = attention.relative_attention_bias.weight
+            if weight.requires_grad:
+                raise ValueError(
+                    f"PromptModel: the {site}'s relative_attention_bias.weight must be frozen, got requires_grad=True. "
+                    "Call model.requires_grad_(False)"
+                )
+            tables.append(
+                t5_bias_table(
+                    weight,
+                    bidirectional=site == "encoder",
+                    num_buckets=attention.relative_attention_num_buckets,
+                    max_distance=attention.relative_attention_max_distance,
+                )
+            )
     return tables[0] if len(tables) == 1 else tuple(tables)
 
 

@@ -3,7 +3,8 @@
 
 `make hf-tests` runs this file; its name keeps it out of a plain pytest. Each test runs one of theirs twice. Models are
 patched when they are made and when they are loaded. "trained": as made, so every layer falls back. "frozen": blocks and
-norms need no gradient, embeddings and heads do, so that training runs the fused layers' backward, too.
+norms need no gradient, embeddings and heads do, so that training runs the fused layers' backward, too. What models
+return must be the same both times, until one of them drops out.
 """
 
 import random
@@ -15,12 +16,15 @@ import numpy
 import pytest
 import torch
 import transformers_models
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 import fastprompt
 from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
 CASES = transformers_models.CASES
 NAMES = [(case, name) for case, cls in CASES.items() for name in unittest.TestLoader().getTestCaseNames(cls)]
 
@@ -53,6 +57,48 @@ def models(*changes):
 
     with mock.patch.multiple(PreTrainedModel, post_init=made, from_pretrained=classmethod(loaded)):
         yield
+
+
+def copied(leaf):
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def tensors_in(values):
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def assert_same(ours, theirs):
+    """All of theirs is in ours. Attention weights may be in ours only: stock sdpa returns none."""
+    for (_, mine), (dtype, stock) in zip(ours, theirs, strict=True):
+        for name, values in stock.items():
+            wanted = tensors_in(values)
+            for x, y in zip(tensors_in(mine[name]) if wanted else [], wanted, strict=True):
+                tolerance = TOLERANCE[dtype] * max(1.0, y.abs().max().item())
+                torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+@contextmanager
+def returned():
+    """What the models that are called here return in evaluation: the dtype they compute in, and tensors by name."""
+    seen, call = [], PreTrainedModel.__call__
+    inside = dropped = False
+
+    def called(self, *args, **kwargs):
+        nonlocal inside, dropped
+        dropped = dropped or self.training
+        if inside or dropped:
+            return call(self, *args, **kwargs)
+        inside = True
+        try:
+            result = call(self, *args, **kwargs)
+        finally:
+            inside = False
+        if isinstance(result, ModelOutput):
+            seen.append((self.dtype, {name: tree_map(copied, value) for name, value in result.items()}))
+        return result
+
+    with mock.patch.object(PreTrainedModel, "__call__", called):
+        yield seen
 
 
 def outcome(case, name):
@@ -90,15 +136,16 @@ def fused(monkeypatch):
 )
 def test_as_stock(case, name, weights, fused, record_property):
     first = (freeze,) if weights == "frozen" else ()
-    with models(*first):
+    with models(*first), returned() as theirs:
         expected, skipped = outcome(case, name)
     if skipped:
         pytest.skip(f"by transformers: {skipped}")
     assert not fused
-    with models(*first, fastprompt.patch):
+    with models(*first, fastprompt.patch), returned() as ours:
         failed, skipped = outcome(case, name)
     record_property("stock", "fails" if expected else "passes")
     record_property("fused", len(fused))
     assert skipped is None
     worse = [trace for part, trace in failed.items() if part not in expected]
     assert not worse, "passes on the stock model:\n" + "\n".join(worse)
+    assert_same(ours, theirs)
