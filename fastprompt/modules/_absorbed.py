@@ -13,6 +13,7 @@ dstates = w~^T dc + dscore^T q'; dq = dq'_h Wk_h^T.
 The same function as with keys and values, by associativity. A row that may attend to nothing takes the mean, as there.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,9 +79,9 @@ def kept_by(memory: str, kept: Kept) -> Kept:
     return kept if memory == "speed" else ()
 
 
-def again(a: "Attend", n: Tensor, kept: Kept) -> Kept:
-    """All of it, from what was saved."""
-    return kept or _attend(a, n)
+def again(a: "Attend", norm: Callable[[], Tensor], kept: Kept) -> Kept:
+    """All of it, from what was saved; ``norm`` computes n again."""
+    return kept or _attend(a, norm())
 
 
 def backward(

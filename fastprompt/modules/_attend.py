@@ -74,5 +74,8 @@ class Attend(NamedTuple):
 
     def run_again(self, x: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """All that the backward needs, from what the memory policy kept, without attending again."""
-        n, _ = ops.rms_norm(x, self.w, self.options.eps)
-        return self.kernel.again(self, n, kept)
+        def norm() -> Tensor:
+            n: Tensor = ops.rms_norm(x, self.w, self.options.eps)[0]
+            return n
+
+        return self.kernel.again(self, norm, kept)

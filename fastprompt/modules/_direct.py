@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of projected queries over projected keys: t5_attention between the products of q, k and v."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -52,9 +53,9 @@ def kept_by(memory: str, kept: Kept) -> Kept:
     return kept if memory in ("speed", "balanced") else kept[:1]
 
 
-def again(a: "Attend", n: Tensor, kept: Kept) -> Kept:
-    """All of it, from what was saved."""
-    return kept if len(kept) > 1 else (*kept, *project(a, n))
+def again(a: "Attend", norm: Callable[[], Tensor], kept: Kept) -> Kept:
+    """All of it, from what was saved; ``norm`` computes n again."""
+    return kept if len(kept) > 1 else (*kept, *project(a, norm()))
 
 
 def backward(

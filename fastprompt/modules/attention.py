@@ -56,6 +56,7 @@ class FrozenAttention(torch.autograd.Function):
             tensors = (*a._replace(out=out).tensors(), *a.kernel.kept_by(o.memory, kept))
             save(ctx, origin, rstd, *(tensors if ctx.kept else a.tensors()))
         keys_and_values = () if o.absorbed else kept[-2:]
+        ctx.set_materialize_grads(False)  # of what has no gradient: they would be zeros as large
         ctx.mark_non_differentiable(out, *keys_and_values)
         return add(linear(out, a.wo), x, a.outer_seed, o.outer_p), out, *keys_and_values
 
