@@ -11,7 +11,8 @@ from fastprompt.prompts import PromptConfig
 
 with suppress(ImportError):  # a transformers without these interfaces refuses the name by itself
     from fastprompt import hf_attention as hf_attention
-    from fastprompt.patching import explain, patch, patched, unpatch
+    from fastprompt.patching import patch, patched, unpatch
+    from fastprompt.report import explain
 
 try:
     __version__ = version("fastprompt")

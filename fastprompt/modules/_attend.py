@@ -74,6 +74,7 @@ class Attend(NamedTuple):
 
     def run_again(self, x: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """All that the backward needs, from what the memory policy kept, without attending again."""
+
         def norm() -> Tensor:
             n: Tensor = ops.rms_norm(x, self.w, self.options.eps)[0]
             return n

@@ -107,6 +107,21 @@ class FastAttention:
             return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
         return obstacle(self._children())
 
+    def fastprompt_saved(self, attended: bool) -> int | None:
+        """Bytes per row; of cross-attention with few queries. attended: there is one before it in this block."""
+        wq, w = getattr(self, self.attention_name).q.weight, self.layer_norm.weight
+        memory, out, heads = (
+            self.fastprompt_memory,
+            wq[:, 0].nbytes,
+            getattr(self, self.attention_name).n_heads,
+        )
+        x = 0 if attended and memory != "speed" else w.nbytes
+        if memory == "minimal":
+            return int(4 + x)
+        if self.attention_name == "SelfAttention":
+            return int(4 + x + out + 8 * heads + (0 if memory == "lean" else 3 * out))
+        return None if memory == "speed" else int(4 + x + out)
+
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
         return (
             isinstance(allowed, hf_attention.Keys)

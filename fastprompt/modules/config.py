@@ -56,3 +56,11 @@ def served_config(config: Any) -> Any:
 def stock_config(config: Any) -> Any:
     """``config`` as its model was made with."""
     return config.stock if isinstance(config, Served) else config
+
+
+def give_config(stack: Any, config: Any) -> None:
+    """To the stack, which makes the masks, and to all in it that read the same one: its attention layers."""
+    before = stack.config
+    for module in stack.modules():
+        if module.__dict__.get("config") is before:
+            module.config = config

@@ -17,6 +17,10 @@ class FastDropout:
     def fastprompt_obstacle(self) -> str | None:
         return None
 
+    def fastprompt_saved(self, attended: bool) -> int:
+        """Bytes per row."""
+        return 0
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.dtype not in FLOATS:
             return super().forward(x)  # type: ignore[misc]

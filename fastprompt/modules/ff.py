@@ -115,6 +115,14 @@ class FastFF:
             return f"its activation is a {type(self.DenseReluDense.act).__name__}"
         return obstacle(self._children())
 
+    def fastprompt_saved(self, attended: bool) -> int:
+        """Bytes per row. attended: a fused attention layer of this block has saved the input, or what it came from."""
+        wi, *_, w = (child.weight for child in self._children().values())
+        F, size, speed = wi.shape[0], wi.element_size(), self.fastprompt_memory == "speed"
+        x = 0 if attended and not speed else w.nbytes
+        inner = F // 8 if self._act() == "relu" else 2 * F * size * speed
+        return int(4 + x + inner)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         children, act = self._children(), self._act()
         if act is None or not ready(children, hidden_states):

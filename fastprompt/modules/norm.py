@@ -20,6 +20,10 @@ class FastNorm:
     def fastprompt_obstacle(self) -> str | None:
         return obstacle({"norm": self})
 
+    def fastprompt_saved(self, attended: bool) -> int:
+        """Bytes per row."""
+        return int(self.weight.nbytes) + 4
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         if obstacle({"norm": self}) is not None or hidden_states.dtype not in FLOATS:
             return super().forward(hidden_states)  # type: ignore[misc]

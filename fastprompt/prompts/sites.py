@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastprompt import hf_attention
-from fastprompt.modules.config import served_config
+from fastprompt.modules.config import give_config, served_config
 from fastprompt.ops import t5_bias_table
-from fastprompt.patching import _give_config
 
 
 class Layer(NamedTuple):
@@ -86,4 +85,4 @@ def serve(model: Any) -> None:
     """
     for stack in (model.get_encoder(), model.get_decoder()):
         if stack.config._attn_implementation_internal != hf_attention.NAME:
-            _give_config(stack, served_config(stack.config))
+            give_config(stack, served_config(stack.config))

@@ -6,21 +6,10 @@ import pickle
 
 import pytest
 import torch
+from layouts import FULL, LAYOUTS, MEMORY, as_close, close, step
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import (
-    LongT5Config,
-    LongT5ForConditionalGeneration,
-    MT5Config,
-    MT5ForConditionalGeneration,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
-    T5ForConditionalGeneration,
-    UMT5Config,
-    UMT5ForConditionalGeneration,
-)
+from transformers import T5EncoderModel, T5ForConditionalGeneration
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel, backend_used, explain, patch, patched, unpatch
@@ -28,69 +17,8 @@ from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 from fastprompt.testing import saved_bytes
 
-VOCAB = 64
-TINY = {
-    "vocab_size": VOCAB,
-    "d_model": 48,  # not heads * d_kv
-    "d_ff": 40,
-    "num_layers": 2,
-    "num_heads": 4,
-    "d_kv": 16,
-    "relative_attention_num_buckets": 8,  # so that short inputs reach every bucket
-    "relative_attention_max_distance": 12,
-    "decoder_start_token_id": 0,
-}
-LAYOUTS = {
-    "t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
-    "v1_1": (
-        T5ForConditionalGeneration,
-        T5Config,
-        {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2},
-    ),
-    "ul2": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-silu"}),
-    "mt5": (MT5ForConditionalGeneration, MT5Config, {}),
-    "umt5": (UMT5ForConditionalGeneration, UMT5Config, {}),
-    "longt5": (LongT5ForConditionalGeneration, LongT5Config, {"encoder_attention_type": "local"}),
-    "switch": (SwitchTransformersForConditionalGeneration, SwitchTransformersConfig, {"num_experts": 2}),
-}
-FULL = ("t5", "v1_1", "ul2", "mt5")  # every layer is served
-MEMORY = ("speed", "balanced", "lean", "minimal")
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_memory = pytest.mark.parametrize("memory", MEMORY)
-
-
-@pytest.fixture
-def make(device):
-    def make(layout="v1_1", dtype=torch.float32, frozen=True, attention="eager", **changes):
-        model_class, config_class, special = LAYOUTS[layout]
-        torch.manual_seed(0)
-        config = config_class(**(TINY | special | changes))
-        model = model_class._from_config(config, attn_implementation=attention)
-        for parameter in model.parameters():  # wide enough that a wrong mask or position shows
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        return model.to(device, dtype).eval().requires_grad_(not frozen)
-
-    return make
-
-
-@pytest.fixture
-def batch(device):
-    def batch(padding="right", B=3, S=17):
-        ids = torch.randint(2, VOCAB, (B, S), generator=torch.Generator().manual_seed(1))
-        mask = torch.ones_like(ids)
-        for row in range(B if padding else 0):
-            mask[row, slice(S - 3 * row, S) if padding == "right" else slice(0, 3 * row)] = 0
-        return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
-
-    return batch
-
-
-@pytest.fixture
-def labels(device):
-    labels = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
-    labels[-1, -2:] = -100
-    return labels.to(device)
 
 
 @pytest.fixture
@@ -105,26 +33,6 @@ def ran(monkeypatch):
 
         monkeypatch.setattr(function, "apply", counted)
     return counts
-
-
-def step(model, batch, labels, **options):
-    """(logits, loss, gradient of inputs_embeds)."""
-    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    output = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels, **options)
-    output.loss.backward()
-    return output.logits.detach(), output.loss.detach(), embeds.grad
-
-
-def close(ours, theirs, tolerance=1e-5):
-    scale = max(1.0, theirs.detach().abs().max().item())
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
-
-
-def as_close(ours, stock, truth):
-    """Root mean square of the errors."""
-    for mine, theirs, exact in zip(ours, stock, truth, strict=True):
-        error, allowed = ((x.double() - exact).pow(2).mean().sqrt() for x in (mine, theirs))
-        assert error <= 1.1 * allowed + 2**-9 * exact.abs().mean()
 
 
 def classes(model):

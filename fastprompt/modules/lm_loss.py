@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of a T5 with a language-model head by linear_cross_entropy: no logits [B, T, V] in memory."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprompt.modules._frozen import obstacle
+from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class FastLoss:
+    """Mixin for T5ForConditionalGeneration: given labels, it returns their loss and no logits.
+
+    The loss is transformers' own, the mean over the labels that are not -100, with two exceptions: it is 0, not NaN, if
+    all are; and ``num_items_in_batch``, which T5 ignores although Trainer relies on it, is what the sum is divided by.
+    """
+
+    kernel = "linear_cross_entropy"
+    lm_head: Any
+    config: Any
+    stock_class: Any
+    argument_names: tuple[str, ...]
+
+    def __init_subclass__(cls) -> None:
+        cls.argument_names = tuple(inspect.signature(cls.stock_class.forward).parameters)[1:]
+
+    def fastprompt_obstacle(self) -> str | None:
+        return obstacle({"lm_head": self.lm_head})
+
+    def fastprompt_saved(self, attended: bool) -> int:
+        """Bytes per row of labels."""
+        return int(self.lm_head.weight[0].nbytes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        if arguments.get("labels") is None or not self._covers():
+            return super().forward(**arguments)  # type: ignore[misc]
+        labels, num_items = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
+        as_output = arguments.pop("return_dict", None)
+        if arguments.get("decoder_input_ids") is None and arguments.get("decoder_inputs_embeds") is None:
+            arguments["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[attr-defined]
+        output = self.stock_class.forward(_headless(self), return_dict=True, **arguments)
+        hidden = output.logits
+        loss = linear_cross_entropy(
+            hidden, self.lm_head.weight, labels.to(hidden.device), num_items=num_items
+        )
+        output = type(output)(
+            loss=loss, **{name: value for name, value in output.items() if name != "logits"}
+        )
+        return output if (self.config.return_dict if as_output is None else as_output) else output.to_tuple()
+
+    def _covers(self) -> bool:
+        weight = self.lm_head.weight
+        return not (
+            self.fastprompt_obstacle()
+            or torch.is_autocast_enabled(weight.device.type)
+            or torch.compiler.is_compiling()  # which fuses the stock loss in its own way
+        )
+
+
+def _headless(model: Any) -> Any:
+    """The same model with a head that hands on what it is given, which is scaled as the model scales it."""
+    twin = object.__new__(model.stock_class)
+    twin.__dict__.update(model.__dict__)
+    twin.__dict__["_modules"] = {**model._modules, "lm_head": nn.Identity()}
+    return twin

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of a model can be swapped, and the stacks that they are in."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastprompt import hf_attention
+from fastprompt.modules import FAMILY, MIXINS, mixin_for
+from fastprompt.modules.lm_loss import FastLoss
+
+
+def stock_class(cls: Any) -> type:
+    """The class that a module had before it was swapped, if it was."""
+    found: type = getattr(cls, "stock_class", cls)
+    return found
+
+
+def is_family_layer(cls: type) -> bool:
+    """A norm, feed-forward or attention layer of the family, swapped or not."""
+    stock = stock_class(cls)
+    folder = stock.__module__.split(".")[2:3]
+    suffixes = tuple(suffix for suffix, (mixin, _) in MIXINS.items() if mixin is not FastLoss)
+    return folder != [] and folder[0] in FAMILY and stock.__name__.endswith(suffixes)
+
+
+def leaves(model: nn.Module) -> Iterator[nn.Module]:
+    """What may be swapped: the family's layers, the dropout of a stack itself, and the model that has the loss."""
+    for module in model.modules():
+        if mixin_for(stock_class(type(module))) is not None and not isinstance(module, nn.Dropout):
+            yield module
+    for stack in stacks(model):
+        dropout = getattr(stack, "dropout", None)
+        if dropout is not None and stock_class(type(dropout)) is nn.Dropout:
+            yield dropout
+
+
+def stacks(model: nn.Module) -> Iterator[Any]:
+    """The encoders and decoders whose attention function can be set."""
+    for module in model.modules():
+        if (
+            isinstance(module, PreTrainedModel)
+            and type(module).__name__.endswith("Stack")
+            and module.config.model_type in hf_attention.SERVED
+        ):
+            yield module

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain: which kernels serve each layer of a T5, or why none does, and what it saves for backward."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastprompt._op import backends
+from fastprompt.modules import mixin_for
+from fastprompt.modules.lm_loss import FastLoss
+from fastprompt.modules.tree import is_family_layer, leaves, stock_class
+
+NOT_CHOSEN = "not patched"
+
+
+class Row(NamedTuple):
+    """One module of the model: the kernels that serve it, or the reason why none does.
+
+    path: as in named_modules; "" is the model itself.
+    cls: its class in transformers.
+    kernel: the functions it is computed with; None: transformers' own.
+    backend: of these functions, where its weights are now, such as "cpu" or "cuda".
+    reason: why a call runs transformers' forward; None: it does not.
+    memory: the policy of what it saves for backward.
+    saved: bytes that it saves for backward per row of its input that needs a gradient, beyond what the layer before it
+        has saved already; None where that depends on lengths, or is up to torch.
+    """
+
+    path: str
+    cls: str
+    kernel: str | None
+    backend: str | None
+    reason: str | None
+    memory: str | None
+    saved: int | None
+
+
+class Report(list[Row]):
+    """The rows of :func:`explain`; prints as a table, equal rows of a stack's blocks together."""
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in self:
+            if row.reason is None:
+                saved = "" if row.saved is None else f", saves {row.saved:,} bytes per token"
+                what = (f"{row.kernel} ({row.backend})", f"memory={row.memory}{saved}" if row.memory else "")
+            else:
+                what = (f"as in transformers: {row.reason}", "")
+            groups.setdefault((row.cls, *what), []).append(row.path or "the model")
+        lines = []
+        for (cls, kernel, memory), paths in groups.items():
+            where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+            details = "; ".join(filter(None, (where, memory)))
+            lines.append(f"{cls:24} x{len(paths):<3} {kernel}\n{'':29} {details}")
+        served = sum(row.reason is None for row in self)
+        return "\n".join([*lines, f"{served} of {len(self)} modules run fastprompt's kernels"])
+
+
+def explain(model: nn.Module) -> Report:
+    """Which kernels serve each layer of a T5, or why none does. Print it.
+
+    A served layer may still fall back in one call, for what only the call knows: a cache, autocast, a mask of the
+    user's own, attention weights as output.
+    """
+    report, swappable = Report(), set(map(id, leaves(model)))
+    module: Any
+    attended: set[str] = set()  # blocks with a served attention layer, which the layers behind it read from
+    whole: set[str] = set()  # served layers, which compute their norms themselves
+    for path, module in model.named_modules():
+        stock = stock_class(type(module))
+        if id(module) not in swappable and not is_family_layer(stock):
+            continue
+        if type(module) is not stock:
+            reason = module.fastprompt_obstacle()
+            parent = path.rpartition(".")[0]
+            saved = None if reason else 0 if parent in whole else module.fastprompt_saved(parent in attended)
+            if reason is None and stock.__name__.endswith(("Attention", "FF")):
+                whole.add(path)
+                attended |= {parent} if stock.__name__.endswith("Attention") else set()
+            memory = getattr(module, "fastprompt_memory", None)
+            report.append(Row(path, stock.__name__, module.kernel, _backend(module), reason, memory, saved))
+        elif mixin_for(stock) is not FastLoss:
+            reason = _why_stock(module)
+            report.append(Row(path, stock.__name__, None, None, reason, None, None))
+    return report
+
+
+def _why_stock(module: Any) -> str:
+    if mixin_for(type(module)) is None:
+        return "it computes something else than T5's"
+    if "forward" in module.__dict__:
+        return "its forward is wrapped, by accelerate for example: patch before"
+    return NOT_CHOSEN
+
+
+def _backend(module: nn.Module) -> str:
+    """Of one of its ops; they are all built for the same devices."""
+    weight = next(module.parameters(), None)
+    return backends("rms_norm", "cpu" if weight is None or weight.is_meta else weight.device.type)[0]

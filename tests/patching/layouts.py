@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that the tests of patch use, and what they compare."""
+
+import torch
+from transformers import (
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
+
+VOCAB = 64
+TINY = {
+    "vocab_size": VOCAB,
+    "d_model": 48,  # not heads * d_kv
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_kv": 16,
+    "relative_attention_num_buckets": 8,  # so that short inputs reach every bucket
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+LAYOUTS = {
+    "t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
+    "v1_1": (
+        T5ForConditionalGeneration,
+        T5Config,
+        {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2},
+    ),
+    "ul2": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-silu"}),
+    "mt5": (MT5ForConditionalGeneration, MT5Config, {}),
+    "umt5": (UMT5ForConditionalGeneration, UMT5Config, {}),
+    "longt5": (LongT5ForConditionalGeneration, LongT5Config, {"encoder_attention_type": "local"}),
+    "switch": (SwitchTransformersForConditionalGeneration, SwitchTransformersConfig, {"num_experts": 2}),
+}
+FULL = ("t5", "v1_1", "ul2", "mt5")  # every layer is served
+MEMORY = ("speed", "balanced", "lean", "minimal")
+
+
+def step(model, batch, labels, **options):
+    """(logits, loss, gradient of inputs_embeds)."""
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    output = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels, **options)
+    output.loss.backward()
+    return output.logits.detach(), output.loss.detach(), embeds.grad
+
+
+def close(ours, theirs, tolerance=1e-5):
+    scale = max(1.0, theirs.detach().abs().max().item())
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+def as_close(ours, stock, truth):
+    """Root mean square of the errors."""
+    for mine, theirs, exact in zip(ours, stock, truth, strict=True):
+        error, allowed = ((x.double() - exact).pow(2).mean().sqrt() for x in (mine, theirs))
+        assert error <= 1.1 * allowed + 2**-9 * exact.abs().mean()

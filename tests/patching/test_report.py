@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain says what runs, and counts what is saved as the saved-tensor hooks count it."""
+
+import pytest
+import torch
+from layouts import MEMORY
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from fastprompt import backend_used, explain, patch, unpatch
+from fastprompt.testing import saved_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("act", ["relu", "gated-gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_saved_bytes_are_those_that_hooks_count(memory, dtype, act, p):
+    config = T5Config(
+        d_model=48,
+        d_kv=16,
+        num_heads=4,
+        d_ff=64,
+        num_layers=3,
+        vocab_size=64,
+        dropout_rate=p,
+        feed_forward_proj=act,
+    )
+    model = T5EncoderModel(config).to(dtype).requires_grad_(False).train()
+    patch(model, memory=memory)
+    embeds = torch.randn(4, 50, 48, dtype=dtype, requires_grad=True)
+    with saved_bytes(exclude=model.parameters()) as saved:
+        output = model(inputs_embeds=embeds)
+    counted = 4 * 50 * sum(row.saved for row in explain(model))
+    table = 4 * 257 * 4  # the bias of 4 heads by distance, fp32
+    seeds = 8 * (2 + 2 * 2 * 3) if p else 0
+    assert counted < saved.bytes <= counted + table + seeds
+    del output
+
+
+def test_a_feed_forward_layer_behind_stock_attention_saves_its_input(make):
+    def saved(**options):
+        return {row.saved for row in explain(patch(make(), **options)) if row.cls == "T5LayerFF"}
+
+    assert saved() == {4}
+    assert saved(attention=False) == {4 + 4 * 48}
+
+
+def test_unpatched_rows_have_a_reason(make):
+    assert {row.reason for row in explain(unpatch(make()))} == {"not patched"}
+    assert {row.saved for row in explain(make())} == {None}
+
+
+def test_text(make):
+    text = str(explain(patch(make(), lm_loss=True)))
+    assert "T5LayerFF " in text
+    assert "frozen_ff: rms_norm, gated_act or relu_dropout, dropout_add (cpu" in text
+    assert "encoder.block.0.layer.1 and 4 more; memory=balanced, saves 4 bytes per token" in text
+    assert "the model; memory=balanced, saves 192 bytes per token" in text
+    assert text.endswith("modules run fastprompt's kernels")
+
+
+def test_the_backend_named_is_the_one_that_runs(make, batch):
+    model = patch(make())
+    model(**batch(), decoder_input_ids=batch()["input_ids"])
+    assert {row.backend for row in explain(model)} == {backend_used("rms_norm")}
+
+
+def test_what_falls_back_says_why(make):
+    model = patch(make(d_kv=24))
+    model.lm_head = nn.Linear(48, 64)
+    rows = {row.cls: row.reason for row in explain(patch(model, lm_loss=True))}
+    assert "its heads are 24 wide" in rows["T5LayerSelfAttention"]
+    assert "lm_head has a bias" in rows["T5ForConditionalGeneration"]
+    assert rows["T5LayerFF"] is None
