@@ -32,6 +32,7 @@ from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obst
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._dropout import new_seed
+from fastprompt.ops._t5_bias import exact_buckets
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 
@@ -235,15 +236,26 @@ class FastSelfAttention(FastAttention):
     def fastprompt_obstacle(self) -> str | None:
         if self._bias_is_trained():
             return "relative_attention_bias.weight is trained"
+        if not self._bias_is_a_table():
+            return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
         return super().fastprompt_obstacle()
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
-        frozen = bool(self.fastprompt_bias) and not self._bias_is_trained()
+        frozen = bool(self.fastprompt_bias) and not self._bias_is_trained() and self._bias_is_a_table()
         return frozen and super()._covers(allowed, past, inputs, kwargs)
 
     def _bias_is_trained(self) -> bool:
         """Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads."""
         return any(each.relative_attention_bias.weight.requires_grad for each in self.fastprompt_bias)
+
+    def _bias_is_a_table(self) -> bool:
+        """T5's formula gives no constant beyond max_distance, where that is too small for its buckets."""
+        return all(
+            0
+            < exact_buckets(each.relative_attention_num_buckets, not each.is_decoder)
+            < each.relative_attention_max_distance
+            for each in self.fastprompt_bias
+        )
 
     def _table(self) -> Tensor:
         """fp32 [H, 2M + 1]: the bias by distance, constant beyond M on either side."""

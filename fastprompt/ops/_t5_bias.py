@@ -35,7 +35,7 @@ def t5_bias_table(
             "t5_bias_table",
             f"weight must have shape [num_buckets, H]=[{num_buckets}, H], got {list(weight.shape)}",
         )
-    exact = num_buckets // (4 if bidirectional else 2)  # distances below it have a bucket each
+    exact = exact_buckets(num_buckets, bidirectional)
     if not 0 < exact < max_distance:
         fail(
             "t5_bias_table",
@@ -46,3 +46,8 @@ def t5_bias_table(
         distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
     )
     return weight.detach()[buckets].T.float().contiguous()
+
+
+def exact_buckets(num_buckets: int, bidirectional: bool) -> int:
+    """So many distances on a side have a bucket each; beyond, buckets are logarithmic up to the max_distance."""
+    return num_buckets // (4 if bidirectional else 2)

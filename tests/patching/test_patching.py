@@ -49,6 +49,22 @@ def test_forward_and_gradient(make, batch, labels, layout, padding, memory):
         close(ours, theirs)
 
 
+@pytest.mark.parametrize(("buckets", "distance"), [(8, 2), (8, 1), (32, 8), (4, 1), (2, 8), (1, 8)])
+def test_buckets_that_make_no_table_fall_back(make, batch, labels, buckets, distance):
+    changes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": distance}
+    try:
+        expected = step(make(**changes), batch(), labels)
+    except (IndexError, ZeroDivisionError, ValueError) as error:  # transformers has no result either
+        with pytest.raises(type(error)):
+            step(patch(make(**changes)), batch(), labels)
+        return
+    model = patch(make(**changes))
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    reasons = {row.reason for row in explain(model) if row.cls == "T5LayerSelfAttention"}
+    assert any("max_distance" in (reason or "") for reason in reasons)
+
+
 @pytest.mark.parametrize("layout", FULL)
 def test_every_layer_is_served(make, batch, labels, ran, layout):
     model = patch(make(layout))
