@@ -3,7 +3,7 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastprompt.prompts.bank import Choice, Names, PromptBank
 from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.config import SITES, PromptConfig
+from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
 from fastprompt.prompts.files import read_prompt, write_prompt
 from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.init import initial_prompt
@@ -249,6 +250,67 @@ class PromptModel(nn.Module):
                 encoder_outputs=encoder_outputs,
             )
         )
+
+    @torch.no_grad()
+    def ensemble(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompts: Sequence[str],
+        choices: Choices,
+        combine: str = "vote",
+        length_normalized: bool = False,
+        rows_per_pass: int = 64,
+    ) -> Ensemble:
+        """``rank`` under each of N prompts, and their common answer (Lester et al. 2021, section 6).
+
+        In training mode dropout is on; call ``eval()`` first. ``cache_prompts(prompts)`` keeps what every pass reads.
+
+        Args:
+            input_ids, attention_mask: as in ``forward``.
+            prompts: N names, each once; of any kinds and lengths.
+            choices, length_normalized: as in ``rank``.
+            combine: ``"vote"``: the choice that most prompts find best; of equal votes, that of the prompt listed
+                first. ``"mean"``: the choice with the highest mean score; of equal means, the first.
+            rows_per_pass: how many of the N * B rows the model takes at a time.
+
+        Returns:
+            ``scores`` [B, N, C], ``answers`` [B, N], ``votes`` [B, C] and ``best`` [B].
+
+        Raises:
+            TypeError, ValueError: names that are no list, none or there twice; and as in ``rank``.
+        """
+        ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
+        return ranked(
+            self, input_ids, attention_mask, prompts, ids, combine, length_normalized, rows_per_pass
+        )
+
+    @torch.no_grad()
+    def ensemble_generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompts: Sequence[str],
+        rows_per_pass: int = 64,
+        **kwargs: Any,
+    ) -> GeneratedEnsemble:
+        """``generate`` under each of N prompts, and the sequence that most of them give.
+
+        Of equal votes, the sequence of the prompt listed first; so where all differ, the first prompt's.
+
+        Args:
+            input_ids, attention_mask, prompts, rows_per_pass: as in ``ensemble``.
+            kwargs: what else HF ``generate`` takes; one sequence per row is asked for.
+
+        Returns:
+            ``sequences`` [B, T], ``members`` [B, N, T], ``votes`` [B, N] and ``winners`` [B].
+
+        Raises:
+            TypeError, ValueError: as in ``ensemble`` and ``generate``.
+        """
+        return generated(self, input_ids, attention_mask, prompts, rows_per_pass, kwargs)
 
     def add_prompt(self, name: str, config: PromptConfig) -> None:
         """Add a trainable prompt.

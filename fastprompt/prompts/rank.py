@@ -59,8 +59,13 @@ def choice_ids(choices: Choices, tokenizer: Any, vocab_size: int) -> list[list[i
 
 def rank_of(scores: Tensor) -> Ranking:
     """The ranking by scores [B, C]."""
+    return Ranking(scores, first_best(scores))
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """[..., C] -> [...]: the index of the highest; of equals, the first."""
     # argmax may return any of several equal scores; a stable sort keeps the first one first.
-    return Ranking(scores, scores.sort(dim=1, descending=True, stable=True).indices[:, 0])
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., 0]
 
 
 def choice_scores(
