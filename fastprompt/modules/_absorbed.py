@@ -22,7 +22,7 @@ from torch import Tensor
 from fastprompt.modules._frozen import linear, ops
 
 if TYPE_CHECKING:
-    from fastprompt.modules._attend import Attend
+    from fastprompt.modules._attend import Attend, Options
 
 Kept = tuple[Tensor, ...]  # q' [B, H T, D], w [B, H, T, S]
 
@@ -74,9 +74,9 @@ def forward(a: "Attend", n: Tensor) -> tuple[Tensor, Kept]:
     return _release(a, context, a.wv), (absorbed, weights)
 
 
-def kept_by(memory: str, kept: Kept) -> Kept:
+def kept_by(o: "Options", kept: Kept) -> Kept:
     """What a policy saves of it: all of it is a small product away."""
-    return kept if memory == "speed" else ()
+    return kept if o.memory == "speed" else ()
 
 
 def again(a: "Attend", norm: Callable[[], Tensor], kept: Kept) -> Kept:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastprompt.modules import _absorbed, _direct
 from fastprompt.modules._frozen import ops
+from fastprompt.modules._made import Made
 
 
 class Options(NamedTuple):
@@ -18,6 +19,8 @@ class Options(NamedTuple):
     memory: str
     save: bool
     absorbed: bool
+    made_eps: float  # of the norm that made states, and the dropout behind it
+    made_p: float
     rows: int | None  # of each example, how many are wanted of the input's gradient; None: all
 
 
@@ -29,7 +32,10 @@ class Attend(NamedTuple):
     wk: Tensor
     wv: Tensor
     wo: Tensor  # [D, I]
-    states: Tensor | None = None  # [B, S, D], the encoder's output; None: self-attention
+    states: Tensor | None = None  # [B, S, D], the encoder's output; None: self-attention, or it is made again
+    made_x: Tensor | None = None  # [B, S, D], what states are made of
+    made_w: Tensor | None = None  # [D]
+    made_seed: Tensor | None = None  # int64 [1]
     bias: Tensor | None = None  # fp32 [H, 2M + 1]
     key_mask: Tensor | None = None  # bool [B, S]
     prompt_k: Tensor | None = None  # [R, P, H, K]
@@ -53,6 +59,19 @@ class Attend(NamedTuple):
         values: list[Any] = [*tensors, self.options, self.slot]
         return type(self)(*values)
 
+    def to_save(self) -> Self:
+        """Without what can be made again."""
+        return self if self.made_x is None else self._replace(states=None)
+
+    def whole(self) -> Self:
+        """With it."""
+        if self.made_x is None or self.states is not None:
+            return self
+        assert self.made_w is not None
+        o = self.options
+        made = Made(self.made_x, self.made_w, self.made_seed, o.made_eps, o.made_p)
+        return self._replace(states=made.again())
+
     @property
     def kernel(self) -> Any:
         return _absorbed if self.options.absorbed else _direct
@@ -61,7 +80,7 @@ class Attend(NamedTuple):
         """out for the input x [B, T, D]."""
         if self.out is not None:
             return self.out
-        found = self.slot[0] if self.slot else self.run(x)
+        found = self.slot[0] if self.slot else self.whole().run(x)
         if self.slot is not None:
             self.slot[:] = [found]
         return found[0]

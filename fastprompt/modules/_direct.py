@@ -9,7 +9,7 @@ from torch import Tensor
 from fastprompt.modules._frozen import linear, ops, products
 
 if TYPE_CHECKING:
-    from fastprompt.modules._attend import Attend
+    from fastprompt.modules._attend import Attend, Options
 
 Kept = tuple[Tensor, ...]  # stats, q, k, v
 
@@ -48,9 +48,9 @@ def forward(a: "Attend", n: Tensor) -> tuple[Tensor, Kept]:
     return out.view(*n.shape[:-1], -1), (stats, *qkv)
 
 
-def kept_by(memory: str, kept: Kept) -> Kept:
-    """What a policy saves of it: q, k and v are three products away."""
-    return kept if memory in ("speed", "balanced") else kept[:1]
+def kept_by(o: "Options", kept: Kept) -> Kept:
+    """What a policy saves of it: q, k and v are three products away, and few rows in a decoder."""
+    return kept if o.memory == "speed" or (o.memory == "balanced" and not o.causal) else kept[:1]
 
 
 def again(a: "Attend", norm: Callable[[], Tensor], kept: Kept) -> Kept:

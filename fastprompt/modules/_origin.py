@@ -28,10 +28,11 @@ class Origin(NamedTuple):
 
 
 def origin_of(x: Tensor, memory: str) -> Origin:
-    """Where x came from, if the layer before said so and memory is to be saved by it; else x is its own origin."""
+    """Where x came from, if that is known, x was not written to since, and memory is to be saved; else x itself."""
     if memory == "speed" or torch.compiler.is_compiling():
         return Origin(x)
-    return getattr(x, "fastprompt_origin", None) or Origin(x)
+    origin, version = getattr(x, "fastprompt_origin", (None, None))
+    return Origin(x) if origin is None or version != x._version else origin
 
 
 def leave_origin(y: Tensor, x: Tensor, step: Attend) -> None:
@@ -39,7 +40,7 @@ def leave_origin(y: Tensor, x: Tensor, step: Attend) -> None:
     if step.options.memory != "speed" and not torch.compiler.is_compiling():
         before = origin_of(x, step.options.memory)
         base = x.detach() if before.base is x else before.base
-        y.fastprompt_origin = Origin(base, (*before.steps, step))  # type: ignore[attr-defined]
+        y.fastprompt_origin = (Origin(base, (*before.steps, step)), y._version)  # type: ignore[attr-defined]
 
 
 def save(ctx: Any, origin: Origin, *tensors: Tensor | None) -> None:

@@ -4,12 +4,13 @@
 Saved for backward, per row: rstd, two fp32 per head; by memory policy also
 
     speed       x [D], the attention's output [I], q, k and v [3 I]
-    balanced    the same, but x only at the beginning of a block: inside, it is computed from that (_origin.py)
+    balanced    the same, but x only at the beginning of a block: inside, it is computed from that (_origin.py);
+                in a decoder, whose rows are few, as lean
     lean        without q, k and v: the norm and the three products are computed again, the attention never is
     minimal     only x at the beginning of a block: the attention is computed again
 
-and of a cross-attention layer the encoder's output, which all layers share, in place of k and v. With few queries it
-needs neither (_absorbed.py), and the statistics are computed again.
+and of a cross-attention layer the encoder's output, which all layers share, in place of k and v; or, but for "speed",
+what that is made of (_made.py). With few queries it needs neither (_absorbed.py); statistics are computed again.
 
 A call that leaves use_cache on gets its cache filled, as from transformers but without gradient; turn it off in
 training to save that memory. With a cache that holds something (generation), with attention weights as output, or with
@@ -29,6 +30,7 @@ from fastprompt import hf_attention
 from fastprompt.modules import _absorbed
 from fastprompt.modules._attend import Attend, Options
 from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obstacle, rate, ready
+from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._dropout import new_seed
@@ -54,8 +56,9 @@ class FrozenAttention(torch.autograd.Function):
         out, kept, rstd = a.run(x)
         if o.save:
             ctx.kept, ctx.attend = o.memory != "minimal", a.without_tensors()
-            tensors = (*a._replace(out=out).tensors(), *a.kernel.kept_by(o.memory, kept))
-            save(ctx, origin, rstd, *(tensors if ctx.kept else a.tensors()))
+            lasting = a.to_save()
+            tensors = (*lasting._replace(out=out).tensors(), *a.kernel.kept_by(o, kept))
+            save(ctx, origin, rstd, *(tensors if ctx.kept else lasting.tensors()))
         keys_and_values = () if o.absorbed else kept[-2:]
         ctx.set_materialize_grads(False)  # of what has no gradient: they would be zeros as large
         ctx.mark_non_differentiable(out, *keys_and_values)
@@ -66,7 +69,7 @@ class FrozenAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_others: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, (rstd, *tensors) = restore(ctx)
         count = len(Attend._fields) - 2
-        a, kept = ctx.attend.with_tensors(tensors[:count]), tuple(tensors[count:])
+        a, kept = ctx.attend.with_tensors(tensors[:count]).whole(), tuple(tensors[count:])
         o, out = a.options, a.out
         if ctx.kept:
             kept = a.run_again(x, kept)
@@ -120,7 +123,8 @@ class FastAttention:
         if memory == "minimal":
             return int(4 + x)
         if self.attention_name == "SelfAttention":
-            return int(4 + x + out + 8 * heads + (0 if memory == "lean" else 3 * out))
+            lean = memory == "lean" or (memory == "balanced" and self.SelfAttention.is_decoder)  # type: ignore[attr-defined]
+            return int(4 + x + out + 8 * heads + (0 if lean else 3 * out))
         return None if memory == "speed" else int(4 + x + out)
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
@@ -162,6 +166,7 @@ class FastAttention:
         save = torch.is_grad_enabled() and differentiable
         T, K = x.shape[1], attention.key_value_proj_dim
         absorbed = states is not None and past is None and prompt is None and _absorbed.pays(T, K, save)
+        made = made_of(states) if memory != "speed" else None
         options = Options(
             eps=self.layer_norm.variance_epsilon,
             heads=attention.n_heads,
@@ -171,6 +176,8 @@ class FastAttention:
             memory=memory,
             save=save,
             absorbed=absorbed,
+            made_eps=0.0 if made is None else made.eps,
+            made_p=0.0 if made is None else made.p,
             rows=getattr(x, "fastprompt_rows", None) if states is None else None,
         )
         a = Attend(
@@ -180,6 +187,9 @@ class FastAttention:
             wv=children["v"].weight,
             wo=children["o"].weight,
             states=states,
+            made_x=None if made is None else made.x,
+            made_w=None if made is None else made.w,
+            made_seed=None if made is None else made.seed,
             bias=bias,
             key_mask=allowed.mask,
             prompt_k=prompts[0],
@@ -199,7 +209,8 @@ class FastAttention:
             if states is not None:
                 past.is_updated[layer] = True
         if save:
-            leave_origin(y, x, a if memory == "minimal" else a._replace(out=out))
+            step = a.to_save()
+            leave_origin(y, x, step if memory == "minimal" else step._replace(out=out))
         return y
 
 

@@ -3,7 +3,9 @@
 
 from torch import Tensor
 
+from fastprompt.modules._made import leave_made, made_of
 from fastprompt.ops._checks import FLOATS
+from fastprompt.ops._dropout import new_seed
 from fastprompt.ops.dropout_add import dropout_add
 
 
@@ -24,7 +26,9 @@ class FastDropout:
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.dtype not in FLOATS:
             return super().forward(x)  # type: ignore[misc]
-        y = dropout_add(x, dropout_p=self.p)
+        seed, made = new_seed(x.device), made_of(x)
+        y = dropout_add(x, dropout_p=self.p, seed=seed)
+        leave_made(y, made and made._replace(seed=seed, p=self.p))
         if hasattr(x, "fastprompt_rows"):
             y.fastprompt_rows = x.fastprompt_rows  # type: ignore[attr-defined]
         return y

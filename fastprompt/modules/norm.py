@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fastprompt.modules._frozen import obstacle
+from fastprompt.modules._made import Made, leave_made
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.rms_norm import rms_norm
 
@@ -29,4 +30,5 @@ class FastNorm:
             return super().forward(hidden_states)  # type: ignore[misc]
         y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
         assert isinstance(y, Tensor)
+        leave_made(y, Made(hidden_states.detach(), self.weight, None, self.variance_epsilon, 0.0))
         return y

@@ -120,6 +120,26 @@ def test_dropout_is_the_same_under_every_policy(make, batch, labels, layout):
     assert not torch.equal(plain[0], results[0][0])
 
 
+@pytest.mark.parametrize("memory", ["balanced", "lean", "minimal"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_what_is_written_to_is_not_computed_again_as_it_was(make, batch, labels, memory, p):
+    """The residual stream behind an attention layer, and the encoder's output."""
+
+    def changed(model):
+        def double(module, inputs, output):
+            first = output[0] if isinstance(output, tuple) else output
+            first.mul_(2.0)
+
+        model.encoder.block[0].layer[0].register_forward_hook(double)
+        model.encoder.register_forward_hook(lambda module, inputs, output: double(None, None, output[0]))
+        torch.manual_seed(5)
+        return step(model.train(p > 0.0), batch(), labels)
+
+    expected = changed(patch(make(dropout_rate=p), memory="speed"))
+    for ours, theirs in zip(changed(patch(make(dropout_rate=p), memory=memory)), expected, strict=True):
+        close(ours, theirs)
+
+
 def test_dropout_gradient_is_that_of_the_function(make, batch, labels):
     """Finite differences in float64, with the masks of one seed."""
     model, inputs = patch(make(dtype=torch.float64, dropout_rate=0.2).train(), memory="lean"), batch()

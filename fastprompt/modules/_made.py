@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder's output, computed again in backward from what its last norm saves, instead of being saved beside it.
+
+The norm and the dropout behind it leave on their output how that came about. Cross-attention layers save that instead.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprompt.modules._frozen import ops
+
+
+class Made(NamedTuple):
+    """dropout(norm(x))"""
+
+    x: Tensor  # [B, S, D]
+    w: Tensor  # [D]
+    seed: Tensor | None  # int64 [1]
+    eps: float
+    p: float
+
+    def again(self) -> Tensor:
+        n: Tensor = ops.rms_norm(self.x, self.w, self.eps)[0]
+        return ops.dropout_add(n, None, self.seed, self.p) if self.p > 0.0 else n
+
+
+def leave_made(y: Tensor, made: Made | None) -> None:
+    """Note on y that it was made so."""
+    if made is not None and torch.is_grad_enabled() and y.requires_grad and not torch.compiler.is_compiling():
+        y.fastprompt_made = (made, y._version)  # type: ignore[attr-defined]
+
+
+def made_of(y: Any) -> Made | None:
+    """How y was made, if that is known and y was not written to since."""
+    if y is None or torch.compiler.is_compiling():
+        return None
+    made, version = getattr(y, "fastprompt_made", (None, None))
+    return made if version == y._version else None
