@@ -3,7 +3,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ INSTRUCTION = "topic:"  # the tiny T5 knows it from its pretraining; the prompt 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the prompt is learned. Its rows begin as the instruction's, over and over; the learning rate is constant."""
+    """How the prompt is learned. It begins as the instruction, over and over; the learning rate is constant."""
 
     num_tokens: int = 20
+    kind: str = "prepend"
+    parameterization: str | None = None
     steps: int = 800
     batch_size: int = 32
     lr: float = 0.2
@@ -42,13 +44,25 @@ class Curve:
 
 
 def new_prompt(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> PromptModel:
-    """`model`, frozen, with a prompt that says INSTRUCTION until its rows are full."""
-    config = PromptConfig(
+    """`model`, frozen, and a prompt that says INSTRUCTION until its rows are full; a prefix begins as a cached one."""
+    rows = PromptConfig(
         recipe.num_tokens, init="text", text=" ".join([INSTRUCTION] * recipe.num_tokens), seed=recipe.seed
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the last have no row")
-        return PromptModel(model, config, tokenizer=tokenizer)
+        if recipe.kind != "prefix":
+            return PromptModel(model, replace(rows, kind=recipe.kind), tokenizer=tokenizer)
+        prefix = PromptConfig(
+            recipe.num_tokens,
+            "prefix",
+            init="prompt",
+            source="start",
+            parameterization=recipe.parameterization,
+            seed=recipe.seed,
+        )
+        prompted = PromptModel(model, {"start": rows, "default": prefix}, tokenizer=tokenizer)
+    prompted.remove_prompt("start")
+    return prompted
 
 
 def optimizer_for(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
@@ -70,10 +84,10 @@ def tune(
 
     `train`, `dev`: encoded examples; `labels`: the token ids of each class's word.
     """
-    prompt = prompted.prompts["default"]
-    optimizer = optimizer_for([prompt], recipe)
+    parameters = [each for each in prompted.prompts.parameters() if each.requires_grad]
+    optimizer = optimizer_for(parameters, recipe)
     batches = shuffled(train, recipe.batch_size, recipe.seed)
-    curve, best = Curve(), prompt.detach().clone()
+    curve, best = Curve(), [each.detach().clone() for each in parameters]
     prompted.train()
     with tqdm(total=recipe.steps, desc="tuning the prompt", unit="step", ncols=79) as bar:
         for step in range(1, recipe.steps + 1):
@@ -85,12 +99,13 @@ def tune(
             if step % recipe.dev_every == 0 or step == recipe.steps:
                 curve.dev_accuracy[step] = accuracy(prompted, in_order(dev, 64), labels)
                 if curve.dev_accuracy[step] > curve.dev_accuracy.get(curve.best_step, -1.0):
-                    curve.best_step, best = step, prompt.detach().clone()
+                    curve.best_step, best = step, [each.detach().clone() for each in parameters]
                 bar.set_postfix_str(
                     f"loss {loss.item():.2f}, dev {curve.dev_accuracy[step]:.0%}", refresh=False
                 )
             bar.update()
     with torch.no_grad():
-        prompt.copy_(best)
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
     prompted.eval()
     return curve
