@@ -94,6 +94,7 @@ class Contender:
     call: Call
     backend: str | None = None
     saved_bytes: int | None = None  # what autograd holds for the backward pass, weights excluded
+    peak_bytes: int | None = None  # the most memory that one call took, beyond what there was before
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Case:
     goals: dict[str, float] = field(
         default_factory=dict
     )  # contender: the time it shall take, in fastprompt's
+    calls: int | None = None  # that are timed per contender and round; None: many, for calls are short
 
 
 def ours(op: str, call: Call, device: str, saved_bytes: int | None = None) -> dict[str, Contender]:
@@ -145,7 +147,7 @@ def compare(case: Case, options: Options) -> list[dict[str, Any]]:
     """Check and time one case, record it if asked; a row per contender."""
     case.check()
     contenders = {**case.contenders, COPY: Contender(_copy(case.bytes_moved, options.device))}
-    samples = interleave(case.op, contenders, options)
+    samples = interleave(case.op, contenders, options, case.calls)
     mine = [statistics.median(calls) for calls in samples[OURS]]
     large_copy = _large_copy(options)
     common = {"op": case.op, "what": case.spec.what, "dtype": _name(case.spec.dtype), **dict(case.spec.sizes)}
@@ -161,7 +163,8 @@ def compare(case: Case, options: Options) -> list[dict[str, Any]]:
             "contender": name, "us": median * 1e6, "us_p20": p20 * 1e6, "us_p80": p80 * 1e6,
             "ratio": ratio[0], "ratio_p20": ratio[1], "ratio_p80": ratio[2], "rounds": len(rounds),
             "gb_per_s": speed / 1e9, "of_large_copy": speed / large_copy,
-            "saved_bytes": contenders[name].saved_bytes if name in contenders else None, "goal": case.goals.get(name),
+            "saved_bytes": contenders[name].saved_bytes if name in contenders else None,
+            "peak_bytes": contenders[name].peak_bytes if name in contenders else None, "goal": case.goals.get(name),
         } | environment(options.device, options.threads))  # fmt: skip
     if options.results:
         _append(Path(options.results) / f"{case.op}.jsonl", rows)
@@ -169,14 +172,18 @@ def compare(case: Case, options: Options) -> list[dict[str, Any]]:
 
 
 def table(case: Case, rows: list[dict[str, Any]]) -> str:
-    head = f"{'us':>9} {'p20':>9} {'p80':>9} {'times fastprompt':>20} {'GB/s':>7} {'saved MiB':>10}  goal"
-    lines = [f"{case.op} {case.spec}", f"  {'':34}{head}"]
+    head = f"{'us':>9} {'p20':>9} {'p80':>9} {'times fastprompt':>20} {'GB/s':>7} {'saved MiB':>10} {'peak MiB':>9}"
+    lines = [f"{case.op} {case.spec}", f"  {'':34}{head}  goal"]
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['ratio_p20']:.2f} - {row['ratio_p80']:.2f})"
-        saved = "" if row["saved_bytes"] is None else f"{row['saved_bytes'] / 2**20:.2f}"
+        saved, peak = (
+            "" if row[key] is None else f"{row[key] / 2**20:.2f}" for key in ("saved_bytes", "peak_bytes")
+        )
         goal = "" if row["goal"] is None else f"{row['goal']}: {'missed' if _missed(row) else 'met'}"
         times = f"{row['us']:9.1f} {row['us_p20']:9.1f} {row['us_p80']:9.1f} {ratio:>20}"
-        lines.append(f"  {row['contender']:34}{times} {row['gb_per_s']:7.1f} {saved:>10}  {goal}".rstrip())
+        lines.append(
+            f"  {row['contender']:34}{times} {row['gb_per_s']:7.1f} {saved:>10} {peak:>9}  {goal}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -203,9 +210,12 @@ def main(
     return everything, options
 
 
-def interleave(op: str, contenders: dict[str, Contender], options: Options) -> dict[str, list[list[float]]]:
+def interleave(
+    op: str, contenders: dict[str, Contender], options: Options, calls: int | None = None
+) -> dict[str, list[list[float]]]:
     """Seconds of each call, by round. In a round each contender takes its turn; every second round goes backwards."""
     time_calls = _cuda_calls if options.device == "cuda" else _cpu_calls
+    count = calls or CALLS[options.device]
     cache = evictor(options.device) if options.cold else None
     samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
     end = time.monotonic() + options.seconds
@@ -214,16 +224,16 @@ def interleave(op: str, contenders: dict[str, Contender], options: Options) -> d
             break
         for name in list(contenders)[:: -1 if number % 2 else 1]:
             with scope(op, contenders[name]):
-                samples[name].append(time_calls(contenders[name].call, cache, options.clock))
+                samples[name].append(time_calls(contenders[name].call, count, cache, options.clock))
     return samples
 
 
-def _cpu_calls(call: Call, cache: Tensor | None, clock: str) -> list[float]:
+def _cpu_calls(call: Call, count: int, cache: Tensor | None, clock: str) -> list[float]:
     """The call that comes first is not timed: it finds in the caches what the contender before it left."""
     now = time.thread_time if clock == "cpu" else time.perf_counter
     call()
     seconds = []
-    for _ in range(CALLS["cpu"]):
+    for _ in range(count):
         if cache is not None:
             cache.add_(1)
         begin = now()
@@ -233,10 +243,10 @@ def _cpu_calls(call: Call, cache: Tensor | None, clock: str) -> list[float]:
     return seconds
 
 
-def _cuda_calls(call: Call, cache: Tensor | None, clock: str) -> list[float]:
+def _cuda_calls(call: Call, count: int, cache: Tensor | None, clock: str) -> list[float]:
     """Time on the device. While it empties its L2 cache, the host launches what is timed."""
     call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS["cuda"])]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for begin, end in events:
         if cache is not None:
             cache.zero_()

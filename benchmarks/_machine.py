@@ -6,8 +6,10 @@ import datetime
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +48,30 @@ def recycle_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int | None:
+    """The most memory that ``call`` takes beyond what there is before; None where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    libc = ctypes.CDLL(None)
+    if not (reset.exists() and hasattr(libc, "malloc_trim")):
+        return None
+    libc.malloc_trim(0)  # what recycle_memory has kept would hide that it is needed
+    reset.write_text("5")
+    before = _resident("VmRSS", status)
+    call()
+    return _resident("VmHWM", status) - before
+
+
+def _resident(field: str, status: Path) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
+    assert found
+    return 1024 * int(found.group(1))
 
 
 def evictor(device: str) -> torch.Tensor:
