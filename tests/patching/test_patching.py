@@ -4,12 +4,20 @@
 import copy
 import pickle
 
+import accelerate
 import pytest
 import torch
-from layouts import FULL, LAYOUTS, MEMORY, as_close, close, step
+from layouts import FULL, LAYOUTS, MEMORY, TINY, VOCAB, as_close, close, step
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import T5EncoderModel, T5ForConditionalGeneration
+from transformers import (
+    Pop2PianoConfig,
+    Pop2PianoForConditionalGeneration,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    UdopConfig,
+    UdopForConditionalGeneration,
+)
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel, backend_used, explain, patch, patched, unpatch
@@ -457,3 +465,64 @@ def test_errors(make):
 
 def test_public_names():
     assert {"patch", "unpatch", "patched", "explain"} <= set(fastprompt.__all__)
+
+
+def dispatched(model):
+    return accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+
+
+def offloaded(model):
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("lm_loss", [False, True])
+@pytest.mark.parametrize(
+    "before", [True, False], ids=["patched, then dispatched", "dispatched, then patched"]
+)
+@pytest.mark.parametrize("dispatch", [dispatched, offloaded])
+def test_accelerate(make, batch, labels, dispatch, before, lm_loss):
+    def run(model):
+        embeds = make().get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+        mask = batch()["attention_mask"]
+        loss = model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        return loss.detach(), embeds.grad, model.generate(**batch(), max_new_tokens=5)
+
+    expected = run(make())
+    model = dispatch(patch(make(), lm_loss=lm_loss)) if before else patch(dispatch(make()), lm_loss=lm_loss)
+    for ours, theirs in zip(run(model), expected, strict=True):
+        close(ours, theirs)
+    served = [row.cls for row in explain(model) if row.reason is None]
+    if dispatch is offloaded:  # its weights come and go with hooks of each linear layer
+        assert "T5LayerFF" not in served
+        assert any("has hooks" in str(row.reason) or "wrapped" in str(row.reason) for row in explain(model))
+
+
+def udop():
+    sizes = ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "d_kv")
+    config = UdopConfig(**{name: TINY[name] for name in sizes})
+    ids = torch.randint(2, VOCAB, (2, 9))
+    inputs = {"input_ids": ids, "bbox": torch.rand(2, 9, 4), "decoder_input_ids": ids[:, :5]}
+    return UdopForConditionalGeneration(config), inputs
+
+
+def pop2piano():
+    config = Pop2PianoConfig(**TINY, composer_vocab_size=3)
+    inputs = {"inputs_embeds": torch.randn(2, 9, 48), "decoder_input_ids": torch.randint(2, VOCAB, (2, 5))}
+    return Pop2PianoForConditionalGeneration(config), inputs
+
+
+@each_memory
+@pytest.mark.parametrize("relative", [udop, pop2piano])
+def test_relatives_of_t5(relative, memory):
+    torch.manual_seed(0)
+    model, inputs = relative()
+    model.eval().requires_grad_(False)
+    expected = model(**inputs).logits
+    patch(model, memory=memory, lm_loss=True)
+    rows = explain(model)
+    close(model(**inputs).logits, expected)
+    assert {row.cls for row in rows if row.reason is None and row.cls.endswith(("LayerNorm", "LayerFF"))}
+    assert {row.reason for row in rows if row.cls.endswith("Attention")} == {
+        "it computes something else than T5's"
+    }
