@@ -17,6 +17,7 @@ from fastprompt.prompts import checks
 from fastprompt.prompts.bank import Choice, Names, PromptBank
 from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.cache import PromptCaches
+from fastprompt.prompts.cache_loading import load_caches, save_cache
 from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
 from fastprompt.prompts.files import read_prompt, write_prompt
@@ -347,19 +348,44 @@ class PromptModel(nn.Module):
         chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         if not chosen:
             return
-        prompts = self.prompts.choose(chosen, len(chosen)).prompts
-        for name in chosen:
-            if self.kind(name) == "prepend":
-                raise ValueError(
-                    f"PromptModel: prompt {name!r} is of kind 'prepend': its keys depend on the tokens, so there is "
-                    "nothing to keep. Train one of kind 'cached' or 'prefix'"
-                )
+        prompts = self._keyed_prompts(chosen)
         with torch.no_grad(), evaluating(self.model):
             self._caches.keep(chosen, prompts, self.model, keyed(self.model, prompts))
 
     def drop_caches(self) -> None:
-        """Free what ``cache_prompts`` keeps."""
+        """Free what ``cache_prompts`` and ``load_caches`` keep."""
         self._caches = PromptCaches()
+
+    def save_cache(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Write the keys and values of a prompt beside its file, for ``load_caches``: sst2.cache.safetensors.
+
+        Args:
+            name: of a prompt of kind "cached" or "prefix".
+            path: of the prompt's file, as in ``save_prompt``, such as sst2.safetensors.
+
+        Raises:
+            ValueError: no such prompt, one of kind "prepend", or keys that are not finite.
+        """
+        [prompt] = self._keyed_prompts([name])
+        with torch.autocast(self.device.type, enabled=False):
+            save_cache(path, self.model, self._identity(), prompt)
+
+    def load_caches(self, paths: Mapping[str, str | os.PathLike[str]]) -> None:
+        """Keep the keys and values that ``save_cache`` wrote, in place of computing them as ``cache_prompts`` does.
+
+        Args:
+            paths: of the prompts' files, by the prompts' names here; one call for those that batches will mix.
+
+        Raises:
+            FileNotFoundError: there is no cache beside one of them.
+            ValueError: no such prompt, one of kind "prepend", or a file that is broken, of another model or dtype, or
+                older than the prompt. What was kept before stays.
+        """
+        names = list(paths)
+        prompts = self._keyed_prompts(names)
+        with torch.autocast(self.device.type, enabled=False):
+            found = load_caches(list(paths.values()), self.model, self._identity(), prompts)
+            self._caches.keep(names, prompts, self.model, found)
 
     def kind(self, name: str) -> str:
         """The kind of a prompt."""
@@ -536,6 +562,17 @@ class PromptModel(nn.Module):
                 f"PromptModel: there is no prompt {name!r} in the bank; there are {list(self.prompts.keys())}"
             )
         return self.prompts[name]
+
+    def _keyed_prompts(self, names: list[str]) -> list[Any]:
+        """The prompts of these names. Raises ValueError if one has no keys of its own."""
+        prompts = self.prompts.choose(names, len(names)).prompts
+        for name in names:
+            if self.kind(name) == "prepend":
+                raise ValueError(
+                    f"PromptModel: prompt {name!r} is of kind 'prepend': its keys depend on the tokens, so there is "
+                    "nothing to keep. Train one of kind 'cached' or 'prefix'"
+                )
+        return prompts
 
     def _initial(self, config: PromptConfig) -> Tensor | PrefixPrompt:
         """The first values that a config asks for, where the model is."""

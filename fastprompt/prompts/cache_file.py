@@ -103,7 +103,7 @@ def read_cache(
     if not source.is_file():
         raise FileNotFoundError(f"read_cache: there is no file {source}")
     what = f"read_cache: {source}"
-    remedy = "Make the cache again: cache_prompts(), then save it"
+    remedy = "Make the cache again: save_cache"
     with opened("read_cache", source) as handle:
         metadata = handle.metadata() or {}
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
