@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.prompts.config import SITES
+from fastprompt.prompts.seeds import part_seed
 
 
 class Network(nn.Module):
@@ -65,7 +66,7 @@ class PrefixPrompt(nn.Module):
         for number, (name, tensor) in enumerate(tensors.items()):
             if mlp:
                 self.register_buffer(name, tensor)
-                network = Network(tuple(tensor.shape), mlp, (seed + number * 2**32) % 2**63)
+                network = Network(tuple(tensor.shape), mlp, part_seed(seed, number))
                 self.networks[name] = network.to(tensor.device)
             else:
                 self.register_parameter(name, nn.Parameter(tensor))

@@ -17,6 +17,7 @@ from fastprompt.prompts.branch import evaluating, run_branch
 from fastprompt.prompts.config import PromptConfig
 from fastprompt.prompts.init import initial_prompt
 from fastprompt.prompts.prefix import PrefixPrompt
+from fastprompt.prompts.seeds import part_seed
 from fastprompt.prompts.sites import project, site_layers
 
 TRACED = ("array", "file", "prompt")  # initialisers that give rows [P, D] to trace through the encoder
@@ -42,7 +43,9 @@ def initial_prefix(
     else:
         rows = _rows(config, model, tokenizer, source)
         tensors = _projected(model, rows) if config.parameterization == "kv" else rows
-    tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in tensors.items()
+    }
     return PrefixPrompt(tensors, config.mlp, config.seed)
 
 
@@ -61,7 +64,7 @@ def _rows(config: PromptConfig, model: Any, tokenizer: Any, source: Tensor | Non
     rows = {}
     for number, site in enumerate(config.sites or ()):
         drawn = [
-            replace(soft, seed=(config.seed + (1 + number * 4096 + layer) * 2**40) % 2**63)
+            replace(soft, seed=part_seed(config.seed, number, layer))
             for layer in range(len(site_layers(model, site)))
         ]
         rows[site] = (
