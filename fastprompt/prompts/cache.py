@@ -3,16 +3,19 @@
 
 A pool holds the prompts of one ``cache_prompts`` call side by side, so that a batch that names any of them reads them
 where they lie. It is stale once a tensor of a prompt or of the model was written to, replaced, cast or moved, and once
-autocast is switched; then it is computed again. Writing through ``tensor.data`` leaves no trace: drop the caches after.
+autocast is switched; then it is computed again. A step of an optimiser that holds the tensor counts as writing to it,
+for fused ones leave its version as it was. Other writing through ``tensor.data`` leaves no trace: drop caches after it.
 """
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.keyed import Keyed, Part
@@ -47,10 +50,16 @@ class Stamp:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.traces = [Trace.of(tensor) for tensor in tensors]
         self.autocast = _autocast()
+        self.stepped = False
+
+    def note_step(self, parameters: Container[int]) -> None:
+        """An optimiser wrote to the tensors with these ids."""
+        self.stepped = self.stepped or any(id(trace.tensor()) in parameters for trace in self.traces)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         return (
-            len(tensors) == len(self.traces)
+            not self.stepped
+            and len(tensors) == len(self.traces)
             and all(trace.fits(tensor) for trace, tensor in zip(self.traces, tensors, strict=True))
             and self.autocast == _autocast()
         )
@@ -79,6 +88,8 @@ class PromptCaches:
     def keep(self, names: Sequence[str], prompts: Sequence[Any], model: nn.Module, keyed: Keyed) -> None:
         """Keep what was computed of these prompts, in place of what was kept of them before."""
         self.drop(names)
+        _KEEPING.add(self)
+        _watch_optimizers()
         stamps = tuple(Stamp(tensors_of(prompt)) for prompt in prompts)
         self._pools.append(Pool(tuple(names), stamps, Stamp(tensors_of(model)), keyed))
 
@@ -90,6 +101,12 @@ class PromptCaches:
             for pool in self._pools
         ]
         self._pools = [pool for pool in kept if any(pool.names)]
+
+    def note_step(self, parameters: Container[int]) -> None:
+        """An optimiser wrote to the tensors with these ids."""
+        for pool in self._pools:
+            for stamp in (*pool.stamps, pool.model):
+                stamp.note_step(parameters)
 
     def pool_of(self, name: str) -> Pool | None:
         return next((pool for pool in self._pools if name in pool.names), None)
@@ -116,6 +133,21 @@ class PromptCaches:
                 if wanted:
                     parts[site].append((keys, {i: rows[number] for i, number in wanted.items()}))
         return parts, [i for i, name in enumerate(names) if self.pool_of(name) is None]
+
+
+_KEEPING: weakref.WeakSet[PromptCaches] = weakref.WeakSet()
+
+
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if _KEEPING:
+        parameters = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        for caches in list(_KEEPING):
+            caches.note_step(parameters)
 
 
 def tensors_of(owner: Tensor | nn.Module) -> list[Tensor]:

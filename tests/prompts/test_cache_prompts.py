@@ -27,7 +27,8 @@ def served(make_keyed):
 
     def make(configs=CONFIGS, **special):
         prompted = make_keyed(configs, **special)
-        prompted.passes = passes = []  # rows of each pass through the encoder
+        prompted.pack = False
+        prompted.passes = passes = []  # examples of each pass through the encoder
         block = prompted.model.get_encoder().block[0]
         block.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
         return prompted
@@ -93,6 +94,10 @@ def change(prompted, how):
         with torch.enable_grad():
             prompt.grad = torch.ones_like(prompt)
             torch.optim.SGD([prompt], lr=1.0).step()
+    elif how == "fused":  # as Trainer's default optimiser writes
+        with torch.enable_grad():
+            prompt.grad = torch.ones_like(prompt)
+            torch.optim.AdamW([prompt], lr=1.0, fused=True).step()
     elif how == "load":
         prompted.load_state_dict({**prompted.state_dict(), "prompts.c5": torch.ones(5, 32)})
     elif how == "replace":
@@ -112,7 +117,7 @@ def change(prompted, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["step", "optimizer", "load", "replace", "model", "weight", "float64", "rounded", "child"]
+    "how", ["step", "optimizer", "fused", "load", "replace", "model", "weight", "float64", "rounded", "child"]
 )
 def test_a_stale_cache_is_made_again(how, served, make_batch):
     prompted, batch = served({"c5": CONFIGS["c5"], "c2": CONFIGS["c2"]}), make_batch()
@@ -129,6 +134,21 @@ def test_a_stale_cache_is_made_again(how, served, make_batch):
     assert torch.equal(again, after)
     prompted.drop_caches()
     torch.testing.assert_close(logits(prompted, batch, "c5"), after)
+
+
+def test_a_step_of_other_parameters_makes_nothing_stale(served, make_batch):
+    prompted, batch = served(), make_batch(None)
+    prompted.cache_prompts()
+    prompted.cache_prompts("c2")
+    other = nn.Parameter(torch.ones(3))
+    with torch.enable_grad():
+        for parameter in (other, prompted.prompts["c2"]):
+            parameter.grad = torch.ones_like(parameter)
+            torch.optim.AdamW([parameter], lr=1.0, fused=True).step()
+    logits(prompted, batch, "c5")
+    assert prompted.passes == [3]
+    logits(prompted, batch, "c2")
+    assert prompted.passes == [1, 3]
 
 
 def test_autocast_has_keys_of_its_own(served, make_batch):
