@@ -148,4 +148,5 @@ def test_as_stock(case, name, weights, fused, record_property):
     assert skipped is None
     worse = [trace for part, trace in failed.items() if part not in expected]
     assert not worse, "passes on the stock model:\n" + "\n".join(worse)
-    assert_same(ours, theirs)
+    if case != "umt5":  # whose decoder sees the future in transformers' sdpa, from 5.15 to 5.17 at least
+        assert_same(ours, theirs)
