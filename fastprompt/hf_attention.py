@@ -72,9 +72,19 @@ class Keys(NamedTuple):
     offset: int | Tensor  # the position of query 0 among the keys; a tensor with a static cache
     causal: bool
     prompt: PromptKeys | None = None
-    cu: Tensor | None = (
-        None  # int64 [B + 1]: the rows are packed, [1, N, D], and example b begins at row cu[b]
-    )
+    # int64 [B + 1]: the rows are packed, [N, 1, D], and example b begins at row cu[b]
+    cu: Tensor | None = None
+    # As PromptKeys.bias, which comes first: what packed rows without a prompt need in place of the stack's own, whose
+    # distances they do not have
+    bias: Tensor | tuple[Tensor, ...] | None = None
+
+    def brings_bias(self) -> bool:
+        return self.prompt is not None or self.bias is not None
+
+    def bias_of(self, layer: int) -> Tensor | None:
+        if self.prompt is not None:
+            return self.prompt.bias_of(layer)
+        return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
 
     @property
     def ndim(self) -> int:
@@ -86,6 +96,8 @@ class Keys(NamedTuple):
         """transformers takes a number of keys from the last entry, and hands it to :func:`keys`, which has its own."""
         return (0,)
 
+
+_UNCOVERED = "attention weights as output, a trained bias or heads that no kernel takes"
 
 # Which prompts the mask function adds: those of an encoder's self-attention, of a decoder's, of cross-attention.
 _PROMPTS: ContextVar[dict[str, PromptKeys]] = ContextVar("fastprompt_prompt_keys")
@@ -168,24 +180,30 @@ def attention(
     if isinstance(attention_mask, Keys) and scaling == 1.0 and not wants_weights(module, kwargs):
         cross = bool(module.is_decoder) and not attention_mask.causal
         bias = None if cross else position_bias
-        prompt = attention_mask.prompt
-        # A prompt brings the table of a bias that it knows to be frozen; a reentrant checkpoint marks it as trained.
-        frozen = prompt is not None or _frozen(module, bias, dropout, query, key)
+        prompt, cu = attention_mask.prompt, attention_mask.cu
+        # A table that comes with the keys is of a bias known to be frozen; a reentrant checkpoint marks it as trained.
+        frozen = attention_mask.brings_bias() or (cu is None and _frozen(module, bias, dropout, query, key))
         if frozen and _covered(query, key, value, attention_mask):
+            rows = [x.transpose(1, 2) for x in (query, key, value)]
+            q, k, v = rows if cu is None else [x.flatten(0, 1) for x in rows]
             out = t5_attention(
-                query.transpose(1, 2),
-                key.transpose(1, 2),
-                value.transpose(1, 2),
+                q,
+                k,
+                v,
                 None if bias is None else table(bias, attention_mask, module.layer_idx),
                 key_mask=attention_mask.mask,
                 offset=attention_mask.offset if attention_mask.causal else 0,
                 causal=attention_mask.causal,
                 dropout_p=dropout,
+                cu_q=cu,
+                cu_k=cu,
                 **_prompt_arguments(prompt, module.layer_idx),
             )
-            return out, None
+            return out.reshape(rows[0].shape), None
     if isinstance(attention_mask, Keys) and attention_mask.prompt is not None:
-        _refuse_prompt("attention weights as output, a trained bias or heads that no kernel takes")
+        _refuse_prompt(_UNCOVERED)
+    if isinstance(attention_mask, Keys) and attention_mask.cu is not None:
+        raise ValueError(f"fastprompt: packed rows do not go with {_UNCOVERED}. Run them padded: pack=False")
     return _transformers_attention(
         module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
     )
@@ -245,10 +263,10 @@ def _frozen(module: nn.Module, bias: Tensor | None, dropout: float, query: Tenso
 def table(bias: Tensor, allowed: Keys, layer: Any) -> Tensor | None:
     """What t5_attention is told of a bias [1, H, T, S], a function of j - i: [H, 2M + 1] by key - query.
 
-    A table, which fused layers hand on in place of that bias, stays as it is; a prompt's own has its distances too.
+    A table, which fused layers hand on in place of that bias, stays as it is; one that comes with the keys goes before.
     """
-    if allowed.prompt is not None:
-        return allowed.prompt.bias_of(layer)
+    if allowed.brings_bias():
+        return allowed.bias_of(layer)
     if bias.dim() == 2:
         return bias
     T, S = bias.shape[2:]  # key - query = j - i - offset

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastprompt import hf_attention
 from fastprompt.ops.prompt_embed import prompt_embed
-from fastprompt.prompts import checks
+from fastprompt.prompts import checks, packed
 from fastprompt.prompts.bank import Choice, Names, PromptBank
 from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.cache import PromptCaches
@@ -59,6 +59,10 @@ class PromptModel(nn.Module):
         model: a T5, mT5, UMT5 or LongT5 ForConditionalGeneration, of any size and float dtype.
         config: a PromptConfig, whose prompt is named "default"; or several by name; ``{}`` to load some later.
         tokenizer: the model's HF tokenizer, for prompts that begin from labels or text.
+        pack: whether the encoder runs on rows without padding, which changes its time and not its results. None:
+            where there is padding behind tokens and the model's attention is "fastprompt"; True: always, with a
+            ValueError that says why where it cannot be; False: never. ``torch.compile`` gets padded rows. It is also
+            an attribute, which may be set.
 
     Raises:
         TypeError: ``model`` or ``config`` is something else.
@@ -75,6 +79,7 @@ class PromptModel(nn.Module):
         config: PromptConfig | Mapping[str, PromptConfig],
         *,
         tokenizer: Any = None,
+        pack: bool | None = None,
     ) -> None:
         super().__init__()
         checks.check_model(model)
@@ -83,6 +88,7 @@ class PromptModel(nn.Module):
             raise TypeError(f"PromptModel: config must be a PromptConfig or a dict of them, got {got}")
         self.model: Any = model
         self.tokenizer = tokenizer
+        self.pack = pack
         self.prompts = PromptBank()
         self.configs: dict[str, PromptConfig] = {}
         self._caches = PromptCaches()
@@ -142,9 +148,8 @@ class PromptModel(nn.Module):
             output = self._keyed_forward(input_ids, attention_mask, choice, encoder_outputs, arguments)
         else:
             if encoder_outputs is None:
-                arguments["inputs_embeds"], mask = self._encoder_input(input_ids, attention_mask, choice)
-            else:
-                mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
+                encoder_outputs = self._encode_rows(input_ids, attention_mask, choice, _flags(arguments))
+            mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
             output = self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
         if not return_logits:
             output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
@@ -184,12 +189,8 @@ class PromptModel(nn.Module):
         if self._is_keyed(choice):
             return self._keyed_generate(input_ids, attention_mask, choice, encoder_outputs, flags, kwargs)
         if encoder_outputs is None:
-            embeds, mask = self._encoder_input(input_ids, attention_mask, choice)
-            encoder_outputs = self.model.get_encoder()(
-                inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags
-            )
-        else:
-            mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
+            encoder_outputs = self._encode_rows(input_ids, attention_mask, choice, flags)
+        mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
         # Given inputs_embeds instead, HF has no token ids for encoder_no_repeat_ngram_size and
         # encoder_repetition_penalty, and ignores them.
         return self.model.generate(input_ids, attention_mask=mask, encoder_outputs=encoder_outputs, **kwargs)
@@ -208,9 +209,8 @@ class PromptModel(nn.Module):
         input_ids = checks.check_input_ids(input_ids, self._table())
         choice = self._choose(prompts, len(input_ids))
         if self._is_keyed(choice):
-            return self._encode(input_ids, attention_mask, self._site_keys(choice)["encoder"], {})
-        embeds, mask = self._encoder_input(input_ids, attention_mask, choice)
-        return self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+            return self._encode_tokens(input_ids, attention_mask, self._site_keys(choice)["encoder"], {})
+        return self._encode_rows(input_ids, attention_mask, choice, {})
 
     @torch.no_grad()
     def rank(
@@ -611,16 +611,41 @@ class PromptModel(nn.Module):
         """Are they read by attention layers, and no rows of the encoder's input?"""
         return self.kind(choice.names[0]) != "prepend"
 
-    def _encoder_input(
-        self, input_ids: Any, attention_mask: Tensor | None, choice: Choice
-    ) -> tuple[Tensor, Tensor | None]:
-        """The encoder's input [B, L, D] and its mask [B, L] or None."""
-        table = self._table()
-        batch, num_tokens = input_ids.shape
-        checks.check_mask(attention_mask, batch, num_tokens, table)
-        embeds = prompt_embed(input_ids, table, choice.prompts, choice.ids)
-        assert isinstance(embeds, Tensor)  # it is a pair for packed ids only
-        return embeds, prepend_mask(attention_mask, choice.lengths, num_tokens, table.device)
+    def _encode_rows(
+        self, input_ids: Any, attention_mask: Tensor | None, choice: Choice, flags: dict[str, Any]
+    ) -> BaseModelOutput:
+        """The encoder over [prompt | tokens]: [B, L, D]."""
+        table, encoder = self._table(), self.model.get_encoder()
+        checks.check_mask(attention_mask, len(input_ids), input_ids.shape[1], table)
+        layout = self._layout(input_ids, attention_mask, choice.lengths, flags)
+        if layout is None:
+            embeds = prompt_embed(input_ids, table, choice.prompts, choice.ids)
+            mask = prepend_mask(attention_mask, choice.lengths, input_ids.shape[1], table.device)
+            return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
+        begins = packed.starts(layout.tokens, table.device)
+        rows, _ = prompt_embed(
+            layout.token_ids(input_ids), table, choice.prompts, choice.ids, cu_seqlens=begins
+        )
+        return self._encode_packed(rows, layout, None)
+
+    def _encode_packed(
+        self, rows: Tensor, layout: packed.Layout, prompt: hf_attention.PromptKeys | None
+    ) -> BaseModelOutput:
+        """The encoder over packed rows [N, D], and its output padded again."""
+        encoder = self.model.get_encoder()
+        embeds = rows[:, None]
+        if torch.is_grad_enabled() and is_reentrant(encoder):
+            embeds, (prompt,) = _as_leaves(embeds, prompt)
+        output = encoder(
+            inputs_embeds=embeds, attention_mask=layout.keys(self.model, prompt), return_dict=True
+        )
+        output.last_hidden_state = layout.padded(output.last_hidden_state)
+        return output
+
+    def _layout(
+        self, input_ids: Tensor, mask: Tensor | None, lengths: Sequence[int], flags: dict[str, Any]
+    ) -> packed.Layout | None:
+        return packed.layout(self.model, mask, input_ids.shape, lengths, self.pack, flags, self.device)
 
     def _cross_mask(self, hidden: Tensor, attention_mask: Tensor | None, choice: Choice) -> Tensor | None:
         """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]; one of [B, L] stays."""
@@ -646,8 +671,9 @@ class PromptModel(nn.Module):
     ) -> Any:
         sites = self._site_keys(choice)
         if encoder_outputs is None:
-            flags = {name: arguments[name] for name in _FLAGS if name in arguments}
-            encoder_outputs = self._encode(input_ids, attention_mask, sites["encoder"], flags)
+            encoder_outputs = self._encode_tokens(
+                input_ids, attention_mask, sites["encoder"], _flags(arguments)
+            )
         hidden = encoder_outputs[0]
         checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
         if arguments.get("past_key_values") is not None:
@@ -679,7 +705,7 @@ class PromptModel(nn.Module):
     ) -> Any:
         sites = self._site_keys(choice)
         if encoder_outputs is None:
-            encoder_outputs = self._encode(input_ids, attention_mask, sites["encoder"], flags)
+            encoder_outputs = self._encode_tokens(input_ids, attention_mask, sites["encoder"], flags)
         hidden = encoder_outputs[0]
         checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
         if attention_mask is None:  # generate would guess one from padding ids
@@ -689,18 +715,22 @@ class PromptModel(nn.Module):
                 input_ids, attention_mask=attention_mask, encoder_outputs=encoder_outputs, **kwargs
             )
 
-    def _encode(
+    def _encode_tokens(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         prompt: hf_attention.PromptKeys | None,
-        flags: dict[str, bool],
+        flags: dict[str, Any],
     ) -> BaseModelOutput:
         """The encoder over the tokens [B, S], which attend to the prompt's keys too."""
         encoder = self.model.get_encoder()
         checks.check_mask(attention_mask, len(input_ids), input_ids.shape[1], self._table())
         checks.check_ids(input_ids, self._table())
-        embeds = encoder.get_input_embeddings()(input_ids)
+        layout = self._layout(input_ids, attention_mask, [0] * len(input_ids), flags)
+        embedding = encoder.get_input_embeddings()
+        if layout is not None:
+            return self._encode_packed(embedding(layout.token_ids(input_ids)), layout, prompt)
+        embeds = embedding(input_ids)
         if torch.is_grad_enabled() and is_reentrant(encoder):
             embeds, (prompt,) = _as_leaves(embeds, prompt)
         mask = hf_attention.Keys(_as_bool(attention_mask), 0, False, prompt)
@@ -739,6 +769,10 @@ class PromptModel(nn.Module):
 
     def _identity(self) -> ModelIdentity:
         return ModelIdentity.of(self.model.config, self._table())
+
+
+def _flags(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in _FLAGS if name in arguments}
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:

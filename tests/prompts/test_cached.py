@@ -148,7 +148,7 @@ def test_dropout_of_the_prompt_is_drawn_once_for_the_batch(memory, make_keyed, m
 
 
 def test_the_encoder_runs_the_prompt_once_and_the_tokens_alone(make_keyed, make_batch):
-    prompted, batch = make_keyed({"p": config(5), "q": config(3, seed=1)}), make_batch()
+    prompted, batch = make_keyed({"p": config(5), "q": config(3, seed=1)}), make_batch(padding=None)
     shapes = []
     block = prompted.model.get_encoder().block[0]
     block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))

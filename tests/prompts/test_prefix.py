@@ -280,7 +280,7 @@ def test_training_forward_equals_generation_token_by_token(mode, memory, padding
 
 
 def test_the_encoder_runs_no_prompt_rows(make_keyed, make_batch):
-    prompted, batch, rows = make_keyed({"p": prefix()}), make_batch(), []
+    prompted, batch, rows = make_keyed({"p": prefix()}), make_batch(padding=None), []
     block = prompted.model.encoder.block[0]
     block.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:2]))
     prompted(**batch).loss.backward()

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed execution: the encoder runs on the rows of a batch that are real, one example after the other.
+
+They enter as [N, 1, D], N examples of one row for all that works row by row. Attention layers alone know better, from
+``hf_attention.Keys.cu``: positions, and with them the bias, begin anew in each example. (As [1, N, D], transformers
+would make a bias of N x N.) Behind the encoder the rows are padded again, with zeros: [B, L, D].
+
+An example's tokens must stand at its beginning. Padding before or among them is part of the distances between rows,
+which packing would change.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprompt import hf_attention
+from fastprompt.ops._t5_bias import exact_buckets
+from fastprompt.ops.t5_attention import HEAD_WIDTHS
+from fastprompt.prompts.sites import bias_tables
+
+
+class Layout(NamedTuple):
+    """Which rows of a padded batch are real: the first ones of each example."""
+
+    tokens: list[int]  # how many of the S tokens of each example
+    rows: list[int]  # how many of the L rows: its prompt's and its tokens
+    S: int
+    L: int
+    device: torch.device
+
+    def token_ids(self, input_ids: Tensor) -> Tensor:
+        """[B, S] -> [sum of tokens]."""
+        return input_ids.flatten()[_places(self.tokens, self.S, self.device)]
+
+    def keys(self, model: Any, prompt: hf_attention.PromptKeys | None = None) -> hf_attention.Keys:
+        """What goes into the encoder as its attention_mask."""
+        bias = bias_tables(model, "encoder") if prompt is None else None
+        return hf_attention.Keys(None, 0, False, prompt, starts(self.rows, self.device), bias)
+
+    def padded(self, hidden: Tensor) -> Tensor:
+        """[N, 1, D] -> [B, L, D], zeros where there is no row."""
+        B, D = len(self.rows), hidden.shape[-1]
+        places = _places(self.rows, self.L, self.device)
+        return hidden.new_zeros(B * self.L, D).index_copy_(0, places, hidden[:, 0]).view(B, self.L, D)
+
+
+def starts(lens: Sequence[int], device: torch.device) -> Tensor:
+    """[B + 1] int64: where each example begins, and the end."""
+    return torch.tensor([0, *accumulate(lens)], device=device)
+
+
+def _places(lens: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """[sum of lens] int64: the first lens[b] of each example among all B * width."""
+    first = torch.arange(width) < torch.tensor(lens)[:, None]
+    return first.flatten().nonzero()[:, 0].to(device)
+
+
+def layout(
+    model: Any,
+    mask: Tensor | None,
+    shape: Sequence[int],
+    lengths: Sequence[int],
+    pack: bool | None,
+    flags: Mapping[str, Any],
+    device: torch.device,
+) -> Layout | None:
+    """How to pack a batch; None to run it padded.
+
+    Args:
+        mask: [B, S], of the tokens. On a GPU the host waits for it.
+        shape: B, S.
+        lengths: how many rows each example's prompt has in the encoder.
+        pack: None: if that saves rows and is possible; True: ValueError if it is not.
+        flags: output_attentions, output_hidden_states, where given.
+
+    The compiler gets no layout: shapes would depend on data.
+    """
+    (B, S), longest = shape, max(lengths)
+    ragged = mask is not None or min(lengths) < longest
+    if pack is False or (pack is None and not ragged) or torch.compiler.is_compiling():
+        return None
+    why, tokens, rows = obstacle(model, flags), None, []
+    if why is None:
+        tokens = [S] * B if mask is None else token_counts(mask)
+        if tokens is None:
+            why = (
+                "needs an attention_mask with padding behind an example's tokens, got some before or among them. "
+                "Use padding_side='right'"
+            )
+        else:
+            rows = [length + count for length, count in zip(lengths, tokens, strict=True)]
+            if min(rows) == 0:
+                why = f"needs one row or more in each example, got none in example {rows.index(0)}"
+    if why is not None or tokens is None:
+        if pack:
+            raise ValueError(f"PromptModel: pack=True {why}. pack=None runs such a batch padded")
+        return None
+    if pack is None and sum(rows) == B * (longest + S):
+        return None
+    return Layout(tokens, rows, S, longest + S, device)
+
+
+def token_counts(mask: Tensor) -> list[int] | None:
+    """How many tokens each row of the mask [B, S] has; None if padding stands before one."""
+    real = mask.ne(0)
+    late = (real[:, 1:] & ~real[:, :-1]).any()
+    *counts, broken = torch.cat((real.sum(1), late[None])).tolist()
+    return None if broken else counts
+
+
+def obstacle(model: Any, flags: Mapping[str, Any]) -> str | None:
+    """Why this model's encoder cannot run packed rows; None if it can."""
+    if model.config.model_type not in hf_attention.SERVED:
+        return f"needs a model of type {', '.join(hf_attention.SERVED)}, got {model.config.model_type!r}"
+    encoder = model.get_encoder()
+    used = encoder.config._attn_implementation_internal
+    if used != hf_attention.NAME:
+        return f'needs the attention "{hf_attention.NAME}", got {used!r}. Call fastprompt.patch(model)'
+    for name in ("output_attentions", "output_hidden_states"):
+        if flags.get(name, getattr(encoder.config, name, False)):
+            return f"does not go with {name}"
+    for block in encoder.block:
+        attention = block.layer[0].SelfAttention
+        if attention.key_value_proj_dim not in HEAD_WIDTHS:
+            return (
+                f"needs heads of width {', '.join(map(str, HEAD_WIDTHS))}, got {attention.key_value_proj_dim}"
+            )
+        if attention.has_relative_attention_bias:
+            weight = attention.relative_attention_bias.weight
+            if weight.requires_grad or weight.is_meta:
+                got = "it offloaded" if weight.is_meta else "requires_grad=True"
+                return f"needs a frozen relative_attention_bias.weight, got {got}"
+            buckets, distance = (
+                attention.relative_attention_num_buckets,
+                attention.relative_attention_max_distance,
+            )
+            if not 0 < exact_buckets(buckets, bidirectional=True) < distance:
+                return f"needs a bias by distance, got {buckets} buckets up to distance {distance}"
+    return None

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed execution: the encoder runs fewer rows, and nothing that a user gets is another than padded."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastprompt import hf_attention, patch
+from fastprompt.model import PromptModel
+from fastprompt.prompts import PromptConfig
+
+CONFIGS = {
+    "p5": PromptConfig(5, init="uniform"),
+    "p2": PromptConfig(2, init="uniform", seed=1),
+    "cached": PromptConfig(5, "cached", init="uniform"),
+    "rows": PromptConfig(3, "prefix", init="uniform", seed=1),
+    "decoder": PromptConfig(4, "prefix", init="uniform", sites=["decoder", "cross"], seed=2),
+}
+# prompts: rows in the encoder of make_batch's 7 + 6 + 5 tokens
+ROWS = {
+    "p5": 33,
+    ("p5", "p2", "p5"): 30,
+    "cached": 18,
+    "rows": 18,
+    ("cached", "rows", "decoder"): 18,
+    "decoder": 18,
+}
+LAYOUTS = ("t5", "v1_1", "mt5", "umt5")
+MEMORY = (None, "speed", "balanced", "lean", "minimal")
+
+
+@pytest.fixture
+def make_pair(make_model):
+    """(padded, packed) over equal weights, and the rows that the second one's encoder ran."""
+
+    def make(layout="v1_1", memory=None, pack=None, **special):
+        found = []
+        for choice in (False, pack):
+            model = make_model(layout, attention="fastprompt", **({"d_kv": 16} | special))
+            prompted = PromptModel(model, CONFIGS, pack=choice)
+            found.append(prompted if memory is None else patch(prompted, memory=memory))
+        rows = []
+        block = found[1].model.get_encoder().block[0]
+        block.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape[:2])))
+        return (*found, rows)
+
+    return make
+
+
+def names(prompts):
+    return prompts if isinstance(prompts, str) else list(prompts)
+
+
+def results(prompted, batch, prompts, **more):
+    prompted.zero_grad()
+    output = prompted(**batch, prompts=names(prompts), **more)
+    output.loss.backward()
+    found = {"loss": output.loss, "logits": output.logits}
+    return found | {
+        name: each.grad.clone() for name, each in prompted.prompts.named_parameters() if each.grad is not None
+    }
+
+
+def assert_same(ours, expected):
+    assert list(ours) == list(expected)
+    for name, value in expected.items():
+        scale = float(value.detach().abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("prompts", ROWS, ids=str)
+def test_loss_logits_and_gradients_equal_padded(layout, memory, prompts, make_pair, make_batch):
+    padded, packed, rows = make_pair(layout, memory)
+    batch = make_batch(T=6)
+    assert_same(results(packed, batch, prompts), results(padded, batch, prompts))
+    assert rows[-1] == (ROWS[prompts], 1)
+
+
+@pytest.mark.parametrize("prompts", ROWS, ids=str)
+def test_encoder_states_equal_padded_and_are_zero_between(prompts, make_pair, make_batch):
+    padded, packed, rows = make_pair(memory="balanced")
+    batch = make_batch()
+    del batch["labels"]
+    expected = padded.encode(**batch, prompts=names(prompts)).last_hidden_state
+    found = packed.encode(**batch, prompts=names(prompts)).last_hidden_state
+    assert found.shape == expected.shape
+    real = found.ne(0).any(-1)
+    assert int(real.sum()) == ROWS[prompts] == rows[-1][0]
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [None, "balanced"])
+@pytest.mark.parametrize("prompts", ROWS, ids=str)
+def test_generate_and_rank_equal_padded(memory, prompts, make_pair, make_batch):
+    padded, packed, rows = make_pair(memory=memory)
+    batch = make_batch()
+    del batch["labels"]
+    options = {"prompts": names(prompts), "max_new_tokens": 6, "num_beams": 2}
+    assert torch.equal(packed.generate(**batch, **options), padded.generate(**batch, **options))
+    choices = [[3, 1], [4, 5, 1], [6]]
+    ours, expected = (
+        each.rank(**batch, choices=choices, prompts=names(prompts)).scores for each in (packed, padded)
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+    assert rows.count((ROWS[prompts], 1)) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("memory", [None, "balanced", "minimal"])
+@pytest.mark.parametrize("prompts", ["p5", ("cached", "rows", "decoder")], ids=str)
+def test_gradient_checkpointing(reentrant, memory, prompts, make_pair, make_batch):
+    padded, packed, rows = make_pair(memory=memory, dropout_rate=0.0, num_layers=3)
+    batch = make_batch()
+    expected = results(padded.train(), batch, prompts)
+    packed.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for _ in range(2):
+        assert_same(results(packed, batch, prompts), expected)
+    assert (ROWS[prompts], 1) in rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", [None, "balanced"])
+def test_half_precision(dtype, memory, make_pair, make_batch):
+    padded, packed, rows = make_pair(memory=memory)
+    batch = make_batch()
+    for prompts in ("p5", ("cached", "rows", "decoder")):
+        expected = padded(**batch, prompts=names(prompts)).loss
+        loss = packed.to(dtype)(**batch, prompts=names(prompts)).loss
+        torch.testing.assert_close(loss.float(), expected, rtol=0.02, atol=0.02)
+        assert rows[-1] == (ROWS[prompts], 1)
+
+
+@pytest.mark.parametrize("memory", [None, "balanced"])
+def test_dropout_trains(memory, make_pair, make_batch):
+    """Other masks than padded, of the same probability: over many draws the mean loss is the same."""
+    padded, packed, rows = make_pair(memory=memory, dropout_rate=0.1)
+    batch, means = make_batch(), []
+    for prompted in (padded.train(), packed.train()):
+        with torch.no_grad():
+            losses = torch.stack([prompted(**batch).loss for _ in range(200)])
+        means.append(losses.mean())
+        deviation = losses.std()
+    assert deviation > 0
+    assert abs(means[0] - means[1]) < 5 * deviation * (2 / 200) ** 0.5
+    assert rows[-1] == (ROWS["p5"], 1)
+
+
+@pytest.mark.parametrize("layout", ["v1_1", "umt5"])
+@pytest.mark.parametrize("memory", [None, "balanced"])
+@pytest.mark.parametrize("prompts", ["p5", "rows"])
+def test_nothing_of_rows_times_rows_is_made(layout, memory, prompts, make_pair, make_batch):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for each in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(each, torch.Tensor):
+                    self.elements = max(self.elements, each.numel())
+            return out
+
+    _, packed, rows = make_pair(layout, memory)
+    batch = make_batch(B=40, S=48)
+    with Largest() as largest:
+        packed(**batch, prompts=prompts).loss.backward()
+    N = rows[-1][0]
+    assert N > 1000
+    assert largest.elements < N * N / 4
+
+
+def test_what_is_not_ragged_runs_as_it_is_unless_asked(make_pair, make_batch):
+    padded, packed, rows = make_pair()
+    batch = make_batch(padding=None)
+    without = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+    for each in (batch, without):
+        packed(**each)
+        assert rows[-1] == (3, 12)
+    packed.pack = True
+    for each in (batch, without):
+        assert_same(results(packed, each, "p5"), results(padded, each, "p5"))
+        assert rows[-1] == (36, 1)
+    packed.pack = None
+    packed(**without, prompts=["p5", "p2", "p2"])
+    assert rows[-1] == (30, 1)
+
+
+def test_padding_before_or_among_tokens_runs_padded(make_pair, make_batch):
+    """It is part of the distance between a prompt and its tokens."""
+    padded, packed, rows = make_pair()
+    holes = make_batch()
+    holes["attention_mask"][0, 2] = 0
+    for batch in (make_batch("left"), holes):
+        for prompts in ("p5", "cached"):
+            assert_same(results(packed, batch, prompts), results(padded, batch, prompts))
+            assert rows[-1][1] > 1
+        packed.pack = True
+        with pytest.raises(ValueError, match="pack=True needs an attention_mask with padding behind"):
+            packed(**batch)
+        packed.pack = None
+
+
+def test_an_example_of_no_tokens(make_pair, make_batch):
+    padded, packed, rows = make_pair()
+    batch = make_batch()
+    batch["attention_mask"][1] = 0
+    assert_same(results(packed, batch, "p5"), results(padded, batch, "p5"))
+    assert rows[-1] == (5 * 3 + 12, 1)
+    assert_same(results(packed, batch, "cached"), results(padded, batch, "cached"))
+    assert rows[-1] == (3, 7)
+    packed.pack = True
+    with pytest.raises(
+        ValueError, match="pack=True needs one row or more in each example, got none in example 1"
+    ):
+        packed(**batch, prompts="cached")
+
+
+def test_output_of_layers_is_padded(make_pair, make_batch):
+    padded, packed, rows = make_pair()
+    batch = make_batch()
+    options = {"prompts": "p5", "output_hidden_states": True}
+    found, expected = (each(**batch, **options).encoder_hidden_states for each in (packed, padded))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    found, expected = (each(**batch, output_attentions=True).encoder_attentions for each in (packed, padded))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    packed.model.encoder.config.output_hidden_states = True
+    assert packed(**batch).encoder_last_hidden_state.shape == (3, 12, 32)
+    assert rows == [(3, 12)] * 3
+    packed.pack = True
+    with pytest.raises(ValueError, match="pack=True does not go with output_hidden_states"):
+        packed(**batch)
+
+
+@pytest.mark.parametrize(
+    ("layout", "special", "message"),
+    [
+        ("longt5", {}, "needs a model of type t5, mt5, umt5, got 'longt5'"),
+        (
+            "v1_1",
+            {"attention": "eager"},
+            r"needs the attention \"fastprompt\", got 'eager'. Call fastprompt.patch",
+        ),
+        ("v1_1", {"d_kv": 12}, "needs heads of width 16, 32, 64, 128, 256, got 12"),
+        (
+            "v1_1",
+            {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 4},
+            "needs a bias by distance, got 32 buckets up to distance 4",
+        ),
+        ("v1_1", {"trained": True}, "needs a frozen relative_attention_bias.weight, got requires_grad=True"),
+    ],
+)
+def test_encoders_that_cannot_run_padded(layout, special, message, make_model, make_batch):
+    special = {"attention": "eager" if layout == "longt5" else "fastprompt", "d_kv": 16} | special
+    trained = special.pop("trained", False)
+    prompted, batch = PromptModel(make_model(layout, **special), CONFIGS["p5"]), make_batch()
+    if trained:
+        prompted.model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_(
+            True
+        )
+    rows = []
+    prompted.model.get_encoder().block[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    prompted(**batch)
+    assert rows == [3]
+    prompted.pack = True
+    with pytest.raises(
+        ValueError, match=f"PromptModel: pack=True {message}.*pack=None runs such a batch padded"
+    ):
+        prompted(**batch)
+
+
+@pytest.mark.parametrize("prompts", ["p5", "cached"])
+def test_a_compiled_forward_is_one_graph(prompts, make_pair, make_batch):
+    padded, packed, _ = make_pair(pack=True, num_layers=1)
+    batch = make_batch()
+    expected = padded(**batch, prompts=prompts).logits
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch, prompts=prompts).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_keys_without_a_bias_are_refused(make_model):
+    """Not given distances they do not have."""
+    encoder = make_model(d_kv=16, attention="fastprompt").requires_grad_(False).get_encoder()
+    keys = hf_attention.Keys(None, 0, False, cu=torch.tensor([0, 3, 5]))
+    with pytest.raises(ValueError, match=r"packed rows do not go with .*pack=False"):
+        encoder(inputs_embeds=torch.randn(5, 1, 32), attention_mask=keys)
