@@ -32,6 +32,7 @@ from fastprompt.prompts.prefix_init import initial_prefix
 from fastprompt.prompts.prompt_file import PromptFile
 from fastprompt.prompts.rank import Choices, Ranking, choice_ids, choice_scores, rank_of
 from fastprompt.prompts.reentrant import gathered, is_reentrant
+from fastprompt.prompts.row_gradient import mark_prompt_rows
 from fastprompt.prompts.sites import serve
 from fastprompt.prompts.store import PromptStore
 from fastprompt.prompts.stored import StoredPrompts
@@ -621,6 +622,8 @@ class PromptModel(nn.Module):
         if layout is None:
             embeds = prompt_embed(input_ids, table, choice.prompts, choice.ids)
             mask = prepend_mask(attention_mask, choice.lengths, input_ids.shape[1], table.device)
+            assert isinstance(embeds, Tensor)  # it is a pair for packed ids only
+            mark_prompt_rows(embeds, encoder, max(choice.lengths))
             return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
         begins = packed.starts(layout.tokens, table.device)
         rows, _ = prompt_embed(
