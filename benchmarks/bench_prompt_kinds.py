@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each kind of prompt costs in a whole T5: training steps, serving beside HF + PEFT, packed rows, and the bank.
+
+Random weights in the shape of v1.1-base, prompts of 100 rows, S tokens per example, 8 labels. fastprompt's model is
+patched with the default options; HF's is stock, with PEFT's prompt tuning. Tables:
+
+    step, cached      a training step with a cached prompt; beside it one with a prepended prompt
+    step, prefix      the same with a prefix of rows at every site; beside it cached and prepended
+    encode            the encoder's output, in eval mode, of a cached prompt whose keys and values are kept
+    generate          16 tokens, greedy, with that prompt
+    step, packed      a training step with a prepended prompt, of rows without padding; beside it padded
+    encode, packed    the encoder's output, the same way
+    bank              the encoder's output of B examples under B cached prompts; beside it under one of them
+
+In the packed tables the examples' lengths are the quantiles (b + 1/2) / B of a lognormal distribution with median 150
+and sigma 0.6, from 16 to 512, padded to the longest: as different as BoolQ, MultiRC and the short tasks of SuperGLUE
+are in one batch. Quantiles, so that no draw is lucky. In the other tables nothing is padded.
+"""
+
+import copy
+import importlib.util
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from _harness import OURS, Case, Contender, Options, Spec, main
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+from fastprompt import PromptConfig, PromptModel, patch
+
+MODELS = {
+    "v1.1-base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "d_kv": 64},
+    "tiny": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 100},
+}
+SDPA, EAGER = "HF sdpa + PEFT", "HF eager + PEFT"
+OTHERS = {
+    "step, cached": ["prepend"],
+    "step, prefix": ["cached", "prepend"],
+    "encode": ["prepend", SDPA, EAGER],
+    "generate": ["prefix", "prepend", SDPA, EAGER],
+    "step, packed": ["padded"],
+    "encode, packed": ["padded"],
+    "bank": ["one prompt"],
+}
+# By table and S: the time that a contender shall take, in fastprompt's.
+GOALS = {
+    ("step, cached", 64): {"prepend": 1.9},
+    ("step, cached", 128): {"prepend": 1.5},
+    ("step, prefix", 64): {"cached": 1.0},
+    ("step, prefix", 128): {"cached": 1.0},
+    ("encode", 64): {SDPA: 2.8, EAGER: 2.8},
+    ("encode", 128): {SDPA: 2.0, EAGER: 2.0},
+    ("step, packed", 512): {"padded": 1.5},
+    ("encode, packed", 512): {"padded": 1.5},
+    ("bank", 64): {"one prompt": 0.95},
+}
+KINDS = {kind: kind for kind in ("cached", "prefix", "prepend")}  # prompts by name
+T = 8
+
+Calls = dict[str, Callable[[], Any]]
+Table = tuple[Calls, Callable[[], None]]  # what each contender does, and the correctness gate
+
+
+def specs(options: Options) -> list[Spec]:
+    def spec(what: str, B: int, S: int, p: float = 0.0) -> Spec:
+        return Spec(what, torch.float32, (("B", B), ("S", S)), what == "encode" and S in (12, 64), p)
+
+    if options.quick:
+        return [spec(what, 4, 12) for what in OTHERS]
+    return [
+        *(
+            spec(f"step, {kind}", 8, S, p)
+            for kind in ("cached", "prefix")
+            for S in (64, 128)
+            for p in (0.1, 0.0)
+        ),
+        *(spec(what, 8, S) for what in ("encode", "generate") for S in (64, 128)),
+        *(spec("step, packed", 8, 512, p) for p in (0.1, 0.0)),
+        spec("encode, packed", 8, 512),
+        spec("bank", 32, 64),
+    ]
+
+
+def contenders(spec: Spec, options: Options) -> list[str]:
+    return [OURS, *OTHERS[spec.what]]
+
+
+def build(spec: Spec, options: Options) -> Case:
+    setting = Setting(spec, options)
+    made = {"encode": encoding, "generate": generation, "bank": bank}
+    calls, check = made.get(spec.what, packing if spec.what.endswith("packed") else training)(spec, setting)
+    weights = sum(parameter.nbytes for parameter in setting.stock.parameters())
+    goals = {} if options.quick else GOALS.get((spec.what, dict(spec.sizes)["S"]), {})
+    found = {name: Contender(calls[name]) for name in contenders(spec, options)}
+    return Case("prompt_kinds", spec, found, weights, check, goals, calls=None if options.quick else 1)
+
+
+class Setting:
+    """A spec's model and batch."""
+
+    def __init__(self, spec: Spec, options: Options) -> None:
+        self.B, self.S = (size for _, size in spec.sizes)
+        self.P, self.new_tokens = (5, 3) if options.quick else (100, 16)
+        config = T5Config(
+            **MODELS["tiny" if options.quick else "v1.1-base"],
+            feed_forward_proj="gated-gelu",
+            dropout_rate=spec.dropout_p,
+            decoder_start_token_id=0,
+            tie_word_embeddings=False,
+        )
+        torch.manual_seed(0)
+        with torch.device(options.device):
+            self.stock = T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+            self.ids = torch.randint(2, config.vocab_size, (self.B, self.S))
+            self.mask = torch.ones_like(self.ids)
+            self.labels = torch.randint(2, config.vocab_size, (self.B, T))
+        self.stock.requires_grad_(False)
+
+    def pad(self) -> None:
+        """Give the examples the lengths that this file's first lines state; for S other than 512 in proportion."""
+        normal = statistics.NormalDist(math.log(150 * self.S / 512), 0.6)
+        quantiles = [math.exp(normal.inv_cdf((b + 0.5) / self.B)) for b in range(self.B)]
+        lens = torch.tensor([round(min(max(each, self.S / 32), self.S)) for each in quantiles])
+        self.S = int(lens.max())
+        self.mask = (torch.arange(self.S) < lens[:, None]).long().to(self.ids.device)
+        self.ids = self.ids[:, : self.S] * self.mask
+
+    def batch(self) -> dict[str, Tensor]:
+        return {"input_ids": self.ids, "attention_mask": self.mask}
+
+    def prompted(self, kinds: dict[str, str], patched: bool = True) -> PromptModel:
+        """A model with prompts of these kinds, by name. Equal calls give equal prompts."""
+        configs = {
+            name: PromptConfig(self.P, kind, init="uniform", seed=seed)
+            for seed, (name, kind) in enumerate(kinds.items())
+        }
+        prompted = PromptModel(share(self.stock), configs)
+        return patch(prompted) if patched else prompted
+
+    def peft(self, attention: str, prompt: Tensor) -> tuple[Any, Callable[[], dict[str, Tensor]]]:
+        """HF's model, and what PEFT's prompt tuning gives it: in its forward and in generate."""
+        model, P = share(self.stock), len(prompt)
+        for each in (model, model.encoder, model.decoder):
+            each.config._attn_implementation_internal = attention
+        rows: Callable[[], Tensor] = lambda: prompt.detach().expand(self.B, -1, -1)  # noqa: E731
+        if importlib.util.find_spec("peft"):
+            from peft import PromptTuningConfig, get_peft_model
+
+            wrapped = get_peft_model(
+                model, PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+            ).eval()
+            wrapped.prompt_encoder["default"].embedding.weight.data[:P] = prompt.detach()
+            rows = partial(wrapped.get_prompt, batch_size=self.B)
+
+        def inputs() -> dict[str, Tensor]:
+            embeds = torch.cat((rows()[:, :P], model.get_input_embeddings()(self.ids)), 1)
+            ones = torch.ones(self.B, P, device=self.mask.device)
+            return {"inputs_embeds": embeds, "attention_mask": torch.cat((ones, self.mask), 1)}
+
+        return model, inputs
+
+
+def share(model: Any) -> Any:
+    """A model of its own over the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+
+
+def training(spec: Spec, setting: Setting) -> Table:
+    tuned, plain = setting.prompted(KINDS), setting.prompted(KINDS, patched=False)
+    mine = spec.what.removeprefix("step, ")
+    names = {OURS: mine} | {name: name for name in OTHERS[spec.what]}
+
+    def check() -> None:
+        """Each kind gets from patched layers what it gets from transformers'."""
+        for name in names.values():
+            assert_same(*(step(each.eval(), setting, name) for each in (tuned, plain)))
+        tuned.train()
+
+    return {each: partial(step, tuned, setting, name) for each, name in names.items()}, check
+
+
+def packing(spec: Spec, setting: Setting) -> Table:
+    setting.pad()
+    tuned = setting.prompted({"prepend": "prepend"})
+    function = step if spec.what.startswith("step") else encoded
+    real = torch.arange(setting.P + setting.S) < setting.P + setting.mask.sum(1)[:, None].cpu()
+
+    def run(pack: bool) -> tuple[Tensor, ...]:
+        tuned.pack = pack
+        return function(tuned, setting, "prepend")
+
+    def check() -> None:
+        results = [run(pack) for pack in (True, False)]
+        assert_same(*results if function is step else [(hidden[real],) for (hidden,) in results])
+        tuned.train(function is step)
+
+    return {OURS: partial(run, True), "padded": partial(run, False)}, check
+
+
+def encoding(spec: Spec, setting: Setting) -> Table:
+    tuned, plain = served(setting), setting.prompted(KINDS, patched=False)
+    calls: Calls = {
+        OURS: partial(encoded, tuned, setting, "cached"),
+        "prepend": partial(encoded, tuned, setting, "prepend"),
+    }
+    for name, attention in ((SDPA, "sdpa"), (EAGER, "eager")):
+        model, inputs = setting.peft(attention, tuned.prompts["prepend"])
+        calls[name] = partial(stock_encoded, model, inputs)
+
+    def check() -> None:
+        """PEFT's prompt is the prepended one; a cached prompt is another function, here computed by stock layers."""
+        assert_same(calls[OURS](), encoded(plain, setting, "cached"))
+        for name in (SDPA, EAGER):
+            assert_same(calls["prepend"](), calls[name]())
+
+    return calls, check
+
+
+def generation(spec: Spec, setting: Setting) -> Table:
+    tuned, plain = served(setting), setting.prompted(KINDS, patched=False)
+    options = {"max_new_tokens": setting.new_tokens, "min_new_tokens": setting.new_tokens}
+    calls: Calls = {
+        each: partial(tuned.generate, **setting.batch(), prompts=name, **options)
+        for each, name in ((OURS, "cached"), ("prefix", "prefix"), ("prepend", "prepend"))
+    }
+    for name, attention in ((SDPA, "sdpa"), (EAGER, "eager")):
+        model, inputs = setting.peft(attention, tuned.prompts["prepend"])
+        calls[name] = partial(stock_generated, model, inputs, options)
+
+    def check() -> None:
+        for each, name in ((OURS, "cached"), ("prefix", "prefix")):
+            assert torch.equal(calls[each](), plain.generate(**setting.batch(), prompts=name, **options))
+        for name in (SDPA, EAGER):
+            assert torch.equal(calls["prepend"](), calls[name]())
+
+    return calls, check
+
+
+def bank(spec: Spec, setting: Setting) -> Table:
+    names = [f"p{b}" for b in range(setting.B)]
+    tuned = setting.prompted(dict.fromkeys(names, "cached")).eval()
+    tuned.cache_prompts()
+    calls: Calls = {
+        OURS: partial(encoded, tuned, setting, names),
+        "one prompt": partial(encoded, tuned, setting, names[0]),
+    }
+
+    def check() -> None:
+        """A row has what it has where all rows name its prompt."""
+        (mixed,) = calls[OURS]()
+        for b in (0, setting.B - 1):
+            (alone,) = encoded(tuned, setting, names[b])
+            assert_same((mixed[b],), (alone[b],))
+
+    return calls, check
+
+
+def served(setting: Setting) -> PromptModel:
+    tuned = setting.prompted(KINDS).eval()
+    tuned.cache_prompts()
+    return tuned
+
+
+def step(tuned: PromptModel, setting: Setting, name: str) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of the prompt's tensors."""
+    loss = tuned(**setting.batch(), labels=setting.labels, prompts=name, use_cache=False).loss
+    prompt = tuned.prompts[name]
+    leaves = [prompt] if isinstance(prompt, Tensor) else list(prompt.parameters())
+    return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+@torch.no_grad()
+def encoded(tuned: PromptModel, setting: Setting, names: str | list[str]) -> tuple[Tensor]:
+    return (tuned.encode(**setting.batch(), prompts=names).last_hidden_state,)
+
+
+@torch.no_grad()
+def stock_encoded(model: Any, inputs: Callable[[], dict[str, Tensor]]) -> tuple[Tensor]:
+    return (model.encoder(**inputs()).last_hidden_state,)
+
+
+@torch.no_grad()
+def stock_generated(model: Any, inputs: Callable[[], dict[str, Tensor]], options: dict[str, int]) -> Tensor:
+    ids: Tensor = model.generate(**inputs(), **options)
+    return ids
+
+
+def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    """To fp32's precision through a whole model."""
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_alone(time_alone):
+    time_alone()
+
+
+def test_together(time_together):
+    time_together()
+
+
+if __name__ == "__main__":
+    main(specs, build)
