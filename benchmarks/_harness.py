@@ -229,9 +229,10 @@ def interleave(
 
 
 def _cpu_calls(call: Call, count: int, cache: Tensor | None, clock: str) -> list[float]:
-    """The call that comes first is not timed: it finds in the caches what the contender before it left."""
+    """A call that comes first is not timed, if calls are short: it finds in the caches what others have left."""
     now = time.thread_time if clock == "cpu" else time.perf_counter
-    call()
+    if count > 1:
+        call()
     seconds = []
     for _ in range(count):
         if cache is not None:
