@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of every layout, their inputs, and one thread for each test."""
+"""Models of every layout, and their inputs."""
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ def make(device):
 
 @pytest.fixture
 def batch(device):
+    """input_ids [B, S] and attention_mask, row b padded by 3 b tokens on one side."""
+
     def batch(padding="right", B=3, S=17):
         ids = torch.randint(2, VOCAB, (B, S), generator=torch.Generator().manual_seed(1))
         mask = torch.ones_like(ids)

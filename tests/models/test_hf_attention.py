@@ -5,12 +5,11 @@ import copy
 
 import pytest
 import torch
+from layouts import LAYOUTS, TINY, VOCAB
 from torch import nn
 from transformers import (
     LongT5Config,
     LongT5ForConditionalGeneration,
-    MT5Config,
-    MT5ForConditionalGeneration,
     Pop2PianoConfig,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
@@ -20,7 +19,6 @@ from transformers import (
     UdopConfig,
     UMT5Config,
     UMT5EncoderModel,
-    UMT5ForConditionalGeneration,
 )
 from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, create_causal_mask
 from transformers.models.pop2piano.modeling_pop2piano import Pop2PianoStack
@@ -29,28 +27,6 @@ from transformers.models.udop.modeling_udop import UdopStack
 from fastprompt import PromptConfig, PromptModel, backend_used, hf_attention, use_backend
 from fastprompt.testing import assert_within_budget
 
-VOCAB = 64
-TINY = {
-    "vocab_size": VOCAB,
-    "d_model": 48,  # not heads * d_kv
-    "d_ff": 40,
-    "num_layers": 2,
-    "num_heads": 4,
-    "d_kv": 16,
-    "relative_attention_num_buckets": 8,  # so that short inputs reach every bucket
-    "relative_attention_max_distance": 12,
-    "decoder_start_token_id": 0,
-}
-LAYOUTS = {
-    "t5": (T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}),
-    "v1_1": (
-        T5ForConditionalGeneration,
-        T5Config,
-        {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 2},
-    ),
-    "mt5": (MT5ForConditionalGeneration, MT5Config, {}),
-    "umt5": (UMT5ForConditionalGeneration, UMT5Config, {}),
-}
 LAYERS = {"t5": 6, "v1_1": 7, "mt5": 6, "umt5": 6}  # attention layers: encoder, and two per decoder block
 
 
@@ -95,27 +71,6 @@ def pair(device):
     return pair
 
 
-@pytest.fixture
-def batch(device):
-    """input_ids [B, S] and attention_mask, row b padded by 3 b tokens on one side."""
-
-    def batch(padding="right", B=3, S=17):
-        ids = torch.randint(2, VOCAB, (B, S), generator=torch.Generator().manual_seed(1))
-        mask = torch.ones_like(ids)
-        for row in range(B if padding else 0):
-            mask[row, slice(S - 3 * row, S) if padding == "right" else slice(0, 3 * row)] = 0
-        return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
-
-    return batch
-
-
-@pytest.fixture
-def labels(device):
-    labels = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
-    labels[-1, -2:] = -100
-    return labels.to(device)
-
-
 def embedded(model, batch):
     """inputs_embeds that want a gradient, in place of input_ids."""
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
@@ -137,7 +92,7 @@ def step(model, batch, labels, **options):
 
 
 @pytest.mark.parametrize("padding", [None, "right", "left"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYERS)
 def test_logits_loss_and_gradient(layout, padding, pair, batch, labels, ran):
     eager, ours = pair(layout)
     for our, their in zip(
@@ -451,7 +406,7 @@ def test_head_widths_that_no_kernel_has(padding, pair, batch, labels, ran):
     assert not ran
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYERS)
 def test_attention_weights(layout, pair, batch, labels, ran):
     eager, ours = (model(**batch(), labels=labels, output_attentions=True) for model in pair(layout))
     for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that the tests of patch use, and what they compare."""
+"""The models that these tests use, and what they compare."""
 
 import torch
 from transformers import (
