@@ -165,7 +165,8 @@ class FastAttention:
         differentiable = any(t is not None and t.requires_grad for t in (x, states, *prompts))
         save = torch.is_grad_enabled() and differentiable
         T, K = x.shape[1], attention.key_value_proj_dim
-        absorbed = states is not None and past is None and prompt is None and _absorbed.pays(T, K, save)
+        shared = prompt is None or (prompt.ids is None and prompt.lens is None)
+        absorbed = states is not None and past is None and shared and _absorbed.pays(T, K, save)
         made = made_of(states) if memory != "speed" else None
         options = Options(
             eps=self.layer_norm.variance_epsilon,
