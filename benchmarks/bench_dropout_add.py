@@ -32,6 +32,10 @@ def in_hf(p: float, x: Tensor, residual: Tensor) -> Tensor:
     return residual + nn.functional.dropout(x, p)
 
 
+def contenders(spec: Spec, options: Options) -> list[str]:
+    return [OURS, HF]
+
+
 def build(spec: Spec, options: Options) -> Case:
     shape, p = tuple(size for _, size in spec.sizes), spec.dropout_p
     make = partial(torch.randn, *shape, dtype=spec.dtype, device=options.device)

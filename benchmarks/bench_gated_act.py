@@ -33,6 +33,10 @@ def in_hf(p: float, a: Tensor, b: Tensor) -> Tensor:
     return nn.functional.dropout(ACT2FN["gelu_new"](a) * b, p)
 
 
+def contenders(spec: Spec, options: Options) -> list[str]:
+    return [OURS, HF]
+
+
 def build(spec: Spec, options: Options) -> Case:
     shape, p = tuple(size for _, size in spec.sizes), spec.dropout_p
     make = partial(torch.randn, *shape, dtype=spec.dtype, device=options.device)
