@@ -90,6 +90,8 @@ def contenders(spec: Spec, options: Options) -> list[str]:
 
 
 def build(spec: Spec, options: Options) -> Case:
+    if options.quick:
+        torch.set_num_threads(1)  # tiny models only wait for a second thread
     setting = Setting(spec, options)
     made = {"encode": encoding, "generate": generation, "bank": bank}
     calls, check = made.get(spec.what, packing if spec.what.endswith("packed") else training)(spec, setting)
