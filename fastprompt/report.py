@@ -7,6 +7,8 @@ from torch import nn
 
 from fastprompt._op import backends
 from fastprompt.modules import mixin_for
+from fastprompt.modules.attention import FastAttention
+from fastprompt.modules.ff import FastFF
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.tree import is_family_layer, leaves, stock_class
 
@@ -43,7 +45,7 @@ class Report(list[Row]):
         for row in self:
             if row.reason is None:
                 saved = "" if row.saved is None else f", saves {row.saved:,} bytes per token"
-                what = (f"{row.kernel} ({row.backend})", f"memory={row.memory}{saved}" if row.memory else "")
+                what = (f"{row.kernel} ({row.backend})", f"memory={row.memory}{saved}")
             else:
                 what = (f"as in transformers: {row.reason}", "")
             groups.setdefault((row.cls, *what), []).append(row.path or "the model")
@@ -71,17 +73,18 @@ def explain(model: nn.Module) -> Report:
         if id(module) not in swappable and not is_family_layer(stock):
             continue
         if type(module) is not stock:
-            reason = module.fastprompt_obstacle()
-            parent = path.rpartition(".")[0]
-            saved = None if reason else 0 if parent in whole else module.fastprompt_saved(parent in attended)
-            if reason is None and stock.__name__.endswith(("Attention", "FF")):
-                whole.add(path)
-                attended |= {parent} if stock.__name__.endswith("Attention") else set()
-            memory = getattr(module, "fastprompt_memory", None)
+            reason, parent = module.fastprompt_obstacle(), path.rpartition(".")[0]
+            saved = None
+            if reason is None:
+                saved = 0 if parent in whole else module.fastprompt_saved(parent in attended)
+                if isinstance(module, FastAttention):
+                    attended.add(parent)
+                if isinstance(module, FastAttention | FastFF):
+                    whole.add(path)
+            memory = module.fastprompt_memory
             report.append(Row(path, stock.__name__, module.kernel, _backend(module), reason, memory, saved))
         elif mixin_for(stock) is not FastLoss:
-            reason = _why_stock(module)
-            report.append(Row(path, stock.__name__, None, None, reason, None, None))
+            report.append(Row(path, stock.__name__, None, None, _why_stock(module), None, None))
     return report
 
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from fastprompt import PromptModel
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.loading import file_of
-from fastprompt.prompts.prefix import PrefixPrompt
+from fastprompt.prompts.prefix import sites_of
 
 from .batches import Pair, encode, encode_labels, in_order
 from .run import TINY_T5
@@ -149,7 +149,7 @@ def serving_cost(bank: PromptModel) -> dict[str, Any]:
     name = next(iter(bank.prompts))
     prompt, kind, config = bank.prompts[name], bank.kind(name), bank.config
     P = len(prompt)
-    sites = prompt.sites if isinstance(prompt, PrefixPrompt) else ("encoder", "cross")
+    sites = sites_of(prompt)
     layers = {"encoder": config.num_layers}  # the decoder's layers for the other two sites
     kept = sum(layers.get(site, config.num_decoder_layers) for site in sites if kind != "prepend")
     width = config.num_heads * config.d_kv

@@ -55,14 +55,14 @@ def fast_class(cls: Any) -> type:
     if found is None:
         mixin = mixin_for(cls)
         assert mixin is not None
-        content: dict[str, Any] = {"__module__": __name__, "stock_class": cls, "__qualname__": name}
+        content: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "stock_class": cls}
+        shown = name
         if (
             mixin is FastLoss
         ):  # a whole model: its files hold its class's name, and Trainer asks what forward takes
+            shown = cls.__name__
             content["forward"] = wraps(cls.forward)(lambda *args, **kwargs: FastLoss.forward(*args, **kwargs))
-            found = globals()[name] = type(cls.__name__, (mixin, cls), content)
-        else:
-            found = globals()[name] = type(name, (mixin, cls), content)
+        found = globals()[name] = type(shown, (mixin, cls), content)
     return found
 
 

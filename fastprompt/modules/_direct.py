@@ -49,8 +49,13 @@ def forward(a: "Attend", n: Tensor) -> tuple[Tensor, Kept]:
 
 
 def kept_by(o: "Options", kept: Kept) -> Kept:
-    """What a policy saves of it: q, k and v are three products away, and few rows in a decoder."""
-    return kept if o.memory == "speed" or (o.memory == "balanced" and not o.causal) else kept[:1]
+    """What a policy saves of it."""
+    return kept if keeps_projections(o.memory, o.causal) else kept[:1]
+
+
+def keeps_projections(memory: str, decoder: bool) -> bool:
+    """q, k and v are three products away; in a decoder, of few rows."""
+    return memory == "speed" or (memory == "balanced" and not decoder)
 
 
 def again(a: "Attend", norm: Callable[[], Tensor], kept: Kept) -> Kept:

@@ -4,12 +4,13 @@
 The norm and the dropout behind it leave on their output how that came about. Cross-attention layers save that instead.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastprompt.modules._frozen import ops
+from fastprompt.modules._note import leave_note, note_on
 
 
 class Made(NamedTuple):
@@ -28,13 +29,11 @@ class Made(NamedTuple):
 
 def leave_made(y: Tensor, made: Made | None) -> None:
     """Note on y that it was made so."""
-    if made is not None and torch.is_grad_enabled() and y.requires_grad and not torch.compiler.is_compiling():
-        y.fastprompt_made = (made, y._version)  # type: ignore[attr-defined]
+    if made is not None and torch.is_grad_enabled() and y.requires_grad:
+        leave_note(y, "fastprompt_made", made._replace(x=made.x.detach()))
 
 
-def made_of(y: Any) -> Made | None:
+def made_of(y: Tensor | None) -> Made | None:
     """How y was made, if that is known and y was not written to since."""
-    if y is None or torch.compiler.is_compiling():
-        return None
-    made, version = getattr(y, "fastprompt_made", (None, None))
-    return made if version == y._version else None
+    found: Made | None = None if y is None else note_on(y, "fastprompt_made")
+    return found

@@ -7,11 +7,11 @@ layers since. The next layer saves that in place of its input; most of its parts
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastprompt.modules._attend import Attend
 from fastprompt.modules._frozen import add, linear
+from fastprompt.modules._note import leave_note, note_on
 
 
 class Origin(NamedTuple):
@@ -29,18 +29,15 @@ class Origin(NamedTuple):
 
 def origin_of(x: Tensor, memory: str) -> Origin:
     """Where x came from, if that is known, x was not written to since, and memory is to be saved; else x itself."""
-    if memory == "speed" or torch.compiler.is_compiling():
-        return Origin(x)
-    origin, version = getattr(x, "fastprompt_origin", (None, None))
-    return Origin(x) if origin is None or version != x._version else origin
+    return (None if memory == "speed" else note_on(x, "fastprompt_origin")) or Origin(x)
 
 
 def leave_origin(y: Tensor, x: Tensor, step: Attend) -> None:
     """Note on y that it was made from x."""
-    if step.options.memory != "speed" and not torch.compiler.is_compiling():
+    if step.options.memory != "speed":
         before = origin_of(x, step.options.memory)
         base = x.detach() if before.base is x else before.base
-        y.fastprompt_origin = (Origin(base, (*before.steps, step)), y._version)  # type: ignore[attr-defined]
+        leave_note(y, "fastprompt_origin", Origin(base, (*before.steps, step)))
 
 
 def save(ctx: Any, origin: Origin, *tensors: Tensor | None) -> None:

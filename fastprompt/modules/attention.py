@@ -27,14 +27,13 @@ from torch.autograd.function import once_differentiable
 from transformers import EncoderDecoderCache
 
 from fastprompt import hf_attention
-from fastprompt.modules import _absorbed
+from fastprompt.modules import _absorbed, _direct
 from fastprompt.modules._attend import Attend, Options
+from fastprompt.modules._bias import bias_table, has_bias_table
 from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obstacle, rate, ready
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
-from fastprompt.ops import t5_bias_table
 from fastprompt.ops._dropout import new_seed
-from fastprompt.ops._t5_bias import exact_buckets
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 
@@ -113,18 +112,14 @@ class FastAttention:
 
     def fastprompt_saved(self, attended: bool) -> int | None:
         """Bytes per row; of cross-attention with few queries. attended: there is one before it in this block."""
-        wq, w = getattr(self, self.attention_name).q.weight, self.layer_norm.weight
-        memory, out, heads = (
-            self.fastprompt_memory,
-            wq[:, 0].nbytes,
-            getattr(self, self.attention_name).n_heads,
-        )
-        x = 0 if attended and memory != "speed" else w.nbytes
+        attention, memory = getattr(self, self.attention_name), self.fastprompt_memory
+        x = 0 if attended and memory != "speed" else self.layer_norm.weight.nbytes
+        out = attention.q.weight[:, 0].nbytes
         if memory == "minimal":
             return int(4 + x)
         if self.attention_name == "SelfAttention":
-            lean = memory == "lean" or (memory == "balanced" and self.SelfAttention.is_decoder)  # type: ignore[attr-defined]
-            return int(4 + x + out + 8 * heads + (0 if lean else 3 * out))
+            projections = 3 * out if _direct.keeps_projections(memory, attention.is_decoder) else 0
+            return int(4 + x + out + 8 * attention.n_heads + projections)
         return None if memory == "speed" else int(4 + x + out)
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
@@ -232,7 +227,7 @@ class FastSelfAttention(FastAttention):
         if self._covers(attention_mask, past_key_values, (hidden_states,), kwargs):
             T, bias = hidden_states.shape[1], position_bias
             if bias is None and self.SelfAttention.has_relative_attention_bias:
-                bias = self._table()
+                bias = bias_table(self.SelfAttention)
             if bias is None or bias.dim() == 2 or bias.shape == (1, self.SelfAttention.n_heads, T, T):
                 table = (
                     None
@@ -248,36 +243,17 @@ class FastSelfAttention(FastAttention):
     def fastprompt_obstacle(self) -> str | None:
         if self._bias_is_trained():
             return "relative_attention_bias.weight is trained"
-        if not self._bias_is_a_table():
+        if not all(map(has_bias_table, self.fastprompt_bias)):
             return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
         return super().fastprompt_obstacle()
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
-        frozen = bool(self.fastprompt_bias) and not self._bias_is_trained() and self._bias_is_a_table()
-        return frozen and super()._covers(allowed, past, inputs, kwargs)
+        known = bool(self.fastprompt_bias) and all(map(has_bias_table, self.fastprompt_bias))
+        return known and not self._bias_is_trained() and super()._covers(allowed, past, inputs, kwargs)
 
     def _bias_is_trained(self) -> bool:
         """Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads."""
         return any(each.relative_attention_bias.weight.requires_grad for each in self.fastprompt_bias)
-
-    def _bias_is_a_table(self) -> bool:
-        """T5's formula gives no constant beyond max_distance, where that is too small for its buckets."""
-        return all(
-            0
-            < exact_buckets(each.relative_attention_num_buckets, not each.is_decoder)
-            < each.relative_attention_max_distance
-            for each in self.fastprompt_bias
-        )
-
-    def _table(self) -> Tensor:
-        """fp32 [H, 2M + 1]: the bias by distance, constant beyond M on either side."""
-        attention = self.SelfAttention
-        return t5_bias_table(
-            attention.relative_attention_bias.weight,
-            bidirectional=not attention.is_decoder,
-            num_buckets=attention.relative_attention_num_buckets,
-            max_distance=attention.relative_attention_max_distance,
-        )
 
 
 class FastCrossAttention(FastAttention):

@@ -30,5 +30,5 @@ class FastNorm:
             return super().forward(hidden_states)  # type: ignore[misc]
         y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
         assert isinstance(y, Tensor)
-        leave_made(y, Made(hidden_states.detach(), self.weight, None, self.variance_epsilon, 0.0))
+        leave_made(y, Made(hidden_states, self.weight, None, self.variance_epsilon, 0.0))
         return y

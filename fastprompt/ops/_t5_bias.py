@@ -35,8 +35,8 @@ def t5_bias_table(
             "t5_bias_table",
             f"weight must have shape [num_buckets, H]=[{num_buckets}, H], got {list(weight.shape)}",
         )
-    exact = exact_buckets(num_buckets, bidirectional)
-    if not 0 < exact < max_distance:
+    if not makes_table(num_buckets, max_distance, bidirectional):
+        exact = _exact_buckets(num_buckets, bidirectional)
         fail(
             "t5_bias_table",
             f"max_distance must exceed the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance}",
@@ -48,6 +48,11 @@ def t5_bias_table(
     return weight.detach()[buckets].T.float().contiguous()
 
 
-def exact_buckets(num_buckets: int, bidirectional: bool) -> int:
+def makes_table(num_buckets: int, max_distance: int, bidirectional: bool) -> bool:
+    """Is there a distance from which on the bias is constant?"""
+    return 0 < _exact_buckets(num_buckets, bidirectional) < max_distance
+
+
+def _exact_buckets(num_buckets: int, bidirectional: bool) -> int:
     """So many distances on a side have a bucket each; beyond, buckets are logarithmic up to the max_distance."""
     return num_buckets // (4 if bidirectional else 2)

@@ -15,7 +15,7 @@ from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.keyed import Keyed, keyed
 from fastprompt.prompts.layout import ModelShape
 from fastprompt.prompts.loading import Prompt
-from fastprompt.prompts.prefix import PrefixPrompt
+from fastprompt.prompts.prefix import PrefixPrompt, sites_of
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def _read(source: Path, model: Any, identity: ModelIdentity, prompt: Prompt) -> 
     sizes = ModelShape.of(model.config).sizes() | {"P": len(prompt)}
     tensors = read_cache(source, _origin(model, identity, prompt), dtype, sizes)
     found = {name.partition("_")[0] for name in tensors}
-    sites = set(prompt.sites if isinstance(prompt, PrefixPrompt) else ("encoder", "cross"))
+    sites = set(sites_of(prompt))
     if found != sites:
         raise ValueError(
             f"read_cache: {source} must hold keys for {sorted(sites)}, as its prompt has them, got {sorted(found)}. "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import hf_attention
-from fastprompt.ops._t5_bias import exact_buckets
+from fastprompt.modules._bias import has_bias_table
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts.sites import bias_tables
 
@@ -133,10 +133,10 @@ def obstacle(model: Any, flags: Mapping[str, Any]) -> str | None:
             if weight.requires_grad or weight.is_meta:
                 got = "it offloaded" if weight.is_meta else "requires_grad=True"
                 return f"needs a frozen relative_attention_bias.weight, got {got}"
-            buckets, distance = (
-                attention.relative_attention_num_buckets,
-                attention.relative_attention_max_distance,
-            )
-            if not 0 < exact_buckets(buckets, bidirectional=True) < distance:
+            if not has_bias_table(attention):
+                buckets, distance = (
+                    attention.relative_attention_num_buckets,
+                    attention.relative_attention_max_distance,
+                )
                 return f"needs a bias by distance, got {buckets} buckets up to distance {distance}"
     return None

@@ -96,3 +96,8 @@ class PrefixPrompt(nn.Module):
             getattr(self, name).copy_(tensors[name])
         for network in self.networks.values():
             cast(Network, network).clear()
+
+
+def sites_of(prompt: Tensor | PrefixPrompt) -> tuple[str, ...]:
+    """Where a prompt has keys and values: a prefix at the sites chosen, a cached one's rows [P, D] at these two."""
+    return tuple(prompt.sites) if isinstance(prompt, PrefixPrompt) else ("encoder", "cross")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastprompt import hf_attention
+from fastprompt.modules._bias import bias_table
 from fastprompt.modules.config import give_config, served_config
-from fastprompt.ops import t5_bias_table
 
 
 class Layer(NamedTuple):
@@ -67,14 +67,7 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
                     f"PromptModel: the {site}'s relative_attention_bias.weight must be frozen, got requires_grad=True. "
                     "Call model.requires_grad_(False)"
                 )
-            tables.append(
-                t5_bias_table(
-                    weight,
-                    bidirectional=site == "encoder",
-                    num_buckets=attention.relative_attention_num_buckets,
-                    max_distance=attention.relative_attention_max_distance,
-                )
-            )
+            tables.append(bias_table(attention))
     return tables[0] if len(tables) == 1 else tuple(tables)
 
 

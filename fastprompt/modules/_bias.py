@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relative position bias of a transformers attention layer, as the table by distance that t5_attention reads."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastprompt.ops import t5_bias_table
+from fastprompt.ops._t5_bias import makes_table
+
+
+def bias_table(attention: Any) -> Tensor:
+    """fp32 [H, 2M + 1]: the bias by distance, constant beyond M on either side."""
+    return t5_bias_table(
+        attention.relative_attention_bias.weight,
+        bidirectional=not attention.is_decoder,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+
+
+def has_bias_table(attention: Any) -> bool:
+    """T5's formula gives no constant beyond max_distance, where that is too small for its buckets."""
+    return makes_table(
+        attention.relative_attention_num_buckets,
+        attention.relative_attention_max_distance,
+        bidirectional=not attention.is_decoder,
+    )

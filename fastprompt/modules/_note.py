@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes that a layer leaves on its output for the layers behind it; void once that tensor was written to.
+
+They are attributes of the tensor object, so that a tensor in its place has none. The compiler gets none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def leave_note(y: Tensor, name: str, note: Any) -> None:
+    if not torch.compiler.is_compiling():
+        setattr(y, name, (note, y._version))
+
+
+def note_on(y: Tensor, name: str) -> Any:
+    """The note; None: there is none, or it is void."""
+    if torch.compiler.is_compiling():
+        return None
+    note, version = getattr(y, name, (None, None))
+    return note if version == y._version else None
