@@ -32,8 +32,13 @@ class RowTile(NamedTuple):
 def architecture(device: torch.device) -> Architecture:
     if device.type == "cpu":
         return INTERPRETER
-    known = [major for major in ARCHITECTURES if major <= compute_capability(device) // 10]
+    known = [major for major in ARCHITECTURES if major <= generation(device)]
     return ARCHITECTURES[max(known, default=8)]
+
+
+def generation(device: torch.device) -> int:
+    """8 for Ampere, 9 for Hopper, 10 for Blackwell."""
+    return compute_capability(device) // 10
 
 
 @cache
@@ -53,13 +58,16 @@ def row_tile(N: int, D: int, device: torch.device) -> RowTile:
     return RowTile(BN, BD, num_warps=max(4, BD // 1024))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, fuse: bool = False, **constants: Any
+) -> None:
     """Run ``kernel`` on ``device``, which need not be the current one.
 
-    No multiplication is fused into the addition after it: dropout and compensated sums then round as in the
-    references, and these kernels wait for memory, not for arithmetic.
+    Unless ``fuse``, no multiplication is fused into the addition after it: dropout and compensated sums then round as
+    in the references, and most kernels wait for memory, not for arithmetic.
     """
     if 0 in grid:
         return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **constants, enable_fp_fusion=False)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[grid](*args, **constants, enable_fp_fusion=fuse)

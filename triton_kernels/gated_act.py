@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._elements import aot_tensors, elements, kept, launch_elements
+from ._math import exp
 from ._philox import drop_threshold, keep_scale
 
 
@@ -18,7 +19,7 @@ def _curve(b_x, ACT: tl.constexpr):
     """act(x) and act'(x), fp32."""
     if ACT == "gelu":
         b_cdf = 0.5 * (1.0 + tl.erf(b_x * 0.70710678))
-        return b_x * b_cdf, b_cdf + b_x * (0.39894228 * tl.exp(-0.5 * b_x * b_x))
+        return b_x * b_cdf, b_cdf + b_x * (0.39894228 * exp(-0.5 * b_x * b_x))
     else:  # noqa: RET505 (Triton needs both branches of a constexpr condition spelled out)
         if ACT == "silu":
             b_v = b_x
@@ -27,7 +28,7 @@ def _curve(b_x, ACT: tl.constexpr):
             b_square = b_x * b_x
             b_v = 1.59576912 * b_x * (1.0 + 0.044715 * b_square)  # 2 sqrt(2 / pi)
             b_steepness = 1.59576912 * (1.0 + 0.134145 * b_square)
-        b_e = tl.exp(-tl.abs(b_v))
+        b_e = exp(-tl.abs(b_v))
         b_near = 1.0 / (1.0 + b_e)
         b_s = tl.where(b_v < 0.0, b_e * b_near, b_near)  # sigmoid(v)
         b_bend = b_e * b_near * b_near  # s * (1 - s) without the cancellation

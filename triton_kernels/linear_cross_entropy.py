@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
+from ._math import exp
 
 # Of a tile: many programs fit on a multiprocessor, so a short tile leaves enough loads in flight.
 COLUMNS = 2048
@@ -47,13 +48,13 @@ def linear_cross_entropy_kernel(
         label_logit += tl.sum(tl.where(o_c == label, b_logits, 0.0))
         now = tl.maximum(now, tl.max(tl.where(o_c == label, float("-inf"), b_logits)))
     base = tl.where(now == float("-inf"), 0.0, now)  # -infinity less itself would be NaN
-    factor = tl.exp(before - base)
+    factor = exp(before - base)
 
     # 2. The weights and their sum.
     b_total = tl.load(total + i_n) * factor
     for i_c in range(0, C, BC):
         b_logits, o_c = _logits_tile(logits, i_n * C, i_c, C, BC)
-        b_weight = tl.exp(tl.where(o_c == label, float("-inf"), b_logits) - base)
+        b_weight = exp(tl.where(o_c == label, float("-inf"), b_logits) - base)
         b_total += tl.sum(b_weight)
         if others is not None:
             tl.store(logits + i_n * C + o_c, b_weight.to(logits.dtype.element_ty), mask=o_c < C)

@@ -5,6 +5,8 @@
 // Element i of a tensor takes word i % 4 of the block whose counter is i / 4; the key is the seed.
 // An element is kept when its word >= drop_threshold(p). The readable twin is fastprompt/ops/_dropout.py.
 #pragma once
+#include <math.h>
+
 #include "common/dtype.h"
 
 namespace fp {
@@ -49,6 +51,12 @@ FP_INLINE fp::PhiloxBlock philox(uint64_t seed, uint64_t counter, uint32_t strea
 FP_INLINE uint32_t drop_threshold(double p) {
     const double threshold = p * 4294967296.0;
     return threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold);
+}
+
+// Where each element takes 16 bits: p to the nearest 2^-16.
+FP_INLINE uint32_t half_threshold(double p) {
+    const double threshold = p * 65536.0;
+    return threshold >= 65535.0 ? 65535u : static_cast<uint32_t>(nearbyint(threshold));
 }
 
 FP_INLINE float keep_scale(double p) { return p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f; }

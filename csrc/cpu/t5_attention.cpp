@@ -123,12 +123,14 @@ struct Keys {
     }
 };
 
+using WeightDropout = Dropout<true>;
+
 // One example and head. The pieces that a pass does not use have no size.
 struct Work {
-    Work(const fp::Attention& a, const Dropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
+    Work(const fp::Attention& a, const WeightDropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
 
     const fp::Attention& a;
-    const Dropout& dropout;
+    const WeightDropout& dropout;
     const int64_t dtype;
     Keys keys = {};
     int64_t b = 0, h = 0, T = 0, offset = 0;
@@ -235,7 +237,7 @@ struct Work {
     void draw(int64_t i, int64_t n, int64_t width) const {
         const int64_t first = keys.index[n], last = keys.index[n + round_up(width, kLanes) - 1];
         const uint32_t pair = static_cast<uint32_t>(b * a.H + h);
-        dropout.factors((i << 34) + first, last - first + 1, factors + first, pair);
+        dropout.factors((i << 35) + first, last - first + 1, factors + first, pair);
     }
 
     void forward(void* to, float* stats, int64_t part, int64_t parts);
@@ -310,7 +312,7 @@ void Work::starved_forward(int64_t i, float* row) const {
     clear(row, a.K);
     if (keys.own == 0) return;
     if (dropout.active()) {
-        dropout.factors(i << 34, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
+        dropout.factors(i << 35, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
     }
     for (int64_t s = 0; s < keys.own; ++s) {
         keys.load_key(a, b, h, s, true, dtype, value);
@@ -441,7 +443,7 @@ void Work::starved_backward(int64_t i, int64_t row) {
     const float *row_q = q + row * a.K, *row_dout = dout + row * a.K;
     float* row_dq = dq + row * a.K;
     if (dropout.active()) {
-        dropout.factors(i << 34, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
+        dropout.factors(i << 35, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
     }
     const float weight = 1.0f / static_cast<float>(keys.own);
     for (int64_t s = 0; s < keys.own; ++s) {
@@ -543,7 +545,7 @@ template <class Run>
 int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p, int64_t dtype, bool backward,
                   const Run& run) {
     if (!is_dtype(dtype)) return kBadDType;
-    const Dropout dropout(seed, dropout_p);
+    const WeightDropout dropout(seed, dropout_p);
     const Limits most = limits(a);
     const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
     const int64_t threads = omp_get_max_threads();

@@ -60,6 +60,14 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+def half_threshold(dropout_p: float) -> int:
+    """The smallest half-word that keeps its element, where each takes 16 bits: p to the nearest 2^-16.
+
+    For p = 1 it is 2^16 - 1, which the scale of 0 silences.
+    """
+    return min(round(dropout_p * 2**16), 2**16 - 1)
+
+
 def dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """x [...] with dropped elements zero, the others scaled; the elements count as if x were contiguous."""
     if seed is None or dropout_p == 0.0:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.ops._dropout import keep_scale, philox
+from fastprompt.ops._dropout import half_threshold, keep_scale, philox
 
 
 class Inputs(NamedTuple):
@@ -102,12 +102,16 @@ def examples(a: Inputs) -> Iterator[Example]:
 
 
 def keep_keys(seed: Tensor, first: int, H: int, T: int, keys: int, dropout_p: float) -> Tensor:
-    """bool [H, T, keys]: key j of query i and head h takes word j % 4 of block (j // 4, i, first + h, 0)."""
-    block = torch.arange((keys + 3) // 4, device=seed.device)
+    """bool [H, T, keys]: key j of query i and head h takes half-word j % 8 of block (j // 8, i, first + h, 0)."""
+    block = torch.arange((keys + 7) // 8, device=seed.device)
     row = torch.arange(T, device=seed.device)[:, None] << 32
-    words = [philox(seed, row + block, stream=first + h).flatten(1)[:, :keys] for h in range(H)]
-    threshold = min(int(dropout_p * 2**32), 2**32 - 1)
-    return torch.stack(words) >= threshold if H else row.new_zeros((0, T, keys), dtype=torch.bool)
+    words = [philox(seed, row + block, stream=first + h) for h in range(H)]
+    halves = [torch.stack((each & 0xFFFF, each >> 16), -1).flatten(1)[:, :keys] for each in words]
+    return (
+        torch.stack(halves) >= half_threshold(dropout_p)
+        if H
+        else row.new_zeros((0, T, keys), dtype=torch.bool)
+    )
 
 
 def forward(a: Inputs) -> tuple[Tensor, Tensor]:

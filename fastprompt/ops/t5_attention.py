@@ -15,9 +15,9 @@ A prompt's keys are allowed for every query; an own key if key_mask has it and, 
 Keys that are not allowed are not read. A row that allows no key at all takes the mean of its example's own values, as
 in Hugging Face, where every score is the same finite minimum then; t = 0 marks it. No keys at all give zeros.
 
-Dropout: key j (prompt first, then own) of query i and head h of example b takes word j % 4 of the Philox block with
-counter (j // 4, i, b * H + h, 0). The mask depends on neither padding nor blocking, so every backend, padded or
-packed, draws the same one.
+Dropout: key j (prompt first, then own) of query i and head h of example b takes half-word j % 8 of the Philox block
+with counter (j // 8, i, b * H + h, 0), low halves first; its p is rounded to a multiple of 2^-16. The mask depends on
+neither padding nor blocking, so every backend, padded or packed, draws the same one.
 
 Backward saves q, k, v, out, stats and the seed. (a, t) may be the row's largest score and its sum of exponentials, or
 the log of the sum and 1: the pair loses less to rounding. With w the weight and f the dropout factor:

@@ -142,6 +142,7 @@ def key_mask(kind, B, S, device):
     return keep.to(device)
 
 
+@pytest.mark.falls_back("t5_attention_backward", backend="triton")  # on a GPU, float32 with wide heads
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("K", [16, 32, 64, 128, 256])
 def test_head_widths(backend, device, dtype, K):
@@ -299,14 +300,14 @@ def test_shifting_all_positions_changes_nothing(backend, device):
 
 def test_what_is_saved(backend, device):
     """q, k, v, out, two numbers per row and head: nothing of size T x S, and nothing without gradients."""
-    case = Case(device, T=32, S=40, H=2, K=16, P=8, dropout_p=0.1, key_mask=key_mask("right", 2, 40, device))
+    case = Case(device, T=12, S=40, H=2, K=16, P=8, dropout_p=0.1, key_mask=key_mask("right", 2, 40, device))
     leaves = [x.requires_grad_() for x in case.tensors]
     small = sum(
         x.numel() * x.element_size() for x in (*leaves, leaves[0], case.bias, case.options["key_mask"])
     )
     with saved_bytes() as saved:
         case.ours(*leaves)
-    assert saved.bytes <= small + 2 * 4 * 2 * 32 * 2 + 64
+    assert saved.bytes <= small + 2 * 4 * 2 * 12 * 2 + 64
     with saved_bytes() as saved, torch.no_grad():
         case.ours(*leaves)
     assert saved.bytes == 0
