@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastprompt import ops
 from fastprompt._op import backend_used, backends, use_backend
+from fastprompt.graphs import graphed
 from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptConfig
 
@@ -25,6 +26,7 @@ __all__ = [
     "backend_used",
     "backends",
     "explain",
+    "graphed",
     "ops",
     "patch",
     "patched",

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""graphed: the model's own loss and gradients, from a CUDA graph where there is a GPU."""
+
+import pytest
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from fastprompt import PromptConfig, PromptModel, graphed, patch
+
+
+@pytest.fixture
+def prompted(make):
+    def prompted(dropout=0.0, **options):
+        model = patch(make(dropout_rate=dropout), lm_loss=True)
+        return PromptModel(model, {"a": PromptConfig(num_tokens=5, init="uniform", **options)}).train()
+
+    return prompted
+
+
+@pytest.fixture
+def on_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("graphs are for GPUs: --device cuda")
+
+
+def losses(call, model, batches):
+    """Of one step after the other, with the gradients and an update behind each."""
+    torch.manual_seed(3)
+    found = []
+    for batch in batches:
+        model.zero_grad()
+        loss = call(**batch)
+        (loss / 4).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is not None:
+                    found.append(parameter.grad.clone())
+                    parameter -= 0.1 * parameter.grad
+        found.append(loss.detach())
+    return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+def test_the_models_own_steps(prompted, batch, labels, kind, dropout):
+    """Values change from step to step, the prompt does, and there are two shapes; dropout draws the same masks."""
+    batches = [batch() | {"labels": labels} for _ in range(5)]
+    batches[1]["input_ids"] = batches[1]["input_ids"].flip(0)
+    batches[2] = batch(S=12) | {"labels": labels}
+    results = []
+    for graph in (False, True):
+        model = prompted(dropout, kind=kind)
+        model.pack = False
+        step = graphed(model) if graph else lambda model=model, **each: model(**each).loss
+        results.append(losses(step, model, batches))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_accumulate(prompted, batch, labels):
+    model = prompted()
+    step, (prompt,) = graphed(model), (p for p in model.parameters() if p.requires_grad)
+    step(**batch(), labels=labels).backward()
+    once = prompt.grad.clone()
+    step(**batch(), labels=labels).backward()
+    torch.testing.assert_close(prompt.grad, 2 * once)
+
+
+def test_inputs_have_gradients(make, labels, device):
+    model = patch(make())
+    embeds = torch.randn(3, 7, model.config.d_model, device=device, requires_grad=True)
+    for call in (graphed(model), lambda **each: model(**each).loss):
+        call(inputs_embeds=embeds, labels=labels, use_cache=False).backward()
+    found, embeds.grad = embeds.grad, None
+    model(inputs_embeds=embeds, labels=labels, use_cache=False).loss.backward()
+    torch.testing.assert_close(found, 2 * embeds.grad)
+
+
+def test_without_gradients_nothing_is_recorded(prompted, batch, labels):
+    step = graphed(prompted().eval())
+    with torch.no_grad():
+        expected = step.model(**batch(), labels=labels).loss
+        torch.testing.assert_close(step(**batch(), labels=labels), expected)
+    assert len(step) == 0
+
+
+def test_what_is_refused(make, batch):
+    with pytest.raises(ValueError, match=r"^fastprompt.graphed: shapes must be positive, got 0"):
+        graphed(make(), shapes=0)
+    with pytest.raises(ValueError, match=r"^fastprompt.graphed: the output of \w+ has no loss. Pass labels"):
+        graphed(make())(**batch(), decoder_input_ids=batch()["input_ids"])
+
+
+def test_a_graph_per_shape_and_mode(prompted, batch, labels, on_gpu):
+    model = prompted()
+    step = graphed(model, shapes=2)
+    for S, kept in ((17, 1), (17, 1), (12, 2), (14, 2)):
+        step(**batch(S=S), labels=labels)
+        assert len(step) == kept
+    model.eval()
+    step(**batch(S=14), labels=labels)
+    (recorded,) = list(step._recorded.values())[-1:]
+    step(**batch(S=14), labels=labels)
+    assert list(step._recorded.values())[-1] is recorded
+    step.reset()
+    assert len(step) == 0
+
+
+def test_moved_weights_are_seen(prompted, batch, labels, on_gpu):
+    model = prompted()
+    step = graphed(model)
+    step(**batch(), labels=labels)
+    for parameter in model.parameters():
+        parameter.data = 2 * parameter.data
+    torch.testing.assert_close(step(**batch(), labels=labels), model(**batch(), labels=labels).loss)
+
+
+def test_a_forward_that_waits_is_refused(on_gpu, device):
+    class Waits(torch.nn.Linear):
+        def forward(self, x):
+            loss = super().forward(x).sum()
+            output = BaseModelOutput()
+            output.loss = loss * float(loss.detach())
+            return output
+
+    model = Waits(3, 3).to(device)
+    with pytest.raises(RuntimeError, match=r"^fastprompt.graphed: Waits cannot be recorded as a CUDA graph"):
+        graphed(model)(x=torch.ones(2, 3, device=device))
+    torch.cuda.synchronize()
