@@ -201,7 +201,7 @@ def _reduced(
         losses, row_grads = losses_of(rows if scale == 1.0 else rows * scale, row_labels)
         if kept is None:
             losses = losses.where(counts, 0.0)
-        count = counts.sum() if num_items is None else num_items
+        count = counts.sum() if num_items is None else _beside(num_items, losses)
         loss = torch.where(counts.any(), losses.sum() / count, 0.0).to(hidden.dtype)
         share = torch.where(counts.any(), scale / count, 0.0).to(losses.dtype).reshape(1)
         if row_grads is None:
@@ -212,6 +212,11 @@ def _reduced(
             drows = hidden.new_zeros((counts.numel(), hidden.shape[-1]))
             drows.index_copy_(0, kept, row_grads.to(hidden.dtype))
         return loss, drows.view(hidden.shape), share
+
+
+def _beside(number: Tensor, x: Tensor) -> Tensor:
+    """A number on x's device. A GPU would take one on the CPU, too, but multiply by its rounded reciprocal."""
+    return number if number.device == x.device else x.new_full((), number.item())
 
 
 def _certain_is_nan(picked: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ def test_forward_and_gradient(make, batch, labels, layout, padding, memory):
 
 
 @pytest.mark.parametrize(("buckets", "distance"), [(8, 2), (8, 1), (32, 8), (4, 1), (2, 8), (1, 8)])
-def test_buckets_that_make_no_table_fall_back(make, batch, labels, buckets, distance):
+def test_buckets_that_make_no_table_fall_back(make, batch, labels, device, buckets, distance):
+    if device.type == "cuda":
+        pytest.skip("transformers' IndexError is a device-side assert there, which ends the process")
     changes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": distance}
     try:
         expected = step(make(**changes), batch(), labels)
@@ -468,11 +470,11 @@ def test_public_names():
 
 
 def dispatched(model):
-    return accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    return accelerate.dispatch_model(model, {"": model.device}, main_device=model.device, force_hooks=True)
 
 
 def offloaded(model):
-    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return accelerate.cpu_offload(model, execution_device=model.device)
 
 
 @pytest.mark.parametrize("lm_loss", [False, True])

