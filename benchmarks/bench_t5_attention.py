@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.t5.modeling_t5 import eager_attention_forward
 
@@ -20,21 +21,33 @@ from fastprompt.ops import t5_attention, t5_bias_table
 from fastprompt.testing import saved_bytes
 
 EAGER, SDPA, FLEX = "HF eager", "HF sdpa", "flex_attention, compiled"
+CEILINGS = {  # on a GPU: the same shape without bias and mask
+    "sdpa without bias, flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa without bias, cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 STEP, FULL, CACHED = (
     "padded, forward + backward",
     "unpadded, forward + backward",
     "cached prompt, forward + backward",
 )
-FORWARD, DECODE = "padded, forward", "decode, one query, forward"
+FORWARD, UNPADDED, DECODE = "padded, forward", "unpadded, forward", "decode, one query, forward"
 GOAL = {"B": 8, "P": 100, "S": 256, "H": 12, "K": 64}
 QUICK = {"B": 2, "P": 5, "S": 20, "H": 2, "K": 16}
 SWEEP = [{"B": 1, "P": 100, "S": L - 100, "H": 12, "K": 64} for L in (256, 512, 1024, 2048, 4096)]
-LONG_DENSE = (
-    4096  # HF holds several [H, L, L] tensors: from here on only one of its functions is worth the minutes
-)
+ROWS_ON_GPU = 16384  # B * L
+SWEEP_ON_GPU = [
+    {"B": ROWS_ON_GPU // L, "P": 100, "S": L - 100, "H": 2048 // K, "K": K}
+    for K in (64, 128)
+    for L in (512, 1024, 2048, 4096, 8192)
+]
 
 
 def specs(options: Options) -> list[Spec]:
+    if options.device == "cuda" and not options.quick:
+        bf16, training = torch.bfloat16, tuple({"B": 8, "P": 100, "S": 512, "H": 32, "K": 64}.items())
+        found = [Spec(STEP, bf16, training, True, p) for p in (0.0, 0.1)]
+        found += [Spec(what, bf16, training) for what in (CACHED, DECODE)]
+        return found + [Spec(what, bf16, tuple(s.items())) for s in SWEEP_ON_GPU for what in (FULL, UNPADDED)]
     goal = tuple((QUICK if options.quick else GOAL).items())
     fp32, bf16 = torch.float32, torch.bfloat16
     headline = [(STEP, fp32, 0.0), (STEP, fp32, 0.1), (FULL, fp32, 0.0), (FULL, fp32, 0.1), (STEP, bf16, 0.0)]
@@ -46,7 +59,11 @@ def specs(options: Options) -> list[Spec]:
 
 def contenders(spec: Spec, options: Options) -> list[str]:
     flex = [FLEX] if spec.what == FORWARD and not options.quick else []
-    return [OURS, EAGER, SDPA, *flex]
+    sizes = dict(spec.sizes)
+    dense = [EAGER] if sizes["P"] + sizes["S"] < (4096 if options.device == "cpu" else 2048) else []
+    bare = options.device == "cuda" and spec.what in (STEP, FULL, UNPADDED) and not spec.dropout_p
+    ceilings = [*CEILINGS] if bare and not options.quick else []
+    return [OURS, *dense, SDPA, *flex, *ceilings]
 
 
 class Inputs:
@@ -99,6 +116,11 @@ class Inputs:
         bias = self.dense.to(q.dtype)
         return function(self.module, q, k, v, mask, scaling=1.0, dropout=p, position_bias=bias)[0]
 
+    def bare(self, backend: SDPBackend, p: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in self.leaves)
+        with sdpa_kernel(backend):
+            return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=1.0).transpose(1, 2)
+
 
 def build(spec: Spec, options: Options) -> Case:
     inputs = Inputs(spec, options.device)
@@ -107,11 +129,10 @@ def build(spec: Spec, options: Options) -> Case:
         EAGER: partial(inputs.hf, eager_attention_forward),
         SDPA: partial(inputs.hf, sdpa_attention_forward),
     }
+    forwards |= {name: partial(inputs.bare, backend) for name, backend in CEILINGS.items()}
     names = contenders(spec, options)
     if FLEX in names:
         forwards[FLEX] = flex(inputs)
-    if spec.sizes == tuple(SWEEP[-1].items()):
-        names.remove(EAGER)
     backward = "backward" in spec.what
     calls: dict[str, Contender] = {}
     for name in names:
@@ -179,24 +200,28 @@ def check(inputs: Inputs, calls: dict[str, Contender], backward: bool) -> None:
     check_results("t5_attention", calls, SDPA, tuple(x.detach() for x in truth), whole=True)
 
 
-def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+def plot(rows: list[dict[str, Any]], folder: Path, device: str) -> None:
     """Milliseconds per step and MiB held between forward and backward, by length, one line per contender."""
     from matplotlib.figure import Figure
 
-    lengths = {tuple(sizes.items()) for sizes in SWEEP}
+    shapes = [sizes for sizes in SWEEP_ON_GPU if sizes["K"] == 64] if device == "cuda" else SWEEP
+    lengths = {tuple(sizes.items()) for sizes in shapes}
     sweep = [
         row for row in rows if tuple((name, row[name]) for name in GOAL) in lengths and row["what"] == FULL
     ]
+    size = f"B L = {ROWS_ON_GPU}, H=32, K=64, bf16" if device == "cuda" else "B=1, H=12, K=64, fp32"
+    names = [OURS, EAGER, SDPA, *(CEILINGS if device == "cuda" else ())]
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key, unit, label in (
         (panels[0], "us", 1e-3, "ms per step"),
         (panels[1], "saved_bytes", 2**-20, "MiB saved for backward"),
     ):
-        for name in (OURS, EAGER, SDPA):
+        for name in names:
             points = [(row["P"] + row["S"], row[key] * unit) for row in sweep if row["contender"] == name]
             axes.plot(*zip(*sorted(points), strict=True), marker=".", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="length L (B=1, H=12, K=64, fp32)", ylabel=label)
+        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", xlabel=f"length L ({size})", ylabel=label)
         axes.legend()
     figure.savefig(folder / "t5_attention.png", dpi=120)
 
@@ -212,4 +237,4 @@ def test_together(time_together):
 if __name__ == "__main__":
     rows, options = main(specs, build)
     if options.results and not options.quick:
-        plot(rows, Path(options.results))
+        plot(rows, Path(options.results), options.device)
