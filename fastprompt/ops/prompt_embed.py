@@ -165,6 +165,8 @@ def _select(
     lengths: list[int], prompt_ids: Sequence[int] | Tensor | None, sequences: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, int, int]:
     """starts [B], lens [B] (None: the only prompt for all), the longest chosen prompt, and the sum of lens."""
+    if prompt_ids is None and len(lengths) == 1:  # before the ids are listed: B may be symbolic
+        return None, None, lengths[0], lengths[0] * sequences
     if isinstance(prompt_ids, Tensor):
         if prompt_ids.is_floating_point():
             fail(
@@ -181,7 +183,7 @@ def _select(
     for b, i in enumerate(chosen):
         if not 0 <= i < len(lengths):
             fail("prompt_embed", f"prompt_ids[{b}] must lie in [0, {len(lengths)}), got {i}", IndexError)
-    if len(lengths) == 1 and (chosen or prompt_ids is None):
+    if chosen and len(lengths) == 1:
         return None, None, lengths[0], lengths[0] * sequences
     begins = [0]
     for length in lengths:
