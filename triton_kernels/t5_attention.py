@@ -8,10 +8,10 @@
 A program takes BM queries (forward, dq) or BN keys (dk, dv) of one example and head and loops over tiles of the other
 side; both sources of keys go through one loop body, one after the other. Sums run in one order: no atomics.
 
-Tiles wholly beyond the bias table's ends take one number of it; the others gather, and the padding saves them the
-clamping. Scores are kept in
-natural units; half precision takes exp(s - top) as exp2(s log2e - top log2e), one multiply-add per score, where float32
-would lose digits. Keys that are masked are read as zeros and their scores are -infinity.
+Tiles wholly beyond the bias table's ends take one number of it, in a loop of their own; the others gather, and the
+padding saves them the clamping. Scores are kept in natural units; half precision takes exp(s - top) as
+exp2(s log2e - top log2e), one multiply-add per score, where float32 would lose digits. Keys that are masked are read as
+zeros and their scores are -infinity.
 
 The page fastprompt/ops/t5_attention.py has the semantics.
 """
@@ -599,7 +599,6 @@ class Tile(NamedTuple):
 
 
 INTERPRETED = Tile(16, 16, 1, 1)  # tests are small, and want several tiles
-
 
 # Half precision: pass -> K -> a tile that spills nowhere; for Hopper the fastest such one found on an H200.
 HOPPER = {
