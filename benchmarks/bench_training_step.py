@@ -77,11 +77,12 @@ def specs(options: Options) -> list[Spec]:
 def contenders(spec: Spec, options: Options) -> list[str]:
     on_gpu, compiled = options.device == "cuda", spec.headline and not options.quick
     theirs = [EAGER, SDPA, *([COMPILED] if compiled and (options.all_shapes or not on_gpu) else [])]
-    chosen = [*PATCHED, *([] if spec.what == ALONE else theirs)]
-    graphed = [name for name, of in GRAPHED.items() if on_gpu and of in chosen and spec.what != ALONE]
-    return chosen + (
-        graphed if spec.what in ("v1.1-small", "v1.1-base") else graphed[:1]
-    )  # a graph keeps its memory
+    if spec.what == ALONE:
+        return [*PATCHED]
+    recorded = [*GRAPHED] if on_gpu else []
+    if spec.what == "v1.1-xl":
+        recorded = recorded[:1]  # a graph keeps its memory, and HF's needs much
+    return [*PATCHED, *theirs, *recorded]
 
 
 def build(spec: Spec, options: Options) -> Case:

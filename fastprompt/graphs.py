@@ -36,12 +36,13 @@ class Graphed:
     def __call__(self, **batch: Any) -> Tensor:
         """The model's loss of the batch, as ``model(**batch).loss``."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        leaves = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = list(self.model.parameters())
+        leaves = [parameter for parameter in parameters if parameter.requires_grad]
         inputs = list(tensors.values())
         if not (torch.is_grad_enabled() and inputs and all(x.is_cuda for x in (*inputs, *leaves))):
             return _loss(self.model, batch)
         raise_device_errors()
-        key = self._key(batch, tensors)
+        key = self._key(batch, tensors, parameters)
         recorded = self._recorded.pop(key, None)
         if recorded is None:
             while len(self._recorded) >= self.shapes:
@@ -52,15 +53,14 @@ class Graphed:
         loss: Tensor = _Replay.apply(recorded, *inputs, *leaves)
         return loss
 
-    def _key(self, batch: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    def _key(self, batch: dict[str, Any], tensors: dict[str, Tensor], parameters: list[nn.Parameter]) -> Any:
         """All that a graph has fixed: shapes, plain arguments, modes, and where the weights are."""
-        device = next(iter(tensors.values())).device.type
         return (
             tuple((name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in tensors.items()),
             tuple((name, repr(value)) for name, value in batch.items() if name not in tensors),
-            tuple((p.data_ptr(), p.requires_grad) for p in self.model.parameters()),
+            tuple((p.data_ptr(), p.requires_grad) for p in parameters),
             self.model.training,
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         )
 
 

@@ -14,11 +14,6 @@ def drop_threshold(dropout_p: float) -> int:
     return min(int(dropout_p * 2**32), 2**32 - 1)
 
 
-def half_threshold(dropout_p: float) -> int:
-    """The smallest half-word that keeps its element, where each takes 16 bits."""
-    return min(round(dropout_p * 2**16), 2**16 - 1)
-
-
 def keep_scale(dropout_p: float) -> float:
     """What a kept element is multiplied by."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0

@@ -26,9 +26,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from fastprompt.ops._dropout import half_threshold
+
 from ._launch import architecture, generation, launch
 from ._math import LOG2E, exp
-from ._philox import half_threshold, keep_scale
+from ._philox import keep_scale
 
 PAD = 256  # at least BM + BN of every tile: how far a tile that touches the band reaches out of it
 NO_KEY = tl.constexpr(2**31 - 1)
@@ -101,12 +103,24 @@ def _load(base, o_row, m_row, stride, K: tl.constexpr):
 
 
 @triton.jit
-def _band(begin, tiles, first, count, M, BLOCK: tl.constexpr):
+def _band(table, begin, tiles, first, count, M, BLOCK: tl.constexpr):
     """Of tiles of BLOCK positions from `begin`, how many lie wholly M or more before the positions first to first +
-    count - 1, and how many not wholly M or more behind them."""
-    near = tl.maximum(first - M + 1 - begin, 0) // BLOCK
-    far = tl.cdiv(tl.maximum(first + count - 1 + M - begin, 0), BLOCK)
-    return tl.minimum(near, tiles), tl.minimum(tl.maximum(far, near), tiles)
+    count - 1, and how many not wholly M or more behind them; the table's two ends. Zeros without a table."""
+    near, far = 0, 0
+    left, right = 0.0, 0.0
+    if table is not None:
+        near = tl.minimum(tl.maximum(first - M + 1 - begin, 0) // BLOCK, tiles)
+        far = tl.cdiv(tl.maximum(first + count - 1 + M - begin, 0), BLOCK)
+        far = tl.minimum(tl.maximum(far, near), tiles)
+        left, right = tl.load(table - M), tl.load(table + M)
+    return near, far, left, right
+
+
+@triton.jit
+def _outside(i_tile, near, far, before, behind):
+    """The i-th of the tiles that are not in the band, and its bias."""
+    early = i_tile < near
+    return tl.where(early, i_tile, i_tile + far - near), tl.where(early, before, behind)
 
 
 @triton.jit
@@ -149,24 +163,38 @@ def _toeplitz(table, distance, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIGN: 
 
 
 @triton.jit
+def _scores(
+    b_q, b_k, m_n, table, level, at, first,
+    BANDED: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Of queries at positions first, first + 1, ... and keys at positions at, at + 1, ...: [BM, BN], -infinity where a
+    key is not allowed. `level` is the bias of all keys, unless BANDED."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    b_s += tl.where(m_n, level, -INFINITY)[None, :]
+    if BANDED:
+        b_s += _toeplitz(table, at - first, BM, BN, 1)
+    if CAUSAL:
+        b_s = tl.where(
+            (at + tl.arange(0, BN))[None, :] <= (first + tl.arange(0, BM))[:, None], b_s, -INFINITY
+        )
+    return b_s
+
+
+@triton.jit
 def _attend_tile(
     tile, top, total, acc, first_key, b_q, k, v, kn, vn, key_mask, begin, keys, at, table, level, first, o_i, seed,
     j_first, pair, threshold,
     BANDED: tl.constexpr, CAUSAL: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A step of the online softmax. `level` is the bias of all keys, unless BANDED."""
+    """A step of the online softmax."""
     EXACT: tl.constexpr = b_q.dtype == tl.float32
     i_n = begin + tile * BN
     o_n = i_n + tl.arange(0, BN)
     m_n = _own_mask(key_mask, o_n, (o_n >= 0) & (o_n < keys))
     if key_mask is not None:
         first_key = tl.minimum(first_key, tl.where(m_n, o_n, NO_KEY))
-    b_s = tl.dot(b_q, tl.trans(_load(k, o_n, m_n, kn, K)), input_precision="ieee")
-    b_s += tl.where(m_n, level, -INFINITY)[None, :]
-    if BANDED:
-        b_s += _toeplitz(table, at + i_n - first, BM, BN, 1)
-    if CAUSAL:
-        b_s = tl.where((at + o_n)[None, :] <= (first + tl.arange(0, BM))[:, None], b_s, -INFINITY)
+    b_k = _load(k, o_n, m_n, kn, K)
+    b_s = _scores(b_q, b_k, m_n, table, level, at + i_n, first, BANDED, CAUSAL, BM, BN)
     high = tl.maximum(top, tl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
     shift = tl.where(high == -INFINITY, 0.0, high)  # no score so far: weights of 0, not NaN
     if not EXACT:
@@ -192,22 +220,18 @@ def _attend(
     """
     tiles = tl.cdiv(end - begin, BN)
     first_key = tl.full((BN,), NO_KEY, tl.int32)
-    near, far = 0, 0
-    left, right = 0.0, 0.0
+    near, far, left, right = _band(table, at + begin, tiles, first, BM, M, BN)
     if table is not None:
-        near, far = _band(at + begin, tiles, first, BM, M, BN)
-        left, right = tl.load(table - M), tl.load(table + M)
         for tile in range(near, far):
             top, total, acc, first_key = _attend_tile(
                 tile, top, total, acc, first_key, b_q, k, v, kn, vn, key_mask, begin, keys, at, table, 0.0, first, o_i,
                 seed, j_first, pair, threshold, True, CAUSAL, K, BM, BN,
             )  # fmt: skip
     for i_tile in range(0, tiles - (far - near)):
-        before = i_tile < near
-        tile = tl.where(before, i_tile, i_tile + far - near)
+        tile, level = _outside(i_tile, near, far, left, right)
         top, total, acc, first_key = _attend_tile(
             tile, top, total, acc, first_key, b_q, k, v, kn, vn, key_mask, begin, keys, at, None,
-            tl.where(before, left, right), first, o_i, seed, j_first, pair, threshold, False, CAUSAL, K, BM, BN,
+            level, first, o_i, seed, j_first, pair, threshold, False, CAUSAL, K, BM, BN,
         )  # fmt: skip
     least = tl.min(first_key) if key_mask is not None else tl.where(keys > 0, 0, NO_KEY)
     return top, total, acc, least
@@ -262,9 +286,7 @@ def t5_attention_kernel(
     if seed is not None:
         acc *= scale
     b_out = tl.div_rn(acc, tl.where(starved, 1.0, total)[:, None] + tl.zeros((BM, K), tl.float32))
-    if (
-        tl.max(starved.to(tl.int32)) > 0
-    ):  # a row that may attend to nothing takes the mean of the example's own values
+    if tl.max(starved.to(tl.int32)) > 0:  # such a row takes the mean of the example's own values
         mean = tl.zeros((BM, K), tl.float32)
         for i_n in range(start, keys, BN):
             o_n = i_n + tl.arange(0, BN)
@@ -326,12 +348,7 @@ def _dq_tile(
     o_n = i_n + tl.arange(0, BN)
     m_n = _own_mask(key_mask, o_n, (o_n >= 0) & (o_n < keys))
     b_k = _load(k, o_n, m_n, kn, K)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_s += tl.where(m_n, level, -INFINITY)[None, :]
-    if BANDED:
-        b_s += _toeplitz(table, at + i_n - first, BM, BN, 1)
-    if CAUSAL:
-        b_s = tl.where((at + o_n)[None, :] <= (first + tl.arange(0, BM))[:, None], b_s, -INFINITY)
+    b_s = _scores(b_q, b_k, m_n, table, level, at + i_n, first, BANDED, CAUSAL, BM, BN)
     b_w = _exp(b_s, shift[:, None], EXACT)
     if EXACT:
         b_w *= factor[:, None]
@@ -349,22 +366,18 @@ def _attend_dq(
 ):  # fmt: skip
     """acc += dscores k over keys `begin` to `end` of one source, as in _attend."""
     tiles = tl.cdiv(end - begin, BN)
-    near, far = 0, 0
-    left, right = 0.0, 0.0
+    near, far, left, right = _band(table, at + begin, tiles, first, BM, M, BN)
     if table is not None:
-        near, far = _band(at + begin, tiles, first, BM, M, BN)
-        left, right = tl.load(table - M), tl.load(table + M)
         for tile in range(near, far):
             acc = _dq_tile(
                 tile, acc, b_q, b_dout, delta, shift, factor, k, v, kn, vn, key_mask, begin, keys, at, table, 0.0,
                 first, o_i, seed, j_first, pair, scale, threshold, True, CAUSAL, K, BM, BN,
             )  # fmt: skip
     for i_tile in range(0, tiles - (far - near)):
-        before = i_tile < near
-        tile = tl.where(before, i_tile, i_tile + far - near)
+        tile, level = _outside(i_tile, near, far, left, right)
         acc = _dq_tile(
             tile, acc, b_q, b_dout, delta, shift, factor, k, v, kn, vn, key_mask, begin, keys, at, None,
-            tl.where(before, left, right), first, o_i, seed, j_first, pair, scale, threshold, False, CAUSAL, K, BM, BN,
+            level, first, o_i, seed, j_first, pair, scale, threshold, False, CAUSAL, K, BM, BN,
         )  # fmt: skip
     return acc
 
@@ -479,24 +492,20 @@ def _attend_dkv(
     start = 0
     if CAUSAL:  # queries before the keys do not see them
         start = tl.minimum(tl.maximum(at - query_at, 0) // BM, tiles)
-    near, far = start, start
-    left, right = 0.0, 0.0
+    near, far, left, right = _band(table, query_at, tiles, at, BN, M, BM)
+    if CAUSAL:
+        near, far = start, tl.maximum(far, start)
     if table is not None:
-        near, far = _band(query_at, tiles, at, BN, M, BM)
-        if CAUSAL:
-            near = start
-        left, right = tl.load(table - M), tl.load(table + M)
         for tile in range(near, far):
             b_dk, b_dv, hungry = _dkv_tile(
                 tile, b_dk, b_dv, hungry, b_k, b_v, q, qn, dout, rows, h, H, N, begin, queries, query_at, at, table,
                 0.0, seed, j_first, pair, scale, threshold, True, CAUSAL, K, BM, BN,
             )  # fmt: skip
     for i_tile in range(start, tiles - (far - near)):
-        before = i_tile < near
-        tile = tl.where(before, i_tile, i_tile + far - near)
+        tile, level = _outside(i_tile, near, far, right, left)
         b_dk, b_dv, hungry = _dkv_tile(
             tile, b_dk, b_dv, hungry, b_k, b_v, q, qn, dout, rows, h, H, N, begin, queries, query_at, at, None,
-            tl.where(before, right, left), seed, j_first, pair, scale, threshold, False, CAUSAL, K, BM, BN,
+            level, seed, j_first, pair, scale, threshold, False, CAUSAL, K, BM, BN,
         )  # fmt: skip
     return b_dk, b_dv, hungry
 
@@ -748,12 +757,11 @@ class _Call:
 def _padded(bias: Tensor) -> Tensor:
     """bias [H, 2M + 1] as fp32 with its ends repeated. It stays with the tensor, for all layers of a stack read one."""
     version = None if bias.is_inference() else bias._version
-    known = getattr(bias, "fastprompt_padded", None)
-    if known is None or version is None or known[0] != version:
-        known = version, functional.pad(bias.float(), (PAD, PAD), mode="replicate")
+    known_version, padded = getattr(bias, "fastprompt_padded", (None, bias))
+    if version is None or known_version != version:
+        padded = functional.pad(bias.float(), (PAD, PAD), mode="replicate")
         if not (bias.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
-            bias.fastprompt_padded = known  # type: ignore[attr-defined]
-    padded: Tensor = known[1]
+            bias.fastprompt_padded = version, padded  # type: ignore[attr-defined]
     return padded
 
 
