@@ -5,15 +5,18 @@ Random weights in the shapes of v1.1-small and v1.1-base, train mode, a right-pa
 labels. Saved bytes are what autograd keeps for backward, parameters left out; peak bytes are what a step takes in all.
 
 fastprompt's goals count for memory="speed"; the other policies trade time for bytes, from which they follow. On a GPU
-the step is also run as a CUDA graph (fastprompt.graphed), of the patched and of the stock model.
+the step is also run as a CUDA graph (fastprompt.graphed), of the patched and of the stock model, and with the functions
+of Liger Kernel in the stock model where that is installed.
 """
 
 import copy
+import importlib.util
 from functools import partial
 from typing import Any
 
 import torch
 from _harness import OURS, Call, Case, Contender, Options, Spec, main
+from _liger import liger
 from _machine import peak_bytes
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
@@ -22,6 +25,7 @@ from fastprompt import graphed, patch
 from fastprompt.testing import saved_bytes
 
 EAGER, SDPA, COMPILED = "HF eager", "HF sdpa", "torch.compile of HF sdpa"
+LIGER = "Liger in HF sdpa"
 PATCHED = {
     OURS: {"memory": "speed", "lm_loss": True},
     "fastprompt, balanced": {"memory": "balanced", "lm_loss": True},
@@ -50,10 +54,10 @@ def specs(options: Options) -> list[Spec]:
         return [Spec("tiny", torch.float32, (("B", 2), ("S", 12), ("T", 4)), True, p) for p in (0.0, 0.1)]
     if options.device == "cuda":
         sizes = [
-            ("v1.1-small", 8, 512, 8),
             ("v1.1-base", 8, 512, 8),
             ("v1.1-xl", 8, 512, 8),
             (ALONE, 32, 512, 8),
+            ("v1.1-small", 8, 512, 8),
         ]
     elif options.all_shapes:
         batch = {"v1.1-small": 8, "v1.1-base": 4}
@@ -66,7 +70,7 @@ def specs(options: Options) -> list[Spec]:
             model,
             dtype,
             (("B", B), ("S", S), ("T", T)),
-            model == "v1.1-small" and (S, T) in ((128, 8), (512, 8)),
+            model == "v1.1-small" and ((S, T) == (128, 8) or (S == 512 and p > 0.0)),
             p,
         )
         for model, B, S, T in sizes
@@ -75,10 +79,14 @@ def specs(options: Options) -> list[Spec]:
 
 
 def contenders(spec: Spec, options: Options) -> list[str]:
-    on_gpu, compiled = options.device == "cuda", spec.headline and not options.quick
-    theirs = [EAGER, SDPA, *([COMPILED] if compiled and (options.all_shapes or not on_gpu) else [])]
+    on_gpu = options.device == "cuda"
     if spec.what == ALONE:
         return [*PATCHED]
+    theirs = [EAGER, SDPA]
+    if (spec.headline and not options.quick) or (options.all_shapes and not on_gpu):
+        theirs.append(COMPILED)
+    if on_gpu and importlib.util.find_spec("liger_kernel"):
+        theirs.append(LIGER)
     recorded = [*GRAPHED] if on_gpu else []
     if spec.what == "v1.1-xl":
         recorded = recorded[:1]  # a graph keeps its memory, and HF's needs much
@@ -106,17 +114,21 @@ def build(spec: Spec, options: Options) -> Case:
     labels = torch.randint(1, config.vocab_size, (B, T), device=options.device)
 
     models: dict[str, Any] = {}
+    losses: dict[str, Any] = {}  # what computes a loss: a model, or what Liger makes of one
     for name in contenders(spec, options):
         model = models[name] = share(stock)
-        name = GRAPHED.get(name, name)
-        if name in PATCHED:
-            patch(model, **PATCHED[name])
-        elif name != EAGER:
+        kind = GRAPHED.get(name, name)
+        if kind in PATCHED:
+            patch(model, **PATCHED[kind])
+        elif kind != EAGER:
             for each in (model, model.encoder, model.decoder):
                 each.config._attn_implementation_internal = "sdpa"
+        losses[name] = liger(model) if name == LIGER else model
     calls: dict[str, Contender] = {}
     for name, model in models.items():
-        forward = partial(model, inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
+        forward = partial(
+            losses[name], inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False
+        )
         with saved_bytes(exclude=stock.parameters()) as saved:
             kept = forward()
         del kept
@@ -135,10 +147,10 @@ def build(spec: Spec, options: Options) -> Case:
         peak = None if name in GRAPHED else peak_bytes(call, options.device)
         calls[name] = Contender(call, None, counted, peak)
     goal = GOALS[options.device].get(spec.what, (None, None))[spec.dropout_p > 0.0]
-    goals = {EAGER: goal, SDPA: goal, COMPILED: 1.15 if options.device == "cpu" else None}
+    goals = {EAGER: goal, SDPA: goal, LIGER: goal, COMPILED: 1.15 if options.device == "cpu" else None}
     goals = {name: value for name, value in goals.items() if name in calls and value and not options.quick}
     weights = sum(p.numel() for p in stock.parameters()) * embeds.element_size()
-    check = partial(check_step, models, embeds, mask, labels)
+    check = partial(check_step, models, losses, embeds, mask, labels)
     return Case("training_step", spec, calls, 2 * weights, check, goals, calls=None if options.quick else 1)
 
 
@@ -159,12 +171,16 @@ def step(forward: Call, embeds: Tensor) -> Call:
     return run
 
 
-def check_step(models: dict[str, Any], embeds: Tensor, mask: Tensor, labels: Tensor) -> None:
+def check_step(
+    models: dict[str, Any], losses: dict[str, Any], embeds: Tensor, mask: Tensor, labels: Tensor
+) -> None:
     """Without dropout every model has eager's loss and gradient to the precision of the dtype."""
     results = {}
     for name, model in models.items():
         model.eval()
-        forward = partial(model, inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
+        forward = partial(
+            losses[name], inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False
+        )
         results[name] = step(forward, embeds)()
         model.train()
     for result in results.values():

@@ -25,12 +25,12 @@ parts=${*:-tests benchmarks} failed=0
 if [[ $parts == *tests* ]]; then
     # Compiling takes most of the time.
     "$PYTHON" -c 'import xdist' 2> /dev/null && parallel="-n $(($(nproc) < 14 ? $(nproc) : 14))"
-    step tests 330 "$PYTHON" -m pytest -q -p no:cacheprovider ${parallel:-} tests/models/test_graphed.py tests/ops tests/triton \
-        tests/models/test_patching.py --device cuda || failed=1
+    step tests 330 "$PYTHON" -m pytest -q -p no:cacheprovider ${parallel:-} tests/models/test_graphed.py \
+        tests/models/test_patching.py tests/triton tests/ops --device cuda || failed=1
 fi
 if [[ $parts == *benchmarks* ]]; then
-    for limit_of in training_step:150 t5_attention:80 linear_cross_entropy:30 rms_norm:30 gated_act:20 dropout_add:20 \
-        relu_dropout:20 prompt_embed:20; do
+    for limit_of in training_step:220 t5_attention:80 prompt_kinds:80 linear_cross_entropy:30 rms_norm:30 gated_act:20 \
+        dropout_add:20 relu_dropout:20 prompt_embed:20; do
         name=${limit_of%:*}
         step "$name" "${limit_of#*:}" "$PYTHON" "benchmarks/bench_$name.py" --device cuda --seconds 0.3 --results "$OUT" || failed=1
     done
