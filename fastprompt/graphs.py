@@ -47,8 +47,9 @@ class Graphed:
         if recorded is None:
             while len(self._recorded) >= self.shapes:
                 self._recorded.popitem(last=False)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            recorded = _Recorded(self.model, batch, tensors, leaves, self._pool)
+            pool, self._pool = self._pool or torch.cuda.graph_pool_handle(), None
+            recorded = _Recorded(self.model, batch, tensors, leaves, pool)
+            self._pool = pool  # unless recording has failed: the pool is of no use then
         self._recorded[key] = recorded  # the last used comes last
         loss: Tensor = _Replay.apply(recorded, *inputs, *leaves)
         return loss
@@ -109,7 +110,8 @@ class _Recorded:
         self.inputs = {
             name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in tensors.items()
         }
-        wanted = [x for x in (*self.inputs.values(), *leaves) if x.requires_grad]
+        aliases = {leaf: nn.Parameter(leaf.detach()) for leaf in leaves}
+        wanted = [x for x in (*self.inputs.values(), *aliases.values()) if x.requires_grad]
 
         def run() -> tuple[Tensor, tuple[Tensor | None, ...]]:
             loss = _loss(model, batch | self.inputs)
@@ -118,22 +120,24 @@ class _Recorded:
         device = next(iter(tensors.values())).device
         random_state = torch.cuda.get_rng_state(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), _padded(model):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.device(device), _padded(model), _replaced(model, aliases):
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(2):  # compiles kernels, and lets libraries take their memory
                     run()
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(stream)
             try:
                 with torch.cuda.graph(self.graph, pool=pool):
                     self.loss, self.gradients = run()
             except RuntimeError as error:
+                _clean_up(self.graph, current)
                 raise RuntimeError(
                     f"fastprompt.graphed: {type(model).__name__} cannot be recorded as a CUDA graph ({error}). Does its"
                     " forward wait for a value on the GPU? Call the model itself"
                 ) from error
-        torch.cuda.set_rng_state(random_state, device)
+            finally:
+                torch.cuda.set_rng_state(random_state, device)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """The loss of these inputs, and the gradients of what requires one, as tensors of their own."""
@@ -180,3 +184,38 @@ def _padded(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in zip(packing, before, strict=True):
             module.pack = value
+
+
+@contextmanager
+def _replaced(model: nn.Module, aliases: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Put each parameter's alias, of the same memory, in its place.
+
+    The autograd node in which a parameter's gradient arrives waits on the stream where the parameter was used first,
+    and a graph being recorded may wait for no stream outside.
+    """
+    owners = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter in aliases
+    ]
+    for parameters, name, parameter in owners:
+        parameters[name] = aliases[parameter]
+    try:
+        yield
+    finally:
+        for parameters, name, parameter in owners:
+            parameters[name] = parameter
+
+
+_broken: list[
+    torch.cuda.CUDAGraph
+] = []  # PyTorch's allocator still asks them whether they are being recorded
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Leave what PyTorch does not when recording fails: its stream, and the generator's state while recording."""
+    _broken.append(graph)
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -170,7 +170,12 @@ def _scores(
     """Of queries at positions first, first + 1, ... and keys at positions at, at + 1, ...: [BM, BN], -infinity where a
     key is not allowed. `level` is the bias of all keys, unless BANDED."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_s += tl.where(m_n, level, -INFINITY)[None, :]
+    if b_q.dtype == tl.float32:
+        b_s = (
+            tl.where(m_n[None, :], b_s, -INFINITY) + level
+        )  # a sum that began at the bias would round it K times
+    else:
+        b_s += tl.where(m_n, level, -INFINITY)[None, :]
     if BANDED:
         b_s += _toeplitz(table, at - first, BM, BN, 1)
     if CAUSAL:
@@ -453,6 +458,10 @@ def _dkv_tile(
     delta, shift, factor = _row(rows, h, H, N, begin + o_i, m_i, EXACT)
     hungry |= m_i & (shift == INFINITY)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+    if EXACT:
+        b_s = tl.where(
+            m_i[None, :], b_s, 0.0
+        )  # as in _scores: else the scores are not the forward's to the last bit
     if BANDED:
         b_s += _toeplitz(table, at - query_at - tile * BM, BN, BM, -1)
     elif EXACT:
@@ -628,7 +637,7 @@ OTHERS = {  # not measured
 OTHERS_BUSY = OTHERS | {"dq": OTHERS["dq"] | {128: Tile(32, 32, 8, 1)}}
 # float32's products run on the ordinary units, and take more registers.
 FLOAT32 = {
-    "forward": {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    "forward": {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 16, 1), 256: Tile(16, 32, 8, 1)},
     "dq": {64: Tile(16, 16, 8, 1)},
     "dkv": {64: Tile(16, 16, 8, 1)},
 }

@@ -248,7 +248,7 @@ class FastSelfAttention(FastAttention):
         return super().fastprompt_obstacle()
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
-        known = bool(self.fastprompt_bias) and all(map(has_bias_table, self.fastprompt_bias))
+        known = len(self.fastprompt_bias) > 0 and all(map(has_bias_table, self.fastprompt_bias))
         return known and not self._bias_is_trained() and super()._covers(allowed, past, inputs, kwargs)
 
     def _bias_is_trained(self) -> bool:

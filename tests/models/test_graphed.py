@@ -115,7 +115,9 @@ def test_moved_weights_are_seen(prompted, batch, labels, on_gpu):
     torch.testing.assert_close(step(**batch(), labels=labels), model(**batch(), labels=labels).loss)
 
 
-def test_a_forward_that_waits_is_refused(on_gpu, device):
+def test_a_forward_that_waits_is_refused(prompted, batch, labels, on_gpu, device):
+    """And leaves the process as it was: random numbers, streams, other graphs."""
+
     class Waits(torch.nn.Linear):
         def forward(self, x):
             loss = super().forward(x).sum()
@@ -127,3 +129,24 @@ def test_a_forward_that_waits_is_refused(on_gpu, device):
     with pytest.raises(RuntimeError, match=r"^fastprompt.graphed: Waits cannot be recorded as a CUDA graph"):
         graphed(model)(x=torch.ones(2, 3, device=device))
     torch.cuda.synchronize()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    tuned = prompted(dropout=0.1)
+    found = []
+    for call in (graphed(tuned), lambda **each: tuned(**each).loss):
+        torch.manual_seed(1)
+        found.append(call(**batch(), labels=labels).detach())
+    torch.testing.assert_close(*found)
+
+
+def test_a_second_shape_while_an_earlier_loss_lives(prompted, batch, labels, on_gpu):
+    """Its graph of autograd holds the node in which the prompt's gradient arrives."""
+    model = prompted()
+    step, (prompt,) = graphed(model), (p for p in model.parameters() if p.requires_grad)
+    earlier = step(**batch(), labels=labels)
+    earlier.backward()
+    prompt.grad = None
+    step(**batch(S=12), labels=labels).backward()
+    found, prompt.grad = prompt.grad, None
+    model(**batch(S=12), labels=labels).loss.backward()
+    torch.testing.assert_close(found, prompt.grad)
+    assert earlier.isfinite()

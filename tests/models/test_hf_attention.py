@@ -100,7 +100,8 @@ def test_logits_loss_and_gradient(layout, padding, pair, batch, labels, ran):
     ):
         close(our, their)
     assert len(ran) == LAYERS[layout]
-    assert backend_used("t5_attention") == backend_used("t5_attention_backward") is not None
+    assert backend_used("t5_attention")
+    assert backend_used("t5_attention_backward")
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -341,7 +342,8 @@ def test_compile_without_graph_breaks(pair, batch, labels, ran):
         close(our, their)
     with torch.no_grad():
         longer = batch(S=21)
-        close(compiled(**longer, labels=labels).logits, eager(**longer, labels=labels).logits)
+        ours, theirs = (each(**longer, labels=labels, use_cache=False) for each in (compiled, eager))
+        close(ours.logits, theirs.logits)
     torch._dynamo.reset()
 
 

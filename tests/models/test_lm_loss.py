@@ -47,10 +47,11 @@ def test_loss_and_gradient(make, embeds, labels, layout):
 
 
 def test_precision_in_bfloat16(make, embeds, labels):
-    truth, _ = step(make(dtype=torch.bfloat16).double(), embeds.bfloat16(), labels)
-    stock, _ = step(make(dtype=torch.bfloat16), embeds, labels)
-    ours, _ = step(patch(make(dtype=torch.bfloat16), lm_loss=True), embeds, labels)
-    as_close(ours, stock, truth)
+    model, inputs = make(dtype=torch.bfloat16), [embeds.bfloat16().roll(by, 1) for by in range(8)]
+    exact = make(dtype=torch.bfloat16).double()
+    truth = [step(exact, each, labels)[0] for each in inputs]
+    stock = [step(model, each, labels)[0] for each in inputs]
+    as_close([step(patch(model, lm_loss=True), each, labels)[0] for each in inputs], stock, truth)
 
 
 def test_arguments_by_position_and_as_tuple(make, batch, labels):

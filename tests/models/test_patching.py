@@ -185,10 +185,11 @@ def test_dropout_means_what_torch_means_by_it(make, batch):
 
 @pytest.mark.parametrize("layout", ["t5", "v1_1", "mt5"])
 def test_bfloat16_is_as_close_to_float64_as_the_stock_model(make, batch, labels, layout):
-    model, inputs = make(layout, torch.bfloat16), batch()
-    truth = step(copy.deepcopy(model).double(), inputs, labels)
-    stock, ours = step(model, inputs, labels), step(patch(model), inputs, labels)
-    as_close(ours, stock, truth)
+    model = make(layout, torch.bfloat16)
+    exact, batches = copy.deepcopy(model).double(), [batch(S=S) for S in range(14, 22)]
+    truth = [step(exact, inputs, labels) for inputs in batches]
+    stock = [step(model, inputs, labels) for inputs in batches]
+    as_close([step(patch(model), inputs, labels) for inputs in batches], stock, truth)
 
 
 @each_memory
@@ -308,10 +309,12 @@ def test_fullgraph_compile(make, batch, labels):
 
 
 def test_autocast_runs_the_stock_layers(make, batch, labels, ran):
-    model = make()
-    truth = step(copy.deepcopy(model).double(), batch(), labels)
+    model, batches = make(), [batch(S=S) for S in range(14, 22)]
+    exact = copy.deepcopy(model).double()
+    truth = [step(exact, inputs, labels) for inputs in batches]
     with torch.autocast(model.device.type, torch.bfloat16):
-        stock, ours = step(model, batch(), labels), step(patch(model), batch(), labels)
+        stock = [step(model, inputs, labels) for inputs in batches]
+        ours = [step(patch(model), inputs, labels) for inputs in batches]
     assert ran == {"FrozenFF": 0, "FrozenAttention": 0}
     as_close(ours, stock, truth)
 
@@ -319,9 +322,10 @@ def test_autocast_runs_the_stock_layers(make, batch, labels, ran):
 def test_half_precision_with_fp32_wo(make, batch, labels, tmp_path, ran):
     """from_pretrained(dtype=float16) keeps wo in fp32, and the residual stream with it."""
     make().save_pretrained(tmp_path)
-    model = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16).requires_grad_(False)
-    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     inputs = batch()
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16).requires_grad_(False)
+    model = model.to(labels.device)
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     expected = step(model, inputs, labels)
     for ours, theirs in zip(step(patch(model), inputs, labels), expected, strict=True):
         close(ours, theirs, 1e-2)
