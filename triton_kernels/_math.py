@@ -16,7 +16,7 @@ def exp(x):
     The polynomial is Cephes' for expf (Moshier 1989), for |x| < log(2) / 2.
     """
     x = tl.minimum(
-        tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL), 200.0, propagate_nan=tl.PropagateNan.ALL
+        tl.maximum(x, -174.0, propagate_nan=tl.PropagateNan.ALL), 176.0, propagate_nan=tl.PropagateNan.ALL
     )
     n = tl.floor(x * LOG2E + 0.5)
     r = (x - n * LN2_HIGH) - n * LN2_LOW
@@ -27,4 +27,10 @@ def exp(x):
     p = p * r + 1.6666665459e-1
     p = p * r + 5.0000001201e-1
     half = tl.floor(n * 0.5)  # 2^n alone may leave float32 where the result does not
-    return (p * r * r + r + 1.0) * tl.exp2(half) * tl.exp2(n - half)
+    return (p * r * r + r + 1.0) * _power_of_two(half) * _power_of_two(n - half)
+
+
+@triton.jit
+def _power_of_two(n):
+    """2^n by its bits: n is an integer from -126 to 127."""
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)

@@ -130,8 +130,8 @@ def test_a_forward_that_waits_is_refused(prompted, batch, labels, on_gpu, device
         graphed(model)(x=torch.ones(2, 3, device=device))
     torch.cuda.synchronize()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    tuned = prompted(dropout=0.1)
-    found = []
+    tuned, found = prompted(dropout=0.1), []
+    tuned.pack = False
     for call in (graphed(tuned), lambda **each: tuned(**each).loss):
         torch.manual_seed(1)
         found.append(call(**batch(), labels=labels).detach())
@@ -141,6 +141,7 @@ def test_a_forward_that_waits_is_refused(prompted, batch, labels, on_gpu, device
 def test_a_second_shape_while_an_earlier_loss_lives(prompted, batch, labels, on_gpu):
     """Its graph of autograd holds the node in which the prompt's gradient arrives."""
     model = prompted()
+    model.pack = False
     step, (prompt,) = graphed(model), (p for p in model.parameters() if p.requires_grad)
     earlier = step(**batch(), labels=labels)
     earlier.backward()
