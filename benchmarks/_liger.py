@@ -42,6 +42,7 @@ def liger(model: Any) -> Callable[..., Tensor]:
         )[0]
         if model.config.scale_decoder_outputs:
             hidden = hidden * model.config.d_model**-0.5
-        return criterion(model.lm_head.weight, hidden.flatten(0, 1), labels.flatten())
+        loss = criterion(model.lm_head.weight, hidden.flatten(0, 1), labels.flatten())
+        return loss.to(hidden.dtype)  # Liger's is fp32
 
     return loss

@@ -131,7 +131,8 @@ def build(spec: Spec, options: Options) -> Case:
         )
         with saved_bytes(exclude=stock.parameters()) as saved:
             kept = forward()
-        del kept
+        counted = None if name in (COMPILED, *GRAPHED) else saved.bytes
+        del kept, saved  # which holds what it has counted
         if name == COMPILED:
             torch._dynamo.reset()
             compiled = torch.compile(model, dynamic=False)
@@ -143,7 +144,6 @@ def build(spec: Spec, options: Options) -> Case:
             call = step(partial(graphed(model), **forward.keywords), embeds)
         if name in (COMPILED, *GRAPHED):
             call()
-        counted = None if name in (COMPILED, *GRAPHED) else saved.bytes
         peak = None if name in GRAPHED else peak_bytes(call, options.device)
         calls[name] = Contender(call, None, counted, peak)
     goal = GOALS[options.device].get(spec.what, (None, None))[spec.dropout_p > 0.0]

@@ -96,16 +96,11 @@ def _offset_of(b, offsets, offset):
 
 
 @triton.jit
-def _load(base, first, m_row, stride, BLOCK: tl.constexpr, K: tl.constexpr):
-    """Rows first, first + 1, ...: [BLOCK, K]; zeros where m_row is false."""
-    return tl.load(_tile_at(base, first, stride, BLOCK, K), mask=m_row[:, None], other=0.0)
-
-
-@triton.jit
-def _tile_at(base, first, stride, BLOCK: tl.constexpr, K: tl.constexpr):
-    """Addresses [BLOCK, K]. What differs between threads has 32 bits, and stays as it is from tile to tile."""
-    o = (tl.arange(0, BLOCK) * stride)[:, None] + tl.arange(0, K)[None, :]
-    return base + tl.cast(first, tl.int64) * stride + o
+def _load(base, o_row, m_row, stride, K: tl.constexpr):
+    """Rows [len(o_row), K]; zeros where m_row is false."""
+    return tl.load(
+        base + o_row.to(tl.int64)[:, None] * stride + tl.arange(0, K)[None, :], mask=m_row[:, None], other=0.0
+    )
 
 
 @triton.jit
@@ -204,7 +199,7 @@ def _attend_tile(
     m_n = _own_mask(key_mask, o_n, (o_n >= 0) & (o_n < keys))
     if key_mask is not None:
         first_key = tl.minimum(first_key, tl.where(m_n, o_n, NO_KEY))
-    b_k = _load(k, i_n, m_n, kn, BN, K)
+    b_k = _load(k, o_n, m_n, kn, K)
     b_s = _scores(b_q, b_k, m_n, table, level, at + i_n, first, BANDED, CAUSAL, BM, BN)
     high = tl.maximum(top, tl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
     shift = tl.where(high == -INFINITY, 0.0, high)  # no score so far: weights of 0, not NaN
@@ -215,7 +210,7 @@ def _attend_tile(
     total = total * rescale + tl.sum(b_w, 1)
     if seed is not None:
         b_w = tl.where(_keep(seed, o_i, j_first + i_n, pair, threshold, BM, BN), b_w, 0.0)
-    b_v = _load(v, i_n, m_n, vn, BN, K)
+    b_v = _load(v, o_n, m_n, vn, K)
     acc = tl.dot(b_w.to(b_v.dtype), b_v, acc * rescale[:, None], input_precision="ieee")
     return high, total, acc, first_key
 
@@ -273,7 +268,7 @@ def t5_attention_kernel(
     h64 = tl.cast(h, tl.int64)
     mask = None if key_mask is None else key_mask + tl.cast(b, tl.int64) * S
 
-    b_q = _load(q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh, first, m_i, qn, BM, K)
+    b_q = _load(q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh, o_i, m_i, qn, K)
     top = tl.full((BM,), -INFINITY, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, K), tl.float32)
@@ -302,7 +297,7 @@ def t5_attention_kernel(
         for i_n in range(start, keys, BN):
             o_n = i_n + tl.arange(0, BN)
             m_n = (o_n >= 0) & (o_n < keys)
-            b_v = _load(base_v, i_n, m_n, vn, BN, K)
+            b_v = _load(base_v, o_n, m_n, vn, K)
             b_w = tl.zeros((BM, BN), tl.float32) + tl.where(m_n, 1.0, 0.0)[None, :]
             if seed is not None:
                 b_w = tl.where(_keep(seed, o_i, P_b + i_n, pair, threshold, BM, BN), b_w * scale, 0.0)
@@ -310,9 +305,8 @@ def t5_attention_kernel(
         b_out = tl.where(starved[:, None], mean / tl.maximum(keys, 1), b_out)
     b_out = tl.where(valid, b_out, float("nan"))
     rows = begin + o_i
-    tl.store(
-        _tile_at(out + h * K, begin + first, H * K, BM, K), b_out.to(out.dtype.element_ty), mask=m_i[:, None]
-    )
+    o_out = (rows[:, None] * H + h) * K + tl.arange(0, K)[None, :]
+    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_i[:, None])
     tl.store(stats + h64 * N + rows, tl.where(starved, 0.0, top), mask=m_i)
     tl.store(stats + (H + h64) * N + rows, tl.where(starved, 0.0, total), mask=m_i)
 
@@ -359,12 +353,12 @@ def _dq_tile(
     i_n = begin + tile * BN
     o_n = i_n + tl.arange(0, BN)
     m_n = _own_mask(key_mask, o_n, (o_n >= 0) & (o_n < keys))
-    b_k = _load(k, i_n, m_n, kn, BN, K)
+    b_k = _load(k, o_n, m_n, kn, K)
     b_s = _scores(b_q, b_k, m_n, table, level, at + i_n, first, BANDED, CAUSAL, BM, BN)
     b_w = _exp(b_s, shift[:, None], EXACT)
     if EXACT:
         b_w *= factor[:, None]
-    b_dw = tl.dot(b_dout, tl.trans(_load(v, i_n, m_n, vn, BN, K)), input_precision="ieee")
+    b_dw = tl.dot(b_dout, tl.trans(_load(v, o_n, m_n, vn, K)), input_precision="ieee")
     if seed is not None:
         b_dw = tl.where(_keep(seed, o_i, j_first + i_n, pair, threshold, BM, BN), b_dw * scale, 0.0)
     b_ds = b_w * (b_dw - delta[:, None])
@@ -415,8 +409,9 @@ def t5_attention_dq_kernel(
     h64 = tl.cast(h, tl.int64)
     mask = None if key_mask is None else key_mask + tl.cast(b, tl.int64) * S
 
-    b_q = _load(q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh, first, m_i, qn, BM, K)
-    b_dout = _load(dout + h * K, begin + first, m_i, H * K, BM, K)
+    b_q = _load(q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh, o_i, m_i, qn, K)
+    o_out = ((begin + o_i)[:, None] * H + h) * K + tl.arange(0, K)[None, :]
+    b_dout = tl.load(dout + o_out, mask=m_i[:, None], other=0.0)
     delta, shift, factor = _row(rows, h, H, N, begin + o_i, m_i, b_q.dtype == tl.float32)
     acc = tl.zeros((BM, K), tl.float32)
     if prompt_k is not None:
@@ -441,16 +436,14 @@ def t5_attention_dq_kernel(
             for i_n in range(start, keys, BN):
                 o_n = i_n + tl.arange(0, BN)
                 m_n = (o_n >= 0) & (o_n < keys)
-                b_k = _load(base_k, i_n, m_n, kn, BN, K)
-                b_dw = tl.dot(b_dout, tl.trans(_load(base_v, i_n, m_n, vn, BN, K)), input_precision="ieee")
+                b_k = _load(base_k, o_n, m_n, kn, K)
+                b_dw = tl.dot(b_dout, tl.trans(_load(base_v, o_n, m_n, vn, K)), input_precision="ieee")
                 if seed is not None:
                     b_dw = tl.where(_keep(seed, o_i, P_b + i_n, pair, threshold, BM, BN), b_dw * scale, 0.0)
                 b_ds = tl.where(starved[:, None] & m_n[None, :], (b_dw - delta[:, None]) / keys, 0.0)
                 acc = tl.dot(b_ds.to(b_k.dtype), b_k, acc, input_precision="ieee")
     acc = tl.where(valid, acc, float("nan"))
-    tl.store(
-        _tile_at(dq + h * K, begin + first, H * K, BM, K), acc.to(dq.dtype.element_ty), mask=m_i[:, None]
-    )
+    tl.store(dq + o_out, acc.to(dq.dtype.element_ty), mask=m_i[:, None])
 
 
 @triton.jit
@@ -462,7 +455,7 @@ def _dkv_tile(
     EXACT: tl.constexpr = b_k.dtype == tl.float32
     o_i = tile * BM + tl.arange(0, BM)
     m_i = o_i < queries
-    b_q = _load(q, tile * BM, m_i, qn, BM, K)
+    b_q = _load(q, o_i, m_i, qn, K)
     delta, shift, factor = _row(rows, h, H, N, begin + o_i, m_i, EXACT)
     hungry |= m_i & (shift == INFINITY)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
@@ -481,7 +474,8 @@ def _dkv_tile(
     b_w = _exp(b_s, shift[None, :], EXACT)
     if EXACT:
         b_w *= factor[None, :]
-    b_dout = _load(dout + h * K, begin + tile * BM, m_i, H * K, BM, K)
+    o_out = ((begin + o_i)[:, None] * H + h) * K + tl.arange(0, K)[None, :]
+    b_dout = tl.load(dout + o_out, mask=m_i[:, None], other=0.0)
     b_dw = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
     b_kept = b_w
     if seed is not None:
@@ -557,7 +551,7 @@ def t5_attention_dkv_kernel(
     base_k = k + (prompt * kb if PROMPT else _first_row(b, out_row, cu_k, kb, kn)) + h64 * kh
     base_v = v + (prompt * vb if PROMPT else _first_row(b, out_row, cu_k, vb, vn)) + h64 * vh
     m_n = real if PROMPT or key_mask is None else _own_mask(key_mask + tl.cast(b, tl.int64) * S, o_n, real)
-    b_k, b_v = _load(base_k, first, m_n, kn, BN, K), _load(base_v, first, m_n, vn, BN, K)
+    b_k, b_v = _load(base_k, o_n, m_n, kn, K), _load(base_v, o_n, m_n, vn, K)
     base_q = q + _first_row(b, begin, cu_q, qb, qn) + h64 * qh
     j_first = first if PROMPT else P_b + first
 
@@ -571,19 +565,19 @@ def t5_attention_dkv_kernel(
     )  # fmt: skip
     if seed is not None:
         b_dv *= scale
-    if PROMPT or key_mask is not None:  # rows that are stored although no query may attend to them
-        b_dk, b_dv = tl.where(m_n[:, None], b_dk, 0.0), tl.where(m_n[:, None], b_dv, 0.0)
+    b_dk, b_dv = tl.where(m_n[:, None], b_dk, 0.0), tl.where(m_n[:, None], b_dv, 0.0)
 
     if not PROMPT and key_mask is not None:  # noqa: SIM102, as this one is decided at compile time
         if tl.max(hungry.to(tl.int32)) > 0:
-            b_k, b_v = _load(base_k, first, real, kn, BN, K), _load(base_v, first, real, vn, BN, K)
+            b_k, b_v = _load(base_k, o_n, real, kn, K), _load(base_v, o_n, real, vn, K)
             for i_m in range(0, queries, BM):
                 o_i = i_m + tl.arange(0, BM)
                 m_i = o_i < queries
                 delta, shift, _ = _row(rows, h, H, N, begin + o_i, m_i, False)
                 starved = m_i & (shift == INFINITY)
                 if tl.max(starved.to(tl.int32)) > 0:
-                    b_dout = _load(dout + h * K, begin + i_m, m_i, H * K, BM, K)
+                    o_out = ((begin + o_i)[:, None] * H + h) * K + tl.arange(0, K)[None, :]
+                    b_dout = tl.load(dout + o_out, mask=m_i[:, None], other=0.0)
                     b_dw = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
                     b_w = tl.where(starved[None, :] & real[:, None], 1.0 / size, 0.0)
                     b_kept = b_w
@@ -591,14 +585,15 @@ def t5_attention_dkv_kernel(
                         keep = tl.trans(_keep(seed, o_i, j_first, pair, threshold, BM, BN))
                         b_kept = tl.where(keep, b_w * scale, 0.0)
                         b_dw = tl.where(keep, b_dw * scale, 0.0)
-                    b_q = _load(base_q, i_m, m_i, qn, BM, K)
+                    b_q = _load(base_q, o_i, m_i, qn, K)
                     b_ds = tl.where(starved[None, :], b_w * (b_dw - delta[None, :]), 0.0)
                     b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
                     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     b_dk, b_dv = tl.where(valid, b_dk, float("nan")), tl.where(valid, b_dv, float("nan"))
+    o = ((out_row + o_n)[:, None] * H + h) * K + tl.arange(0, K)[None, :]
     m = ((o_n >= 0) & (o_n < size))[:, None]
-    tl.store(_tile_at(dk + h * K, out_row + first, H * K, BN, K), b_dk.to(dk.dtype.element_ty), mask=m)
-    tl.store(_tile_at(dv + h * K, out_row + first, H * K, BN, K), b_dv.to(dv.dtype.element_ty), mask=m)
+    tl.store(dk + o, b_dk.to(dk.dtype.element_ty), mask=m)
+    tl.store(dv + o, b_dv.to(dv.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["B", "E"])
@@ -628,12 +623,12 @@ INTERPRETED = Tile(16, 16, 1, 1)  # tests are small, and want several tiles
 HOPPER = {
     "forward": {64: Tile(128, 32, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(32, 16, 8, 1)},
     "dq": {64: Tile(128, 32, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(32, 16, 8, 1)},
-    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(32, 128, 8, 2), 256: Tile(16, 16, 8, 1)},
+    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(16, 128, 8, 2), 256: Tile(16, 16, 8, 1)},
 }
 HOPPER_BUSY = {  # with dropout, a causal mask or, from K = 128 on, any mask: they take registers
     "forward": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     "dq": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(16, 128, 8, 2), 256: Tile(16, 16, 8, 1)},
+    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 OTHERS = {  # not measured
     "forward": {64: Tile(64, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
