@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """t5_attention beside Hugging Face's two attention functions for T5, and flex_attention where it runs.
 
-Padded: each example has a prompt of P rows and a text of S/4 to S tokens, uniformly drawn. Cached: P keys and values of
-one prompt, shared by the batch; Hugging Face has to copy them per example. With --results a plot of time and memory
-against the length is drawn beside the records.
+Padded: each example has a prompt of P rows and a text of S/4 to S tokens, uniformly drawn; at padding the gradient of
+the output is zero, as in a model, where nothing reads those rows. Cached: P keys and values of one prompt, shared by
+the batch; Hugging Face has to copy them per example. With --results a plot of time and memory against the length is
+drawn beside the records.
 """
 
 from functools import partial
@@ -90,6 +91,8 @@ class Inputs:
         if "unpadded" not in spec.what:
             lengths = torch.randint(S // 4, S + 1, (B,), device=device) + (0 if cached else P)
             self.key_mask = torch.arange(keys, device=device) < lengths[:, None]
+            if queries == keys:
+                self.dout *= self.key_mask[..., None, None]
         self.leaves = [self.q, self.k, self.v, *self.prompt]
         self.module = nn.Module().eval()
         self.module.is_causal = False
