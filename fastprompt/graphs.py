@@ -208,9 +208,8 @@ def _replaced(model: nn.Module, aliases: dict[nn.Parameter, nn.Parameter]) -> It
             parameters[name] = parameter
 
 
-_broken: list[
-    torch.cuda.CUDAGraph
-] = []  # PyTorch's allocator still asks them whether they are being recorded
+# Graphs whose recording failed: PyTorch's allocator goes on asking them whether they are being recorded.
+_broken: list[torch.cuda.CUDAGraph] = []
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
