@@ -74,6 +74,15 @@ bool runs_here(const std::string& target) {
     return true;
 }
 
+// "amd", "intel" or "".
+std::string vendor() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_is("amd") != 0) return "amd";
+    if (__builtin_cpu_is("intel") != 0) return "intel";
+#endif
+    return "";
+}
+
 py::dict kernels(const std::string& target) {
     py::dict found;
     if (!runs_here(target)) return found;
@@ -94,6 +103,7 @@ PYBIND11_MODULE(_C, module) {
         .def_property_readonly("signature", [](const fp::Kernel& kernel) { return kernel.signature; });
     module.def("kernels", &kernels, py::arg("target"),
                "name -> kernel for 'scalar', 'avx2', 'avx512' or 'cuda'; empty where this build or this CPU has none.");
+    module.attr("cpu_vendor") = vendor();
 #ifdef FP_WITH_CUDA
     module.attr("built_with_cuda") = true;
 #else

@@ -35,8 +35,10 @@ Function = Callable[..., Any]
 class Op:
     """One op in every layer: its schemas, their reference, native and Triton implementations, and autograd."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, native_first: bool = True) -> None:
+        """native_first=False: on this machine's CPU the reference is faster, and so the default."""
         self.name = name
+        self.native_first = native_first
         self.members: list[str] = []  # schema names, e.g. rms_norm and rms_norm_backward
         self.last_backend: dict[str, str] = {}
         self._reference: dict[str, Function] = {}
@@ -81,7 +83,7 @@ class Op:
 
     def publish(self) -> None:
         """Register the best backend of this machine for each device. Called once, when the page is complete."""
-        for device, names in (("cpu", ("cpu",)), ("cuda", ("cuda", "triton"))):
+        for device, names in (("cpu", ("cpu",) if self.native_first else ()), ("cuda", ("cuda", "triton"))):
             chosen = [name for name in names if name in self.backends(device)]
             functions = {name: self._implementation(name) for name in chosen}
             for member in self.members if chosen else ():
@@ -93,11 +95,11 @@ class Op:
         found = []
         if device == "cpu" and self._native and _native.CPU_TARGETS:
             found += ["cpu", *(f"cpu:{isa}" for isa in _native.CPU_TARGETS)]
-        if device == "cuda" and self._native and "cuda" in _native.TARGETS:
+        if device == "cuda" and self._native and hasattr(_native.TARGETS.get("cuda"), self.name):
             found.append("cuda")
         if device == "cuda" and self._triton and _has_triton():
             found.append("triton")
-        found.append("reference")
+        found.insert(len(found) if self.native_first or device == "cuda" else 0, "reference")
         if device == "cpu" and self._triton and _has_triton() and os.environ.get("TRITON_INTERPRET") == "1":
             found.append("triton")  # interpreted: for tests, never the default
         return found + [name for name, (_, key) in self._extra.items() if key == device.upper()]

@@ -70,6 +70,13 @@ def survey(device):
     return here, {name: reason for name, reason in why.items() if name not in here}
 
 
+def offers(op, backend):
+    """Has the op this backend anywhere?"""
+    if backend in ("cuda", "emulated"):
+        return (HERE.parent / "csrc" / "cuda" / f"{op}.cu").exists()
+    return backend != "triton" or bool(_op.OPS[op]._triton)
+
+
 def load(path):
     """A module of the tests by path: there is no tests package."""
     name = f"fastprompt_tests_{path.parent.name}_{path.stem}"
@@ -83,7 +90,8 @@ def load(path):
 def pytest_generate_tests(metafunc):
     chosen = metafunc.config.fastprompt_backends
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", chosen, indirect=True)
+        offered = [name for name in chosen if offers(metafunc.module.OP, name)]
+        metafunc.parametrize("backend", offered, indirect=True)
     elif "kernels" in metafunc.fixturenames:
         native = [name for name in chosen if name.startswith(("cpu", "cuda", "emulated"))]
         metafunc.parametrize("kernels", native, indirect=True)

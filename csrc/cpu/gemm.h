@@ -19,9 +19,10 @@ constexpr int64_t kTileColumns = kTileVectors * kLanes;
 // So many rows of b, kTileColumns wide, stay in the first-level cache. Fewer where each product is rounded.
 constexpr int64_t kDepth = FP_LANES > 1 ? 64 : 8;
 
-// c[ROWS][VECTORS * kLanes] += a[ROWS][depth] * b[depth][VECTORS * kLanes]
+// c[ROWS][VECTORS * kLanes] = or += a[ROWS][depth] * b[depth][VECTORS * kLanes]
 template <int ROWS, int VECTORS>
-FP_INLINE void multiply_tile(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth) {
+FP_INLINE void multiply_tile(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth,
+                             bool adds = true) {
     vfloat sum[ROWS][VECTORS] = {};  // not c: short chains of additions keep the error small
     for (int64_t k = 0; k < depth; ++k) {
         vfloat right[VECTORS];
@@ -39,7 +40,7 @@ FP_INLINE void multiply_tile(Matrix a, const float* b, int64_t b_row, float* c, 
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
             float* to = c + i * c_row + v * kLanes;
-            store(to, load(to) + sum[i][v]);
+            store(to, adds ? load(to) + sum[i][v] : sum[i][v]);
         }
     }
 }

@@ -20,6 +20,8 @@ namespace {
 
 constexpr int64_t kLanes = FP_LANES;
 
+FP_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 using vfloat = float __attribute__((vector_size(FP_LANES * 4)));
 using vuint = uint32_t __attribute__((vector_size(FP_LANES * 4)));
 using vushort = uint16_t __attribute__((vector_size(FP_LANES * 2)));
@@ -258,6 +260,27 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 
 // All lanes equal. Subtracting zero changes no value, so the compiler leaves it out; adding would turn -0 into 0.
 FP_INLINE vfloat splat(float value) { return value - vfloat{}; }
+
+// Rows become columns, by as many perfect shuffles as it takes to halve them down to one.
+FP_INLINE void transpose(vfloat (&rows)[kLanes]) {
+#if FP_LANES > 1
+    vuint low{}, high{};  // known to the compiler
+    for (int64_t i = 0; i < kLanes; ++i) {
+        low[i] = static_cast<uint32_t>(i / 2 + i % 2 * kLanes);
+        high[i] = low[i] + kLanes / 2;
+    }
+    for (int64_t stage = 1; stage < kLanes; stage *= 2) {
+        vfloat mixed[kLanes];
+        for (int64_t i = 0; i < kLanes / 2; ++i) {
+            mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+            mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+        }
+        memcpy(rows, mixed, sizeof(mixed));
+    }
+#else
+    static_cast<void>(rows);
+#endif
+}
 
 // Neighbouring halves are joined until one lane is left.
 FP_INLINE float sum_lanes(vfloat value) {

@@ -20,8 +20,6 @@ constexpr int64_t kScoreRow = kKeys + 16;
 constexpr int64_t kFewQueries = 4;  // up to so many, transposing the keys would cost more than it brings
 constexpr int64_t kNoMemory = -1, kBadDType = -2;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 void load_row(const void* from, int64_t offset, int64_t dtype, float* to, int64_t count) {
     with_type(dtype, [&](auto type) {
         const auto* row = static_cast<const decltype(type)*>(from) + offset;

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastprompt.modules._frozen import linear, ops
+from fastprompt.modules._frozen import linear, ops, products
 
 if TYPE_CHECKING:
     from fastprompt.modules._attend import Attend, Options
@@ -147,7 +147,7 @@ def backward(
         dq = _release(a, torch.bmm(after, a.states), a.wk)
         if a.prompt_k is not None:
             dq += _of_prompt(a, before, a.prompt_k)
-        dn = dq @ a.wq
+        dn = products((dq, a.wq))
     if needs_states or needs_v:
         dropped_before, dropped_after = _dropped(a, weights, dout.dtype)
     if needs_states:

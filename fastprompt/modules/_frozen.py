@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.ops._checks import FLOATS
+from fastprompt.ops.frozen_linear import frozen_linear_backward_reference
 
 ops = torch.ops.fastprompt
-linear = nn.functional.linear
 
 
 def obstacle(children: Mapping[str, Any]) -> str | None:
@@ -64,13 +64,16 @@ def dropped(dy: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return ops.dropout_add(dy, None, seed, p) if p > 0.0 else dy
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T. On a GPU it is torch's, which the op would call too, and on its way keep the host busy."""
+    return nn.functional.linear(x, weight) if x.is_cuda else ops.frozen_linear(x, weight)
+
+
 def products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum of grad @ weight over the pairs, accumulated in the products: [..., K], [K, D] -> [..., D]."""
-    (first, weight), *others = pairs
-    total = first @ weight
-    rows = total.view(-1, total.shape[-1])
-    for grad, weight in others:
-        rows.addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+    """The sum of grad @ weight over the pairs, accumulated in the products: [..., N], [N, K] -> [..., K]."""
+    grads, weights = zip(*pairs, strict=True)
+    of = frozen_linear_backward_reference if grads[0].is_cuda else ops.frozen_linear_backward
+    total: Tensor = of(list(grads), list(weights))
     return total
 
 

@@ -30,7 +30,7 @@ from fastprompt import hf_attention
 from fastprompt.modules import _absorbed, _direct
 from fastprompt.modules._attend import Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table
-from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obstacle, rate, ready
+from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obstacle, products, rate, ready
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
 from fastprompt.ops._dropout import new_seed
@@ -75,7 +75,7 @@ class FrozenAttention(torch.autograd.Function):
         else:
             out, kept, _ = a.slot.pop() if a.slot else a.run(x)
         needs = ctx.needs_input_grad[:4]
-        dout = dropped(dy, a.outer_seed, o.outer_p) @ a.wo
+        dout = products((dropped(dy, a.outer_seed, o.outer_p), a.wo))
         dn, *others = a.kernel.backward(a, dout, out, kept, needs)
         dx = None
         if dn is not None and o.rows is None:

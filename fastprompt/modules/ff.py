@@ -75,7 +75,7 @@ class FrozenFF(torch.autograd.Function):
         o = ctx.options
         x, (w, wo, inner_seed, outer_seed, rstd, *rest) = restore(ctx)
         wi, kept = tuple(rest[: ctx.matrices]), rest[ctx.matrices :]
-        dg = dropped(dy, outer_seed, o.outer_p) @ wo
+        dg = products((dropped(dy, outer_seed, o.outer_p), wo))
         if o.act == "relu":
             grads = [ops.relu_dropout_backward(dg, kept[0], o.inner_p)]
         else:

@@ -4,6 +4,7 @@
 from fastprompt.ops._device_errors import raise_device_errors
 from fastprompt.ops._t5_bias import t5_bias_table
 from fastprompt.ops.dropout_add import dropout_add
+from fastprompt.ops.frozen_linear import frozen_linear
 from fastprompt.ops.gated_act import gated_act
 from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 from fastprompt.ops.prompt_embed import prompt_embed
@@ -13,6 +14,7 @@ from fastprompt.ops.t5_attention import t5_attention
 
 __all__ = [
     "dropout_add",
+    "frozen_linear",
     "gated_act",
     "linear_cross_entropy",
     "prompt_embed",

@@ -85,6 +85,14 @@ def relu_samples():
         yield "relu_dropout_backward", (torch.randn(a.shape), bits, 0.5)
 
 
+def linear_samples():
+    for x, weight in ((leaf(2, 16, 40), torch.randn(33, 40)), (transposed(3, 6), torch.randn(6, 4).t())):
+        yield "frozen_linear", (x, weight)
+        dy = torch.randn(*x.shape[:-1], len(weight))
+        yield "frozen_linear_backward", ([dy, dy], [weight, weight])
+    yield "frozen_linear", (leaf(0, 4).bfloat16(), torch.randn(3, 4).bfloat16())
+
+
 def dropout_samples():
     for x, residual in ((leaf(2, 3, 8), leaf(2, 3, 8)), (transposed(6, 8), None)):
         yield "dropout_add", (x, residual, SEED, 0.5)
@@ -106,6 +114,7 @@ SAMPLES = {
     "rms_norm": norm_samples,
     "prompt_embed": embed_samples,
     "t5_attention": attention_samples,
+    "frozen_linear": linear_samples,
     "gated_act": gated_samples,
     "relu_dropout": relu_samples,
     "dropout_add": dropout_samples,

@@ -142,3 +142,19 @@ def test_t5_attention_prompt_sum(kernels, device, dtype):
     total = torch.empty(3, 37, device=device, dtype=dtype)
     numbers = [4, 3, 37, DTYPE_CODES[dtype], 0]
     assert_alignment_is_invisible(kernels.t5_attention_prompt_sum, [share, ids], [total], numbers)
+
+
+@pytest.mark.parametrize("columns_are_dense", [False, True])
+def test_frozen_linear(kernels, device, columns_are_dense):
+    """Edges in every direction: 13 rows are two tiles and one row, 70 columns a tile and 6, 300 a chain or more."""
+    if not hasattr(kernels, "frozen_linear"):
+        return  # there is no CUDA kernel
+    M, columns, depth = 13, 70, 300
+    x, weight, y = (
+        torch.randn(shape, device=device) for shape in ((M, depth), (columns, depth), (M, columns))
+    )
+    strides = (1, columns) if columns_are_dense else (depth, 1)
+    assert_alignment_is_invisible(kernels.frozen_linear, [x, weight], [y], [M, columns, depth, *strides, 0])
+    strides = (1, depth) if columns_are_dense else (columns, 1)
+    numbers = [M, depth, columns, *strides, 0, 0]
+    assert_alignment_is_invisible(kernels.frozen_linear_backward, [x, weight], [y], numbers)

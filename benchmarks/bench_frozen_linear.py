@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""frozen_linear beside PyTorch's products: those of one encoder layer, forward and backward to the input."""
+
+from functools import partial
+
+import torch
+from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
+from torch import Tensor, nn
+
+from fastprompt.ops import frozen_linear
+
+HF, STEP = "torch linear", "forward + backward"
+GOAL = {"M": 1824, "N": 512, "K": 512}  # B = 8, L = 228 of v1.1-small
+OTHERS = [
+    {"M": 1824, "N": 1024, "K": 512},
+    {"M": 912, "N": 768, "K": 768},
+    {"M": 2048, "N": 2048, "K": 768},
+    {"M": 2048, "N": 768, "K": 2048},
+    {"M": 64, "N": 512, "K": 512},
+]
+QUICK = {"M": 40, "N": 48, "K": 64}
+
+
+def specs(options: Options) -> list[Spec]:
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    shapes = [QUICK] if options.quick else [GOAL, *OTHERS]
+    return [Spec(STEP, dtype, tuple(sizes.items()), number == 0) for number, sizes in enumerate(shapes)]
+
+
+def contenders(spec: Spec, options: Options) -> list[str]:
+    return [OURS, HF]
+
+
+def build(spec: Spec, options: Options) -> Case:
+    M, N, K = (size for _, size in spec.sizes)
+    make = partial(torch.randn, dtype=spec.dtype, device=options.device)
+    x, weight, grad = make(M, K, requires_grad=True), make(N, K), make(M, N)
+    functions = {OURS: frozen_linear, HF: nn.functional.linear}
+    calls = {
+        name: Contender(step(partial(of, weight=weight), x, grad), None, 0) for name, of in functions.items()
+    }
+    calls = ours("frozen_linear", calls[OURS].call, options.device, 0) | {HF: calls[HF]}
+    wide, dy = weight.double(), grad.double()
+    truth = (x.detach().double() @ wide.t(), dy @ wide)
+    check = partial(check_results, "frozen_linear", calls, HF, truth)
+    bytes_moved = 2 * (x.nbytes + weight.nbytes + grad.nbytes)
+    return Case("frozen_linear", spec, calls, bytes_moved, check, {})
+
+
+def step(forward: Call, x: Tensor, grad: Tensor) -> Call:
+    """-> y, dx"""
+
+    def run() -> tuple[Tensor, ...]:
+        y = forward(x)
+        return y, *torch.autograd.grad(y, x, grad)
+
+    return run
+
+
+def test_alone(time_alone):
+    time_alone()
+
+
+def test_together(time_together):
+    time_together()
+
+
+if __name__ == "__main__":
+    main(specs, build)

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// frozen_linear on the CPU: products of many rows with a weight, packed by tiles. Formulas:
+// fastprompt/ops/frozen_linear.py.
+//
+// A panel of the weight, kDepth x kColumns, is copied so that a tile reads it in one line, and stays in the caches
+// while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
+#include <omp.h>
+#include <stdlib.h>
+
+#include "common/kernel.h"
+#include "cpu/gemm.h"
+
+namespace {
+
+constexpr int64_t kNoMemory = -1;
+
+// So many products are added up in registers before they join the others: short chains keep the error small. Scalar
+// code rounds each product.
+constexpr int64_t kChain = FP_LANES > 1 ? 128 : 16;
+constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kChain
+constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
+constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
+
+static_assert(kPanelDepth % kChain == 0 && kPanelColumns % kTileColumns == 0 && kBlockRows % kTileRows == 0, "whole");
+
+// Below so many products a second thread costs more than it brings.
+constexpr int64_t kParallelProducts = 1 << 20;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
+
+// y[M][N] = or += x[M][K] b[K][N], rows of x and y dense; of b one of the two dimensions is.
+struct Product {
+    const float* x;
+    Matrix b;
+    float* y;
+    int64_t M, K, N;
+    bool adds;
+};
+
+// Columns [n, n + kLanes) of a b whose columns are dense, rows [k, k + depth), to a tile.
+void pack_columns(const Product& p, int64_t k, int64_t depth, int64_t n, float* to) {
+    const float* from = p.b.data + n * p.b.column + k;
+    const int64_t count = least(p.N - n, kLanes);
+    int64_t d = 0;
+    for (; count == kLanes && d + kLanes <= depth; d += kLanes) {
+        vfloat lines[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) lines[i] = load(from + i * p.b.column + d);
+        transpose(lines);
+        for (int64_t i = 0; i < kLanes; ++i) store(to + (d + i) * kTileColumns, lines[i]);
+    }
+    for (; d < depth; ++d) {
+        for (int64_t i = 0; i < kLanes; ++i) to[d * kTileColumns + i] = i < count ? from[i * p.b.column + d] : 0.0f;
+    }
+}
+
+// Columns [n, n + kTileColumns) of b, zeros past the last, rows [k, k + depth).
+void pack_tile(const Product& p, int64_t k, int64_t depth, int64_t n, float* to) {
+    if (p.b.column != 1) {
+        for (int64_t i = 0; i < kTileColumns; i += kLanes) pack_columns(p, k, depth, n + i, to + i);
+        return;
+    }
+    const int64_t count = least(p.N - n, kTileColumns);
+    for (int64_t d = 0; d < depth; ++d) {
+        copy(to + d * kTileColumns, p.b.data + (k + d) * p.b.row + n, count);
+        for (int64_t i = count; i < kTileColumns; ++i) to[d * kTileColumns + i] = 0.0f;
+    }
+}
+
+// A tile of y, ROWS x kTileColumns, of which `columns` exist: its products over the depth of a panel.
+template <int ROWS>
+void tile(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t columns, int64_t depth,
+          bool adds) {
+    float edge[ROWS * kTileColumns];
+    const bool whole = columns == kTileColumns;
+    float* to = whole ? y : edge;
+    const int64_t to_row = whole ? y_row : kTileColumns;
+    for (int64_t i = 0; i < ROWS; ++i) {
+        // y has left the caches since the last panel: ask for it while the first chain is computed.
+        for (int64_t v = 0; whole && v < kTileVectors; ++v) fetch(y + i * y_row + v * kLanes);
+        if (!whole && adds) copy(edge + i * to_row, y + i * y_row, columns);
+    }
+    for (int64_t k = 0; k < depth; k += kChain, adds = true) {
+        multiply_tile<ROWS, kTileVectors>({x + k, x_row, 1}, b + k * kTileColumns, kTileColumns, to, to_row,
+                                          least(depth - k, kChain), adds);
+    }
+    for (int64_t i = 0; !whole && i < ROWS; ++i) copy(y + i * y_row, edge + i * to_row, columns);
+}
+
+// Rows [first, first + rows) of y, columns [n, n + kTileColumns): their products with a packed tile.
+void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t depth, const float* packed, int64_t n) {
+    const int64_t columns = least(p.N - n, kTileColumns);
+    const bool adds = p.adds || k > 0;
+    const auto some = [&](auto count, int64_t i) {
+        const int64_t m = first + i;
+        tile<decltype(count)::value>(p.x + m * p.K + k, p.K, packed, p.y + m * p.N + n, p.N, columns, depth, adds);
+    };
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows) some(std::integral_constant<int, kTileRows>{}, i);
+    switch (rows - i) {
+        case 5: return some(std::integral_constant<int, 5>{}, i);
+        case 4: return some(std::integral_constant<int, 4>{}, i);
+        case 3: return some(std::integral_constant<int, 3>{}, i);
+        case 2: return some(std::integral_constant<int, 2>{}, i);
+        case 1: return some(std::integral_constant<int, 1>{}, i);
+        default: return;
+    }
+}
+
+int64_t tiles_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
+
+// Into how many groups of tiles a panel is cut: few blocks of rows alone would leave threads without work.
+int64_t groups_of(int64_t tiles, int64_t blocks) {
+    const int64_t jobs = 4 * static_cast<int64_t>(omp_get_num_threads());
+    return least(tiles, blocks < jobs ? (jobs + blocks - 1) / blocks : 1);
+}
+
+int64_t multiply_rows(const Product& p) {
+    const int64_t floats = least(p.K, kPanelDepth) * least(tiles_of(p.N) * kTileColumns, kPanelColumns);
+    auto* packed = static_cast<float*>(aligned_alloc(kLine, static_cast<size_t>(round_up(floats * 4, kLine))));
+    if (packed == nullptr) return kNoMemory;
+    const int64_t blocks = (p.M + kBlockRows - 1) / kBlockRows;
+#pragma omp parallel if (p.M * p.N * p.K >= kParallelProducts)
+    for (int64_t n = 0; n < p.N; n += kPanelColumns) {
+        const int64_t tiles = tiles_of(least(p.N - n, kPanelColumns));
+        const int64_t groups = groups_of(tiles, blocks);
+        for (int64_t k = 0; k < p.K; k += kPanelDepth) {
+            const int64_t depth = least(p.K - k, kPanelDepth), size = depth * kTileColumns;
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tiles; ++t) pack_tile(p, k, depth, n + t * kTileColumns, packed + t * size);
+#pragma omp for schedule(dynamic)
+            for (int64_t job = 0; job < blocks * groups; ++job) {
+                const int64_t first = job / groups * kBlockRows, rows = least(p.M - first, kBlockRows);
+                const int64_t group = job % groups, end = (group + 1) * tiles / groups;
+                for (int64_t t = group * tiles / groups; t < end; ++t) {
+                    block(p, first, rows, k, depth, packed + t * size, n + t * kTileColumns);
+                }
+            }
+        }
+    }
+    free(packed);
+    return 0;
+}
+
+// w[n * w_row + k * w_column] is the weight's element (n, k).
+int64_t frozen_linear(const float* x, const float* w, float* y, int64_t M, int64_t N, int64_t K, int64_t w_row,
+                      int64_t w_column, void* /*stream*/) {
+    return multiply_rows({x, {w, w_column, w_row}, y, M, K, N, false});
+}
+
+int64_t frozen_linear_backward(const float* dy, const float* w, float* dx, int64_t M, int64_t N, int64_t K,
+                               int64_t w_row, int64_t w_column, int64_t adds, void* /*stream*/) {
+    return multiply_rows({dy, {w, w_row, w_column}, dx, M, N, K, adds != 0});
+}
+
+FP_KERNEL(frozen_linear);
+FP_KERNEL(frozen_linear_backward);
+
+}  // namespace

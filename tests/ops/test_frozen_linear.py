@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""frozen_linear: as exact as PyTorch's own product, and the same bits whatever surrounds a row."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastprompt
+from fastprompt.ops import frozen_linear
+from fastprompt.ops.frozen_linear import FEW_COLUMNS, FEW_ROWS
+from fastprompt.testing import saved_bytes
+
+OP = "frozen_linear"
+KERNEL = torch.float32
+SHAPES = [  # M, N, K: whole tiles, edges of every kind, one slice of the depth and several, one panel and two
+    (16, 32, 32),
+    (17, 35, 33),
+    (96, 64, 128),
+    (103, 70, 129),
+    (21, 130, 32),
+    pytest.param((193, 384, 512), marks=pytest.mark.big),
+    pytest.param((100, 1100, 800), marks=pytest.mark.big),
+]
+
+
+def draw(M, N, K, number=0, dtype=KERNEL):
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in ((M, K), (N, K), (M, N))]
+
+
+def strided(weight, layout):
+    """The same weight, rows dense, columns dense, or a part of a larger one."""
+    if layout == "columns":
+        return weight.t().contiguous().t()
+    if layout == "part":
+        return torch.nn.functional.pad(weight, (3, 2))[:, 3:-2]
+    return weight
+
+
+def check(M, N, K, layout="rows", number=0):
+    x, weight, dy = draw(M, N, K, number)
+    placed = strided(weight, layout)
+    leaf = x.clone().requires_grad_()
+    y = frozen_linear(leaf, placed)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    assert_as_exact(y.detach(), x, weight.t())
+    assert_as_exact(dx, dy, weight)
+
+
+def assert_as_exact(ours, x, b):
+    """Within the bound that rounding sets to any order of summation, and on the whole as close as x @ b.
+
+    The bound is Higham's, K units of roundoff times |x| |b|: a term too many or too few exceeds it. Of two long sums,
+    whose errors have long tails, only the root mean square tells which order is better.
+    """
+    a, c = x.double(), b.double()
+    truth, scale, eps = a @ c, (a.square() @ c.square()).sqrt(), torch.finfo(x.dtype).eps
+    error, stock_error = ((y.double() - truth) for y in (ours, x @ b))
+    assert ours.shape == truth.shape
+    assert bool((error.abs() <= x.shape[1] * eps / 2 * (a.abs() @ c.abs())).all())
+    rms, stock = ((each / scale).square().mean().sqrt() for each in (error, stock_error))
+    assert rms <= 1.1 * stock + 0.5 * eps, f"{rms / eps:.3g} eps, stock {stock / eps:.3g}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "part"])
+def test_value_and_gradient(backend, shape, layout):
+    check(*shape, layout)
+
+
+def test_any_shape(backend, examples):
+    @settings(max_examples=examples)
+    @given(
+        st.integers(FEW_ROWS, 130),
+        st.integers(FEW_COLUMNS, 150),
+        st.integers(FEW_COLUMNS, 300),
+        st.sampled_from(("rows", "columns", "part")),
+        st.integers(0, 999),
+    )
+    def any_case(M, N, K, layout, number):
+        check(M, N, K, layout, number)
+
+    any_case()
+
+
+@pytest.mark.parametrize("sizes", [(48, 48), (48, 70, 33)], ids=str)
+def test_gradients_of_several_layers_add_up(backend, sizes):
+    drawn = [draw(100, N, 90, number) for number, N in enumerate(sizes)]
+    weights, grads = [each[1] for each in drawn], [each[2] for each in drawn]
+    dx = torch.ops.fastprompt.frozen_linear_backward(grads, weights)
+    assert_as_exact(dx, torch.cat(grads, 1), torch.cat(weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes_are_torchs(dtype):
+    x, weight, _ = draw(20, 12, 10, dtype=dtype)
+    assert torch.equal(frozen_linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.fixture
+def native_backend(backend):
+    if backend == "reference":
+        frozen_linear(*draw(1, 1, 1)[:2])  # so that it has run
+        pytest.skip("a promise of the kernels, not of PyTorch's library")
+    return backend
+
+
+@pytest.mark.parametrize(("N", "K"), [(70, 300), (1100, 800)])
+def test_a_row_is_the_same_alone_and_among_others(native_backend, N, K):
+    x, weight, _ = draw(230, N, K)
+    whole = frozen_linear(x, weight)
+    for first, count in ((0, FEW_ROWS), (7, 23), (95, 98), (100, 130)):
+        assert torch.equal(frozen_linear(x[first : first + count], weight), whole[first : first + count])
+
+
+def test_threads_change_no_bit(native_backend, one_thread):
+    x, weight, dy = draw(200, 130, 300)
+    alone = frozen_linear(x, weight), torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
+    torch.set_num_threads(3)
+    together = frozen_linear(x, weight), torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
+    assert all(map(torch.equal, alone, together))
+
+
+def test_vectors_of_any_width_give_the_same_bits():
+    """A lane is a column, its chain of fused products the same one. (Scalar code rounds every product.)"""
+    x, weight, _ = draw(50, 40, 300)
+    results = []
+    for backend in {"cpu:avx2", "cpu:avx512"} & set(fastprompt.backends(OP)):
+        with fastprompt.use_backend(OP, backend):
+            results.append(frozen_linear(x, weight))
+    assert all(torch.equal(each, results[0]) for each in results)
+
+
+def test_infinities_and_nan_stay_in_their_rows(backend):
+    x, weight, _ = draw(20, 70, 140)
+    x[3, 2], x[5, 139], x[19, 0] = float("inf"), float("nan"), float("-inf")
+    y, stock = frozen_linear(x, weight), x @ weight.t()
+    assert torch.equal(y.isnan(), stock.isnan())
+    assert torch.equal(y.isinf(), stock.isinf())
+    assert torch.equal(y[3].sign(), stock[3].sign())
+
+
+def test_layout_of_the_input_changes_no_bit(backend):
+    x, weight, dy = draw(40, 50, 60)
+    y = frozen_linear(x, weight)
+    assert torch.equal(frozen_linear(x.t().contiguous().t(), weight), y)
+    assert torch.equal(frozen_linear(x.view(2, 20, 60), weight).view(40, 50), y)
+    dx = torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
+    assert torch.equal(torch.ops.fastprompt.frozen_linear_backward([dy.t().contiguous().t()], [weight]), dx)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (20, 0), (1, 5), (15, 5), (5,)], ids=str)
+@pytest.mark.parametrize("N", [7, 40])
+def test_few_or_no_rows_or_columns(shape, N):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(N, shape[-1])
+    y, stock = frozen_linear(x, weight), torch.nn.functional.linear(x, weight)
+    assert torch.equal(y, stock)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, torch.autograd.grad(stock.sum(), x)[0])
+
+
+def test_saves_nothing_but_the_weight(backend):
+    x, weight, _ = draw(20, 40, 50)
+    with saved_bytes(exclude=[weight]) as saved:
+        frozen_linear(x.requires_grad_(), weight)
+    assert saved.bytes == 0
+
+
+def test_float64_gradient():
+    x, weight, _ = draw(3, 4, 5, dtype=torch.float64)
+    torch.autograd.gradcheck(lambda x: frozen_linear(x, weight), x.requires_grad_())
+
+
+def test_fullgraph_compile():
+    x, weight, dy = draw(20, 40, 50)
+    y = torch.compile(frozen_linear, fullgraph=True, backend="aot_eager")(x.requires_grad_(), weight)
+    assert torch.equal(
+        torch.autograd.grad(y, x, dy)[0], torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
+    )
+
+
+def case(error, message, **changes):
+    return pytest.param(error, message, changes, id=message[:40])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        case(TypeError, "x must be a torch.Tensor, got list", x=[1.0]),
+        case(TypeError, "x must have dtype .*, got int64", x=torch.ones(2, 4, dtype=torch.int64)),
+        case(TypeError, "weight must have dtype float32, got bfloat16", weight=torch.ones(3, 4).bfloat16()),
+        case(ValueError, r"x must have shape \[..., K\], got a scalar", x=torch.ones(())),
+        case(ValueError, r"weight must have shape \[N, K\]=\[N, 4\], got \[3, 5\]", weight=torch.ones(3, 5)),
+        case(ValueError, r"weight must have shape \[N, K\]=\[N, 4\], got \[4\]", weight=torch.ones(4)),
+        case(ValueError, "weight must be on cpu like x, got meta", weight=torch.ones(3, 4, device="meta")),
+        case(ValueError, "weight must be frozen, got requires_grad=True", weight=torch.ones(3, 4, requires_grad=True)),
+    ],
+)  # fmt: skip
+def test_refused_by_name(error, message, changes):
+    arguments = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4)} | changes
+    with pytest.raises(error, match=f"^fastprompt::frozen_linear: {message}"):
+        frozen_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("message", "dy", "weight"),
+    [
+        ("dy and weight must be as many, one or more, got 0 and 0", [], []),
+        ("dy and weight must be as many, one or more, got 1 and 2", [(2, 3)], [(3, 4), (3, 4)]),
+        (r"weight must have shape \[N, K\]=\[3, K\], got \[4, 4\]", [(2, 3)], [(4, 4)]),
+        ("all dy must have equal rows, all weights equal K, got", [(2, 3), (5, 3)], [(3, 4), (3, 4)]),
+        ("all dy must have equal rows, all weights equal K, got", [(2, 3), (2, 3)], [(3, 4), (3, 5)]),
+    ],
+)
+def test_the_backward_refuses(message, dy, weight):
+    with pytest.raises(ValueError, match=f"^fastprompt::frozen_linear_backward: {message}"):
+        torch.ops.fastprompt.frozen_linear_backward(list(map(torch.ones, dy)), list(map(torch.ones, weight)))
