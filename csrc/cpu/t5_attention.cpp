@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kQueries = 48;  // of a block; a multiple of kTileRows
+constexpr int64_t kQueries = 72;  // of a block; a multiple of kTileRows
 constexpr int64_t kKeys = 256;    // of a chunk
 constexpr int64_t kPanel = 64;    // keys side by side in a transposed panel
 constexpr int64_t kScoreRow = kKeys + 16;
@@ -199,8 +199,11 @@ struct Work {
                     clear(rows + lane * a.K, a.K);
                 }
             }
-            for (int64_t d = 0; d < a.K; ++d) {
-                for (int64_t lane = 0; lane < kLanes; ++lane) panel[d * kPanel + lane] = rows[lane * a.K + d];
+            for (int64_t d = 0; d < a.K; d += kLanes) {
+                vfloat lines[kLanes];
+                for (int64_t lane = 0; lane < kLanes; ++lane) lines[lane] = load(rows + lane * a.K + d);
+                transpose(lines);
+                for (int64_t i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel, lines[i]);
             }
         }
     }
@@ -225,9 +228,8 @@ struct Work {
     // to[count][kScoreRow] = rows[count][K] times the panels of keys [chunk, chunk + width).
     void product(const float* rows, int64_t count, const float* panels, int64_t chunk, int64_t width, float* to) const {
         for (int64_t n = 0; n < width; n += kPanel) {
-            float* columns = to + n;
-            for (int64_t i = 0; i < count; ++i) clear(columns + i * kScoreRow, kPanel);
-            multiply({rows, a.K, 1}, count, panels + (chunk + n) * a.K, kPanel, kPanel, columns, kScoreRow, a.K);
+            const int64_t left = round_up(width - n, kLanes), columns = left < kPanel ? left : kPanel;
+            multiply({rows, a.K, 1}, count, panels + (chunk + n) * a.K, kPanel, columns, to + n, kScoreRow, a.K, false);
         }
     }
 
