@@ -143,15 +143,27 @@ int64_t multiply_rows(const Product& p) {
     return 0;
 }
 
-// w[n * w_row + k * w_column] is the weight's element (n, k).
-int64_t frozen_linear(const float* x, const float* w, float* y, int64_t M, int64_t N, int64_t K, int64_t w_row,
-                      int64_t w_column, void* /*stream*/) {
-    return multiply_rows({x, {w, w_column, w_row}, y, M, K, N, false});
+// The same for each of B examples, whose b lie b_step apart.
+int64_t multiply_each(int64_t B, Product p, int64_t b_step) {
+    int64_t status = 0;
+    for (int64_t i = 0; i < B && status == 0; ++i) {
+        status = multiply_rows(p);
+        p.x += p.M * p.K;
+        p.b.data += b_step;
+        p.y += p.M * p.N;
+    }
+    return status;
 }
 
-int64_t frozen_linear_backward(const float* dy, const float* w, float* dx, int64_t M, int64_t N, int64_t K,
-                               int64_t w_row, int64_t w_column, int64_t adds, void* /*stream*/) {
-    return multiply_rows({dy, {w, w_row, w_column}, dx, M, N, K, adds != 0});
+// w[b * w_example + n * w_row + k * w_column] is element (n, k) of example b's weight.
+int64_t frozen_linear(const float* x, const float* w, float* y, int64_t B, int64_t M, int64_t N, int64_t K,
+                      int64_t w_example, int64_t w_row, int64_t w_column, void* /*stream*/) {
+    return multiply_each(B, {x, {w, w_column, w_row}, y, M, K, N, false}, w_example);
+}
+
+int64_t frozen_linear_backward(const float* dy, const float* w, float* dx, int64_t B, int64_t M, int64_t N, int64_t K,
+                               int64_t w_example, int64_t w_row, int64_t w_column, int64_t adds, void* /*stream*/) {
+    return multiply_each(B, {dy, {w, w_row, w_column}, dx, M, N, K, adds != 0}, w_example);
 }
 
 FP_KERNEL(frozen_linear);

@@ -56,24 +56,24 @@ def _of_example(a: "Attend", x: Tensor) -> Tensor:
 
 def _absorb(a: "Attend", x: Tensor, weight: Tensor) -> Tensor:
     """x [B, T, I] times weight [I, D], head by head: [B, H T, D]."""
-    product = torch.bmm(_by_head(a, x), weight.view(a.options.heads, -1, weight.shape[-1]))
+    product = products((_by_head(a, x), weight.view(a.options.heads, -1, weight.shape[-1])))
     return _by_example(product, x.shape[0])
 
 
 def _release(a: "Attend", x: Tensor, weight: Tensor) -> Tensor:
     """The transpose of ``_absorb``: x [B, H T, D] times weight^T, head by head: [B, T, I]."""
-    product = torch.bmm(_of_example(a, x), weight.view(a.options.heads, -1, weight.shape[-1]).transpose(1, 2))
+    product = linear(_of_example(a, x), weight.view(a.options.heads, -1, weight.shape[-1]))
     return _by_row(product, x.shape[0])
 
 
 def _against_prompt(a: "Attend", x: Tensor, prompt: Tensor) -> Tensor:
     """x [B, T, I] times prompt^T [1, P, H, K], head by head: [B, H T, P]."""
-    return _by_example(torch.bmm(_by_head(a, x), prompt[0].permute(1, 2, 0)), x.shape[0])
+    return _by_example(linear(_by_head(a, x), prompt[0].transpose(0, 1)), x.shape[0])
 
 
 def _of_prompt(a: "Attend", weights: Tensor, prompt: Tensor) -> Tensor:
     """weights [B, H T, P] times prompt [1, P, H, K], head by head: [B, T, I]."""
-    return _by_row(torch.bmm(_of_example(a, weights), prompt[0].transpose(0, 1)), weights.shape[0])
+    return _by_row(products((_of_example(a, weights), prompt[0].transpose(0, 1))), weights.shape[0])
 
 
 def _to_prompt(a: "Attend", weights: Tensor, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _attend(a: "Attend", n: Tensor) -> Kept:
     assert a.states is not None
     q = linear(n, a.wq)
     absorbed = _absorb(a, q, a.wk)
-    scores = torch.bmm(absorbed, a.states.transpose(1, 2))
+    scores = linear(absorbed, a.states)
     wide = scores if scores.dtype == torch.float64 else scores.float()
     if a.key_mask is not None:
         wide = wide.masked_fill(~a.key_mask[:, None, :], torch.finfo(wide.dtype).min)
@@ -111,7 +111,7 @@ def forward(a: "Attend", n: Tensor) -> tuple[Tensor, Kept]:
     assert a.states is not None
     kept = _attend(a, n)
     before, weights = _dropped(a, kept[1], n.dtype)
-    out = _release(a, torch.bmm(weights, a.states), a.wv)
+    out = _release(a, products((weights, a.states)), a.wv)
     if a.prompt_v is not None:
         out += _of_prompt(a, before, a.prompt_v)
     return out, kept
@@ -136,7 +136,7 @@ def backward(
     P = _prompt_length(a)
     needs_n, needs_states, needs_k, needs_v = needs
     dcontext = _absorb(a, dout, a.wv)
-    dweights = torch.bmm(dcontext, a.states.transpose(1, 2))
+    dweights = linear(dcontext, a.states)
     if a.prompt_v is not None:
         dweights = torch.cat((_against_prompt(a, dout, a.prompt_v), dweights), -1)
     dweights = torch.cat(_dropped(a, dweights.to(weights.dtype), weights.dtype), -1)
@@ -144,15 +144,14 @@ def backward(
     before, after = dscores[..., :P], dscores[..., P:]
     dn = dstates = dk = dv = None
     if needs_n:
-        dq = _release(a, torch.bmm(after, a.states), a.wk)
+        dq = _release(a, products((after, a.states)), a.wk)
         if a.prompt_k is not None:
             dq += _of_prompt(a, before, a.prompt_k)
         dn = products((dq, a.wq))
     if needs_states or needs_v:
         dropped_before, dropped_after = _dropped(a, weights, dout.dtype)
     if needs_states:
-        dstates = torch.bmm(dropped_after.transpose(1, 2), dcontext)
-        dstates.baddbmm_(after.transpose(1, 2), absorbed)
+        dstates = products((dropped_after.transpose(1, 2), dcontext), (after.transpose(1, 2), absorbed))
     if needs_k:
         dk = _to_prompt(a, before, q[0])
     if needs_v:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.ops._checks import FLOATS
-from fastprompt.ops.frozen_linear import frozen_linear_backward_reference
+from fastprompt.ops.frozen_linear import frozen_linear_backward_reference, frozen_linear_reference
 
 ops = torch.ops.fastprompt
 
@@ -65,15 +65,18 @@ def dropped(dy: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T. On a GPU it is torch's, which the op would call too, and on its way keep the host busy."""
-    return nn.functional.linear(x, weight) if x.is_cuda else ops.frozen_linear(x, weight)
+    """x weight^T. A GPU runs the op's reference in any case: without the dispatcher, which would keep the host busy."""
+    y: Tensor = (frozen_linear_reference if x.is_cuda else ops.frozen_linear)(x, weight)
+    return y
 
 
 def products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of grad @ weight over the pairs, accumulated in the products: [..., N], [N, K] -> [..., K]."""
-    grads, weights = zip(*pairs, strict=True)
-    of = frozen_linear_backward_reference if grads[0].is_cuda else ops.frozen_linear_backward
-    total: Tensor = of(list(grads), list(weights))
+    grads, weights = (list(each) for each in zip(*pairs, strict=True))
+    on_gpu = grads[0].is_cuda
+    total: Tensor = (frozen_linear_backward_reference if on_gpu else ops.frozen_linear_backward)(
+        grads, weights
+    )
     return total
 
 

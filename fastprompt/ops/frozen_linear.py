@@ -2,7 +2,7 @@
 """frozen_linear: y = x W^T for a weight that never trains, and the sum of such products' gradients.
 
     x   [..., K]
-    W   [N, K]     in x's dtype, frozen
+    W   [N, K]     in x's dtype, frozen; or a weight per example, [B, N, K] for x [B, M, K]
     y   [..., N]   in x's dtype
 
 Backward: dx = dy W. ``frozen_linear_backward`` takes several dy and W, for layers that share their input, and adds the
@@ -11,7 +11,7 @@ products up as it computes them. No weight gradient asks for x, so nothing is sa
 The CPU kernel is for fp32. It adds up chains of 128 products in registers, and those in order: a row's result is the
 same bits whatever other rows there are, and however many threads. It is the default where it is faster than PyTorch's
 library, which on x86 is MKL: on AMD's CPUs with AVX2 or AVX-512 (docs/decisions/0013). Results of fewer than 16 rows
-or 32 columns are PyTorch's in any case.
+(per example) or 32 columns are PyTorch's in any case.
 
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.
@@ -53,7 +53,7 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: [..., K] float32, bfloat16, float16 or float64.
-        weight: [N, K] in x's dtype, frozen.
+        weight: [N, K] in x's dtype, frozen; or [B, N, K] for x [B, M, K], one per example.
 
     Returns:
         y [..., N] in x's dtype.
@@ -61,21 +61,24 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
     """
-    _check("frozen_linear", "x", x, weight, 1)
+    _check("frozen_linear", "x", x, weight, -1)
     check_frozen("frozen_linear", "weight", weight)
     return torch.ops.fastprompt.frozen_linear(x, weight)
 
 
 def _check(name: str, x_name: str, x: Tensor, weight: Tensor, dim: int) -> None:
-    """The last dimension of x must be weight's ``dim``."""
+    """The last dimension of x must be weight's ``dim``, -2 or -1."""
     check_tensor(name, x_name, x, FLOATS)
+    width = "NK"[dim]
     if x.dim() < 1:
-        fail(name, f"{x_name} must have shape [..., {'NK'[dim]}], got a scalar")
+        fail(name, f"{x_name} must have shape [..., {width}], got a scalar")
     check_tensor(name, "weight", weight, (x.dtype,))
-    if weight.dim() != 2 or weight.shape[dim] != x.shape[-1]:
-        want = ["N", "K"]
-        want[dim] = str(x.shape[-1])
-        fail(name, f"weight must have shape [N, K]=[{', '.join(want)}], got {list(weight.shape)}")
+    if weight.dim() not in (2, 3) or weight.shape[dim] != x.shape[-1]:
+        want = "N, K".replace(width, str(x.shape[-1]))
+        fail(name, f"weight must have shape [N, K]=[{want}] or [B, {want}], got {list(weight.shape)}")
+    if weight.dim() == 3 and (x.dim() != 3 or x.shape[0] != weight.shape[0]):
+        got = f"{list(x.shape)} for a weight of {list(weight.shape)}"
+        fail(name, f"{x_name} must have shape [B, M, {width}], a weight per example, got {got}")
     check_same_device(name, "weight", weight, x_name, x)
 
 
@@ -84,29 +87,43 @@ def _check_backward(dy: list[Tensor], weight: list[Tensor]) -> None:
     if not dy or len(dy) != len(weight):
         fail(name, f"dy and weight must be as many, one or more, got {len(dy)} and {len(weight)}")
     for each, w in zip(dy, weight, strict=True):
-        _check(name, "dy", each, w, 0)
+        _check(name, "dy", each, w, -2)
         check_tensor(name, "dy", each, (dy[0].dtype,))
         check_same_device(name, "dy", each, "the first", dy[0])
-        if each.shape[:-1] != dy[0].shape[:-1] or w.shape[1] != weight[0].shape[1]:
+        if each.shape[:-1] != dy[0].shape[:-1] or w.shape[-1] != weight[0].shape[-1]:
             got = f"{list(each.shape)} and {list(w.shape)} beside {list(dy[0].shape)} and {list(weight[0].shape)}"
             fail(name, f"all dy must have equal rows, all weights equal K, got {got}")
 
 
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    _check("frozen_linear", "x", x, weight, 1)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    _check("frozen_linear", "x", x, weight, -1)
+    return x.new_empty((*x.shape[:-1], weight.shape[-2]))
 
 
 @op.define("frozen_linear(Tensor x, Tensor weight) -> Tensor", fake=_fake)
 def frozen_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    _check("frozen_linear", "x", x, weight, 1)
+    _check("frozen_linear", "x", x, weight, -1)
+    if weight.dim() == 3:
+        return torch.bmm(x, weight.transpose(1, 2))
     return torch.nn.functional.linear(x, weight).contiguous()
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """B examples of M rows each."""
+    B = weight.shape[0] if weight.dim() == 3 else 1
+    return B, x.numel() // (B * x.shape[-1])
 
 
 def _covered(x: Tensor, weight: Tensor, columns: int) -> bool:
     """Does the kernel run on these rows, and is one of the weight's dimensions dense?"""
-    large = weight.numel() > 0 and x.numel() // x.shape[-1] >= FEW_ROWS and columns >= FEW_COLUMNS
-    return large and x.dtype == torch.float32 and 1 in weight.stride()
+    if x.dtype != torch.float32 or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
+        return False
+    return _sizes(x, weight)[1] >= FEW_ROWS and columns >= FEW_COLUMNS
+
+
+def _place(weight: Tensor) -> tuple[int, ...]:
+    """Elements from an example, row, column to the next."""
+    return weight.stride() if weight.dim() == 3 else (0, *weight.stride())
 
 
 def _check_status(status: int) -> None:
@@ -116,21 +133,21 @@ def _check_status(status: int) -> None:
 
 @op.native
 def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -> Any:
-    _check("frozen_linear", "x", x, weight, 1)
-    N, K = weight.shape
+    _check("frozen_linear", "x", x, weight, -1)
+    N, K = weight.shape[-2:]
     if not _covered(x, weight, N):
         return NotImplemented
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], N))
     _check_status(kernels.frozen_linear(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // K, N, K, *weight.stride(), stream(x)
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), *_sizes(x, weight), N, K, *_place(weight), stream(x)
     ))  # fmt: skip
     return y
 
 
 def _fake_backward(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
     _check_backward(dy, weight)
-    return dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[1]))
+    return dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[-1]))
 
 
 @op.define("frozen_linear_backward(Tensor[] dy, Tensor[] weight) -> Tensor", fake=_fake_backward)
@@ -139,22 +156,24 @@ def frozen_linear_backward_reference(dy: list[Tensor], weight: list[Tensor]) -> 
     dx = (dy[0] @ weight[0]).contiguous()
     rows = dx[..., :1].numel()
     for each, w in zip(dy[1:], weight[1:], strict=True):
-        dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
+        if w.dim() == 3:
+            dx.baddbmm_(each, w)
+        else:
+            dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
     return dx
 
 
 @op.native
 def _native_frozen_linear_backward(kernels: SimpleNamespace, dy: list[Tensor], weight: list[Tensor]) -> Any:
     _check_backward(dy, weight)
-    if not all(_covered(each, w, w.shape[1]) for each, w in zip(dy, weight, strict=True)):
+    if not all(_covered(each, w, w.shape[-1]) for each, w in zip(dy, weight, strict=True)):
         return NotImplemented
-    dx = dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[1]))
+    dx = dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[-1]))
     for number, (each, w) in enumerate(zip(dy, weight, strict=True)):
-        N, K = w.shape
         rows = each.contiguous()
         _check_status(kernels.frozen_linear_backward(
-            rows.data_ptr(), w.data_ptr(), dx.data_ptr(), rows.numel() // N, N, K, *w.stride(), int(number > 0),
-            stream(dx),
+            rows.data_ptr(), w.data_ptr(), dx.data_ptr(), *_sizes(rows, w), *w.shape[-2:], *_place(w),
+            int(number > 0), stream(dx),
         ))  # fmt: skip
     return dx
 

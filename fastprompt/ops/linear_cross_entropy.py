@@ -20,8 +20,9 @@ Nothing here cancels when the label is almost certain, and the weights exp(l - t
 relative to the largest of them, so neither loss nor gradient vanishes in half precision. Statistics and sums are fp32.
 drows is kept unscaled because dloss * share * drows in float16 may need a loss scale that only dloss brings.
 
-The products are torch's. float16 is multiplied as float32 on a CPU, where PyTorch's own float16 products take 20 to
-100 times as long. torch.autocast changes nothing inside: for bfloat16 products cast hidden and weight.
+On a GPU the products are torch's, on a CPU those of frozen_linear. float16 is multiplied as float32 on a CPU, where
+PyTorch's own float16 products take 20 to 100 times as long. torch.autocast changes nothing inside: for bfloat16
+products cast hidden and weight.
 
 Source: Milakov & Gimelshein 2018 (online softmax); Wijmans et al. 2024 (Cut Your Losses) and Liger's
 fused_linear_cross_entropy, which chunk rows instead and so read W once per chunk; transformers ForCausalLMLoss.
@@ -245,15 +246,17 @@ def _in_chunks(
     slow_half = rows.dtype == torch.float16 and rows.device.type == "cpu"
     rows = rows.float() if slow_half else rows
     chunk = min(chunk or chunk_size(rows, V), V)
-    logits = rows.new_empty((N * chunk,))
+    logits = rows.new_empty((N * chunk if rows.is_cuda else 0,))
     top, total, picked = (
         rows.new_full((N,), value, dtype=torch.float32) for value in (-torch.inf, 0.0, torch.nan)
     )
     others = rows.new_zeros((N, D), dtype=torch.float32) if needs_grad else None
     for first in range(0, V if N else 0, chunk):
         w = weight[first : first + chunk].to(rows.dtype)
-        part = logits[: N * w.shape[0]].view(N, w.shape[0])
-        torch.mm(rows, w.t(), out=part)
+        if rows.is_cuda:
+            part = torch.mm(rows, w.t(), out=logits[: N * w.shape[0]].view(N, w.shape[0]))
+        else:
+            part = torch.ops.fastprompt.frozen_linear(rows, w)
         step(part, labels, top, total, picked, others, first)
         if others is not None:
             _add_product(others, part, w)
@@ -267,12 +270,12 @@ def _in_chunks(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total [N, D] fp32 += a [N, C] @ b [C, D]."""
-    if a.dtype == total.dtype:
+    if not a.is_cuda:
+        total.add_(torch.ops.fastprompt.frozen_linear_backward([a], [b]))
+    elif a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
     else:
-        total.add_(torch.mm(a, b))
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
 
 @op.native

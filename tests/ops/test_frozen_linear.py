@@ -32,9 +32,9 @@ def draw(M, N, K, number=0, dtype=KERNEL):
 def strided(weight, layout):
     """The same weight, rows dense, columns dense, or a part of a larger one."""
     if layout == "columns":
-        return weight.t().contiguous().t()
+        return weight.mT.contiguous().mT
     if layout == "part":
-        return torch.nn.functional.pad(weight, (3, 2))[:, 3:-2]
+        return torch.nn.functional.pad(weight, (3, 2))[..., 3:-2]
     return weight
 
 
@@ -90,6 +90,20 @@ def test_gradients_of_several_layers_add_up(backend, sizes):
     weights, grads = [each[1] for each in drawn], [each[2] for each in drawn]
     dx = torch.ops.fastprompt.frozen_linear_backward(grads, weights)
     assert_as_exact(dx, torch.cat(grads, 1), torch.cat(weights))
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "part"])
+def test_a_weight_per_example(backend, layout):
+    drawn = [draw(20, 50, 140, number) for number in range(3)]
+    x, weight, dy = (torch.stack([each[part] for each in drawn]) for part in range(3))
+    leaf, placed = x.clone().requires_grad_(), strided(weight, layout)
+    y = frozen_linear(leaf, placed)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    twice = torch.ops.fastprompt.frozen_linear_backward([dy, dy], [placed, placed])
+    for b in range(3):
+        assert_as_exact(y[b].detach(), x[b], weight[b].t())
+        assert_as_exact(dx[b], dy[b], weight[b])
+        assert_as_exact(twice[b] / 2, dy[b], weight[b])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -191,8 +205,9 @@ def case(error, message, **changes):
         case(TypeError, "x must have dtype .*, got int64", x=torch.ones(2, 4, dtype=torch.int64)),
         case(TypeError, "weight must have dtype float32, got bfloat16", weight=torch.ones(3, 4).bfloat16()),
         case(ValueError, r"x must have shape \[..., K\], got a scalar", x=torch.ones(())),
-        case(ValueError, r"weight must have shape \[N, K\]=\[N, 4\], got \[3, 5\]", weight=torch.ones(3, 5)),
-        case(ValueError, r"weight must have shape \[N, K\]=\[N, 4\], got \[4\]", weight=torch.ones(4)),
+        case(ValueError, r"weight must have shape \[N, K\]=\[N, 4\] or .*, got \[3, 5\]", weight=torch.ones(3, 5)),
+        case(ValueError, r"weight must have shape \[N, K\]=\[N, 4\] or .*, got \[4\]", weight=torch.ones(4)),
+        case(ValueError, r"x must have shape \[B, M, K\], .*got \[2, 4\]", weight=torch.ones(1, 3, 4)),
         case(ValueError, "weight must be on cpu like x, got meta", weight=torch.ones(3, 4, device="meta")),
         case(ValueError, "weight must be frozen, got requires_grad=True", weight=torch.ones(3, 4, requires_grad=True)),
     ],
@@ -208,7 +223,7 @@ def test_refused_by_name(error, message, changes):
     [
         ("dy and weight must be as many, one or more, got 0 and 0", [], []),
         ("dy and weight must be as many, one or more, got 1 and 2", [(2, 3)], [(3, 4), (3, 4)]),
-        (r"weight must have shape \[N, K\]=\[3, K\], got \[4, 4\]", [(2, 3)], [(4, 4)]),
+        (r"weight must have shape \[N, K\]=\[3, K\] or .*, got \[4, 4\]", [(2, 3)], [(4, 4)]),
         ("all dy must have equal rows, all weights equal K, got", [(2, 3), (5, 3)], [(3, 4), (3, 4)]),
         ("all dy must have equal rows, all weights equal K, got", [(2, 3), (2, 3)], [(3, 4), (3, 5)]),
     ],
