@@ -74,13 +74,12 @@ bool runs_here(const std::string& target) {
     return true;
 }
 
-// "amd", "intel" or "".
-std::string vendor() {
+bool made_by_amd() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_is("amd") != 0) return "amd";
-    if (__builtin_cpu_is("intel") != 0) return "intel";
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return false;
 #endif
-    return "";
 }
 
 py::dict kernels(const std::string& target) {
@@ -103,7 +102,7 @@ PYBIND11_MODULE(_C, module) {
         .def_property_readonly("signature", [](const fp::Kernel& kernel) { return kernel.signature; });
     module.def("kernels", &kernels, py::arg("target"),
                "name -> kernel for 'scalar', 'avx2', 'avx512' or 'cuda'; empty where this build or this CPU has none.");
-    module.attr("cpu_vendor") = vendor();
+    module.attr("cpu_is_amd") = made_by_amd();
 #ifdef FP_WITH_CUDA
     module.attr("built_with_cuda") = true;
 #else

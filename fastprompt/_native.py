@@ -14,8 +14,8 @@ CPU_ISAS = ("avx512", "avx2", "scalar")  # best first
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
-def _load() -> tuple[dict[str, SimpleNamespace], str]:
-    """The kernels of each target, and the CPU's vendor: "amd", "intel" or ""."""
+def _load() -> tuple[dict[str, SimpleNamespace], bool]:
+    """The kernels of each target, and whether the CPU is AMD's."""
     try:
         from fastprompt import _C  # type: ignore[attr-defined]
     except ImportError as error:
@@ -24,9 +24,9 @@ def _load() -> tuple[dict[str, SimpleNamespace], str]:
             "For the fast path install a wheel, or build with `pip install .` (needs g++ and Python's headers).",
             stacklevel=2,
         )
-        return {}, ""
+        return {}, False
     found = {target: _C.kernels(target) for target in (*CPU_ISAS, "cuda")}
-    return {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels}, _C.cpu_vendor
+    return {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels}, _C.cpu_is_amd
 
 
 def _cpu_isas() -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def _cpu_isas() -> tuple[str, ...]:
     return tuple(isa for isa in CPU_ISAS[CPU_ISAS.index(best) :] if isa in TARGETS)
 
 
-TARGETS, CPU_VENDOR = _load()
+TARGETS, CPU_IS_AMD = _load()
 CPU_TARGETS = _cpu_isas()  # the instruction sets that can run here, best first
 
 

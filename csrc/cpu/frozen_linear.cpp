@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t kNoMemory = -1;
+constexpr int64_t kNoMemory = -1, kEmpty = -2;
 
 // So many products are added up in registers before they join the others: short chains keep the error small. Scalar
 // code rounds each product.
@@ -41,8 +41,8 @@ struct Product {
 
 // Columns [n, n + kLanes) of a b whose columns are dense, rows [k, k + depth), to a tile.
 void pack_columns(const Product& p, int64_t k, int64_t depth, int64_t n, float* to) {
-    const float* from = p.b.data + n * p.b.column + k;
-    const int64_t count = least(p.N - n, kLanes);
+    const int64_t count = n < p.N ? least(p.N - n, kLanes) : 0;
+    const float* from = count > 0 ? p.b.data + n * p.b.column + k : nullptr;
     int64_t d = 0;
     for (; count == kLanes && d + kLanes <= depth; d += kLanes) {
         vfloat lines[kLanes];
@@ -68,24 +68,39 @@ void pack_tile(const Product& p, int64_t k, int64_t depth, int64_t n, float* to)
     }
 }
 
-// A tile of y, ROWS x kTileColumns, of which `columns` exist: its products over the depth of a panel.
-template <int ROWS>
-void tile(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t columns, int64_t depth,
-          bool adds) {
-    float edge[ROWS * kTileColumns];
-    const bool whole = columns == kTileColumns;
-    float* to = whole ? y : edge;
-    const int64_t to_row = whole ? y_row : kTileColumns;
-    for (int64_t i = 0; i < ROWS; ++i) {
-        // y has left the caches since the last panel: ask for it while the first chain is computed.
-        for (int64_t v = 0; whole && v < kTileVectors; ++v) fetch(y + i * y_row + v * kLanes);
-        if (!whole && adds) copy(edge + i * to_row, y + i * y_row, columns);
-    }
+// y[ROWS][VECTORS * kLanes] = or += its products over the depth of a panel.
+template <int ROWS, int VECTORS>
+FP_INLINE void chains(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t depth,
+                      bool adds) {
     for (int64_t k = 0; k < depth; k += kChain, adds = true) {
-        multiply_tile<ROWS, kTileVectors>({x + k, x_row, 1}, b + k * kTileColumns, kTileColumns, to, to_row,
-                                          least(depth - k, kChain), adds);
+        multiply_tile<ROWS, VECTORS>({x + k, x_row, 1}, b + k * kTileColumns, kTileColumns, y, y_row,
+                                     least(depth - k, kChain), adds);
     }
-    for (int64_t i = 0; !whole && i < ROWS; ++i) copy(y + i * y_row, edge + i * to_row, columns);
+}
+
+template <int ROWS>
+void tile(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t depth, bool adds) {
+    // y has left the caches since the last panel: ask for it while the first chain is computed.
+    for (int64_t i = 0; i < ROWS; ++i) {
+        for (int64_t v = 0; v < kTileVectors; ++v) fetch(y + i * y_row + v * kLanes);
+    }
+    chains<ROWS, kTileVectors>(x, x_row, b, y, y_row, depth, adds);
+}
+
+// A tile of which only `columns` exist. No more vectors are computed than it takes.
+template <int ROWS>
+void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t columns, int64_t depth,
+               bool adds) {
+    float edge[ROWS * kTileColumns] = {};
+    for (int64_t i = 0; adds && i < ROWS; ++i) copy(edge + i * kTileColumns, y + i * y_row, columns);
+    if (columns <= kLanes) {
+        chains<ROWS, 1>(x, x_row, b, edge, kTileColumns, depth, adds);
+    } else if (columns <= 2 * kLanes) {
+        chains<ROWS, 2>(x, x_row, b, edge, kTileColumns, depth, adds);
+    } else {
+        chains<ROWS, kTileVectors>(x, x_row, b, edge, kTileColumns, depth, adds);
+    }
+    for (int64_t i = 0; i < ROWS; ++i) copy(y + i * y_row, edge + i * kTileColumns, columns);
 }
 
 // Rows [first, first + rows) of y, columns [n, n + kTileColumns): their products with a packed tile.
@@ -93,8 +108,11 @@ void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t dep
     const int64_t columns = least(p.N - n, kTileColumns);
     const bool adds = p.adds || k > 0;
     const auto some = [&](auto count, int64_t i) {
-        const int64_t m = first + i;
-        tile<decltype(count)::value>(p.x + m * p.K + k, p.K, packed, p.y + m * p.N + n, p.N, columns, depth, adds);
+        constexpr int kRows = decltype(count)::value;
+        const float* x = p.x + (first + i) * p.K + k;
+        float* y = p.y + (first + i) * p.N + n;
+        if (columns == kTileColumns) return tile<kRows>(x, p.K, packed, y, p.N, depth, adds);
+        edge_tile<kRows>(x, p.K, packed, y, p.N, columns, depth, adds);
     };
     int64_t i = 0;
     for (; i + kTileRows <= rows; i += kTileRows) some(std::integral_constant<int, kTileRows>{}, i);
@@ -116,9 +134,32 @@ int64_t groups_of(int64_t tiles, int64_t blocks) {
     return least(tiles, blocks < jobs ? (jobs + blocks - 1) / blocks : 1);
 }
 
-int64_t multiply_rows(const Product& p) {
-    const int64_t floats = least(p.K, kPanelDepth) * least(tiles_of(p.N) * kTileColumns, kPanelColumns);
-    auto* packed = static_cast<float*>(aligned_alloc(kLine, static_cast<size_t>(round_up(floats * 4, kLine))));
+// Memory for `floats` of the weight, aligned for vectors; null if there is none.
+float* packing_space(int64_t floats) {
+    return static_cast<float*>(aligned_alloc(kLine, static_cast<size_t>(round_up(floats * 4, kLine))));
+}
+
+// One block of rows: each thread packs the tiles that it multiplies with, and waits for nobody.
+int64_t multiply_few_rows(const Product& p) {
+    const int64_t size = least(p.K, kPanelDepth) * kTileColumns;
+    float* space = packing_space(size * omp_get_max_threads());
+    if (space == nullptr) return kNoMemory;
+#pragma omp parallel for schedule(dynamic) if (p.M * p.N * p.K >= kParallelProducts)
+    for (int64_t n = 0; n < p.N; n += kTileColumns) {
+        float* packed = space + size * omp_get_thread_num();
+        for (int64_t k = 0; k < p.K; k += kPanelDepth) {
+            const int64_t depth = least(p.K - k, kPanelDepth);
+            pack_tile(p, k, depth, n, packed);
+            block(p, 0, p.M, k, depth, packed, n);
+        }
+    }
+    free(space);
+    return 0;
+}
+
+// Many blocks: all threads pack a panel together, then share out blocks and groups of tiles.
+int64_t multiply_many_rows(const Product& p) {
+    float* packed = packing_space(least(p.K, kPanelDepth) * least(tiles_of(p.N) * kTileColumns, kPanelColumns));
     if (packed == nullptr) return kNoMemory;
     const int64_t blocks = (p.M + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel if (p.M * p.N * p.K >= kParallelProducts)
@@ -143,14 +184,17 @@ int64_t multiply_rows(const Product& p) {
     return 0;
 }
 
-// The same for each of B examples, whose b lie b_step apart.
-int64_t multiply_each(int64_t B, Product p, int64_t b_step) {
+// The same for each of B examples, whose b lie b_step apart. Where they suffice for all threads, one takes whole ones:
+// the parallel regions inside are then its own.
+int64_t multiply_each(int64_t B, const Product& p, int64_t b_step) {
+    if (p.M < 1 || p.N < 1 || p.K < 1) return kEmpty;
     int64_t status = 0;
-    for (int64_t i = 0; i < B && status == 0; ++i) {
-        status = multiply_rows(p);
-        p.x += p.M * p.K;
-        p.b.data += b_step;
-        p.y += p.M * p.N;
+    const bool enough = B >= omp_get_max_threads() && B * p.M * p.N * p.K >= kParallelProducts;
+#pragma omp parallel for schedule(static) reduction(min : status) if (enough)
+    for (int64_t i = 0; i < B; ++i) {
+        const Matrix b{p.b.data + i * b_step, p.b.row, p.b.column};
+        const Product one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds};
+        status = least(status, p.M <= kBlockRows ? multiply_few_rows(one) : multiply_many_rows(one));
     }
     return status;
 }

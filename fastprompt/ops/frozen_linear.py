@@ -8,10 +8,10 @@
 Backward: dx = dy W. ``frozen_linear_backward`` takes several dy and W, for layers that share their input, and adds the
 products up as it computes them. No weight gradient asks for x, so nothing is saved but W itself.
 
-The CPU kernel is for fp32. It adds up chains of 128 products in registers, and those in order: a row's result is the
-same bits whatever other rows there are, and however many threads. It is the default where it is faster than PyTorch's
-library, which on x86 is MKL: on AMD's CPUs with AVX2 or AVX-512 (docs/decisions/0013). Results of fewer than 16 rows
-(per example) or 32 columns are PyTorch's in any case.
+The CPU kernel is for fp32, and products of at least 16 rows (per example), 48 columns and a depth of 32; the others are
+PyTorch's. It adds up chains of 128 products in registers, and those in order: a row's result is the same bits whatever
+other rows it computes, and however many threads. It is the default where it is faster than PyTorch's library, which on
+x86 is MKL: on AMD's CPUs with AVX2 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
 
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.
@@ -37,12 +37,13 @@ from fastprompt.ops._checks import (
     refuse_gradient,
 )
 
-FEW_ROWS, FEW_COLUMNS = 16, 32  # of the result; below, packing the weight costs more than its tiles gain
+# Of a product, the least that the kernel takes: below, packing the weight costs more than its tiles gain.
+ROWS, COLUMNS, DEPTH = 16, 48, 32
 
 
 def _pays() -> bool:
     fast = bool(_native.CPU_TARGETS) and _native.CPU_TARGETS[0] != "scalar"
-    return fast and _native.CPU_VENDOR == "amd" and torch.backends.mkl.is_available()
+    return fast and _native.CPU_IS_AMD and torch.backends.mkl.is_available()
 
 
 op = Op("frozen_linear", native_first=_pays())
@@ -103,9 +104,10 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
 @op.define("frozen_linear(Tensor x, Tensor weight) -> Tensor", fake=_fake)
 def frozen_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     _check("frozen_linear", "x", x, weight, -1)
-    if weight.dim() == 3:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.nn.functional.linear(x, weight).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        if weight.dim() == 3:
+            return torch.bmm(x, weight.transpose(1, 2))
+        return torch.nn.functional.linear(x, weight).contiguous()
 
 
 def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -115,10 +117,10 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def _covered(x: Tensor, weight: Tensor, columns: int) -> bool:
-    """Does the kernel run on these rows, and is one of the weight's dimensions dense?"""
+    """Does the kernel take products of this size, and is one of the weight's dimensions dense?"""
     if x.dtype != torch.float32 or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
         return False
-    return _sizes(x, weight)[1] >= FEW_ROWS and columns >= FEW_COLUMNS
+    return _sizes(x, weight)[1] >= ROWS and columns >= COLUMNS and x.shape[-1] >= DEPTH
 
 
 def _place(weight: Tensor) -> tuple[int, ...]:
@@ -153,14 +155,15 @@ def _fake_backward(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
 @op.define("frozen_linear_backward(Tensor[] dy, Tensor[] weight) -> Tensor", fake=_fake_backward)
 def frozen_linear_backward_reference(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
     _check_backward(dy, weight)
-    dx = (dy[0] @ weight[0]).contiguous()
-    rows = dx[..., :1].numel()
-    for each, w in zip(dy[1:], weight[1:], strict=True):
-        if w.dim() == 3:
-            dx.baddbmm_(each, w)
-        else:
-            dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
-    return dx
+    with torch.autocast(dy[0].device.type, enabled=False):
+        dx = (dy[0] @ weight[0]).contiguous()
+        rows = dx.shape[:-1].numel()
+        for each, w in zip(dy[1:], weight[1:], strict=True):
+            if w.dim() == 3:
+                dx.baddbmm_(each, w)
+            else:
+                dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
+        return dx
 
 
 @op.native
@@ -185,6 +188,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    if torch.is_grad_enabled():  # with create_graph=True: dx would pass for a constant
+        fail("frozen_linear", "has no second derivative: call backward without create_graph", RuntimeError)
     return torch.ops.fastprompt.frozen_linear_backward([dy], list(ctx.saved_tensors)), None
 
 

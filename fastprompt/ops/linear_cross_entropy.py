@@ -20,8 +20,8 @@ Nothing here cancels when the label is almost certain, and the weights exp(l - t
 relative to the largest of them, so neither loss nor gradient vanishes in half precision. Statistics and sums are fp32.
 drows is kept unscaled because dloss * share * drows in float16 may need a loss scale that only dloss brings.
 
-On a GPU the products are torch's, on a CPU those of frozen_linear. float16 is multiplied as float32 on a CPU, where
-PyTorch's own float16 products take 20 to 100 times as long. torch.autocast changes nothing inside: for bfloat16
+The products are torch's, or on a CPU frozen_linear's where those are faster. float16 is multiplied as float32 on a CPU,
+where PyTorch's own float16 products take 20 to 100 times as long. torch.autocast changes nothing inside: for bfloat16
 products cast hidden and weight.
 
 Source: Milakov & Gimelshein 2018 (online softmax); Wijmans et al. 2024 (Cut Your Losses) and Liger's
@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import Op
+from fastprompt._op import OPS, Op
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,
@@ -246,20 +246,22 @@ def _in_chunks(
     slow_half = rows.dtype == torch.float16 and rows.device.type == "cpu"
     rows = rows.float() if slow_half else rows
     chunk = min(chunk or chunk_size(rows, V), V)
-    logits = rows.new_empty((N * chunk if rows.is_cuda else 0,))
+    own = rows.dtype == torch.float32 and not rows.is_cuda and OPS["frozen_linear"].native_first
+    logits = rows.new_empty((0 if own else N * chunk,))
     top, total, picked = (
         rows.new_full((N,), value, dtype=torch.float32) for value in (-torch.inf, 0.0, torch.nan)
     )
     others = rows.new_zeros((N, D), dtype=torch.float32) if needs_grad else None
     for first in range(0, V if N else 0, chunk):
         w = weight[first : first + chunk].to(rows.dtype)
-        if rows.is_cuda:
-            part = torch.mm(rows, w.t(), out=logits[: N * w.shape[0]].view(N, w.shape[0]))
-        else:
+        if own:
             part = torch.ops.fastprompt.frozen_linear(rows, w)
+        else:
+            part = torch.mm(rows, w.t(), out=logits[: N * w.shape[0]].view(N, w.shape[0]))
         step(part, labels, top, total, picked, others, first)
         if others is not None:
-            _add_product(others, part, w)
+            _add_product(others, part, w, own)
+        del part  # before there is another
     d = (top - _certain_is_nan(picked)) + total.log()
     if others is not None:
         # total is at least 1, but for V = 1: then there are no others.
@@ -268,14 +270,16 @@ def _in_chunks(
     return softplus(d), others
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, own: bool) -> None:
     """total [N, D] fp32 += a [N, C] @ b [C, D]."""
-    if not a.is_cuda:
+    if own:
         total.add_(torch.ops.fastprompt.frozen_linear_backward([a], [b]))
     elif a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
+    elif a.is_cuda:
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(a, b))
 
 
 @op.native

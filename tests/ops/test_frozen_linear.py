@@ -7,18 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastprompt
+from fastprompt import _native
 from fastprompt.ops import frozen_linear
-from fastprompt.ops.frozen_linear import FEW_COLUMNS, FEW_ROWS
+from fastprompt.ops.frozen_linear import COLUMNS, ROWS
 from fastprompt.testing import saved_bytes
 
 OP = "frozen_linear"
 KERNEL = torch.float32
 SHAPES = [  # M, N, K: whole tiles, edges of every kind, one slice of the depth and several, one panel and two
-    (16, 32, 32),
-    (17, 35, 33),
+    (16, 48, 48),
+    (17, 51, 49),
     (96, 64, 128),
     (103, 70, 129),
-    (21, 130, 32),
+    (21, 130, 48),
     pytest.param((193, 384, 512), marks=pytest.mark.big),
     pytest.param((100, 1100, 800), marks=pytest.mark.big),
 ]
@@ -60,7 +61,7 @@ def assert_as_exact(ours, x, b):
     assert ours.shape == truth.shape
     assert bool((error.abs() <= x.shape[1] * eps / 2 * (a.abs() @ c.abs())).all())
     rms, stock = ((each / scale).square().mean().sqrt() for each in (error, stock_error))
-    assert rms <= 1.1 * stock + 0.5 * eps, f"{rms / eps:.3g} eps, stock {stock / eps:.3g}"
+    assert rms <= 1.1 * stock + 0.1 * eps, f"{rms / eps:.3g} eps, stock {stock / eps:.3g}"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,9 +73,9 @@ def test_value_and_gradient(backend, shape, layout):
 def test_any_shape(backend, examples):
     @settings(max_examples=examples)
     @given(
-        st.integers(FEW_ROWS, 130),
-        st.integers(FEW_COLUMNS, 150),
-        st.integers(FEW_COLUMNS, 300),
+        st.integers(ROWS, 130),
+        st.integers(COLUMNS, 150),
+        st.integers(COLUMNS, 300),
         st.sampled_from(("rows", "columns", "part")),
         st.integers(0, 999),
     )
@@ -84,7 +85,7 @@ def test_any_shape(backend, examples):
     any_case()
 
 
-@pytest.mark.parametrize("sizes", [(48, 48), (48, 70, 33)], ids=str)
+@pytest.mark.parametrize("sizes", [(48, 48), (48, 70, 50)], ids=str)
 def test_gradients_of_several_layers_add_up(backend, sizes):
     drawn = [draw(100, N, 90, number) for number, N in enumerate(sizes)]
     weights, grads = [each[1] for each in drawn], [each[2] for each in drawn]
@@ -124,7 +125,7 @@ def native_backend(backend):
 def test_a_row_is_the_same_alone_and_among_others(native_backend, N, K):
     x, weight, _ = draw(230, N, K)
     whole = frozen_linear(x, weight)
-    for first, count in ((0, FEW_ROWS), (7, 23), (95, 98), (100, 130)):
+    for first, count in ((0, ROWS), (7, 23), (95, 98), (100, 130)):
         assert torch.equal(frozen_linear(x[first : first + count], weight), whole[first : first + count])
 
 
@@ -138,7 +139,7 @@ def test_threads_change_no_bit(native_backend, one_thread):
 
 def test_vectors_of_any_width_give_the_same_bits():
     """A lane is a column, its chain of fused products the same one. (Scalar code rounds every product.)"""
-    x, weight, _ = draw(50, 40, 300)
+    x, weight, _ = draw(50, 60, 300)
     results = []
     for backend in {"cpu:avx2", "cpu:avx512"} & set(fastprompt.backends(OP)):
         with fastprompt.use_backend(OP, backend):
@@ -164,7 +165,7 @@ def test_layout_of_the_input_changes_no_bit(backend):
     assert torch.equal(torch.ops.fastprompt.frozen_linear_backward([dy.t().contiguous().t()], [weight]), dx)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (20, 0), (1, 5), (15, 5), (5,)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (20, 0), (1, 5), (15, 5), (5,), (20, 31)], ids=str)
 @pytest.mark.parametrize("N", [7, 40])
 def test_few_or_no_rows_or_columns(shape, N):
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(N, shape[-1])
@@ -175,10 +176,40 @@ def test_few_or_no_rows_or_columns(shape, N):
 
 
 def test_saves_nothing_but_the_weight(backend):
-    x, weight, _ = draw(20, 40, 50)
+    x, weight, _ = draw(20, 50, 60)
     with saved_bytes(exclude=[weight]) as saved:
         frozen_linear(x.requires_grad_(), weight)
     assert saved.bytes == 0
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+def test_autocast_changes_nothing(rows):
+    x, weight, dy = draw(rows, 50, 60)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = frozen_linear(leaf, weight)
+        dx = torch.ops.fastprompt.frozen_linear_backward([dy, dy], [weight, weight])
+    assert torch.equal(y, frozen_linear(x, weight))
+    assert torch.equal(dx, torch.ops.fastprompt.frozen_linear_backward([dy, dy], [weight, weight]))
+    (own,) = torch.autograd.grad(y, leaf, dy)
+    assert torch.equal(own, torch.ops.fastprompt.frozen_linear_backward([dy], [weight]))
+
+
+def test_a_second_derivative_is_refused(backend):
+    x, weight, _ = draw(20, 50, 60)
+    y = frozen_linear(x.requires_grad_(), weight)
+    with pytest.raises(RuntimeError, match="fastprompt::frozen_linear: has no second derivative"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+def test_the_default_is_what_is_faster_here():
+    """The kernel on AMD's CPUs with wide vectors, else PyTorch's product; either can be asked for."""
+    pays = _native.CPU_IS_AMD and _native.CPU_TARGETS[:1] != ("scalar",) and torch.backends.mkl.is_available()
+    assert fastprompt.backends(OP)[0] == ("cpu" if pays else "reference")
+    x, weight, _ = draw(20, 50, 60)
+    frozen_linear(x, weight)
+    assert fastprompt.backend_used(OP) == fastprompt.backends(OP)[0]
+    assert set(fastprompt.backends(OP)) >= {"reference", *(f"cpu:{isa}" for isa in _native.CPU_TARGETS)}
 
 
 def test_float64_gradient():
@@ -187,7 +218,7 @@ def test_float64_gradient():
 
 
 def test_fullgraph_compile():
-    x, weight, dy = draw(20, 40, 50)
+    x, weight, dy = draw(20, 50, 60)
     y = torch.compile(frozen_linear, fullgraph=True, backend="aot_eager")(x.requires_grad_(), weight)
     assert torch.equal(
         torch.autograd.grad(y, x, dy)[0], torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
