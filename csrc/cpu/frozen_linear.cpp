@@ -2,8 +2,8 @@
 // frozen_linear on the CPU: products of many rows with a weight, packed by tiles. Formulas:
 // fastprompt/ops/frozen_linear.py.
 //
-// A panel of the weight, kDepth x kColumns, is copied so that a tile reads it in one line, and stays in the caches
-// while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
+// A panel of the weight, kPanelDepth x kPanelColumns, is copied so that a tile reads it in one line, and stays in the
+// caches while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
 #include <omp.h>
 #include <stdlib.h>
 
