@@ -203,6 +203,9 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
         return output
 
     def backward_with_keys(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True: the gradient would pass for a constant
+            remedy = "call backward without create_graph"
+            raise RuntimeError(f"fastprompt::{member}: has no second derivative: {remedy}")
         return (*backward(ctx, *grads), None)
 
     functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keys)}

@@ -137,6 +137,17 @@ def test_opcheck(name, which):
     assert tested == set(OPS[name].members), "every schema needs a sample"
 
 
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_a_second_derivative_is_refused(name):
+    """The backwards have no gradient of their own: what they return would pass for a constant."""
+    member, arguments = next(iter(SAMPLES[name]()))
+    leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    result = getattr(torch.ops.fastprompt, member)(*arguments)
+    loss = (result if isinstance(result, torch.Tensor) else result[0]).sum()
+    with pytest.raises(RuntimeError, match=f"^fastprompt::{member}: has no second derivative: call backward"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+
+
 def embed_and_norm(ids, weight, prompt, w, p, seed):
     h = prompt_embed(ids, weight, prompt, dropout_p=p, seed=seed)
     y, h = rms_norm(torch.tanh(h), w, residual=h, dropout_p=p, seed=seed)
