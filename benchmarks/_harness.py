@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,6 +137,19 @@ def check_results(
             if name.startswith(OURS):
                 scale, ulps = (true_value.abs().amax(), 8.0) if whole else ("row", 2.0)
                 assert_within_budget(value, stock_value, true_value, magnitude=scale, ulps=ulps)
+
+
+def step(
+    forward: Call, leaves: Tensor | Sequence[Tensor], grads: Tensor | Sequence[Tensor] | None = None
+) -> Call:
+    """-> the outputs, then the gradients of the leaves, given those of the outputs; a loss needs none."""
+
+    def run() -> tuple[Tensor, ...]:
+        out = forward()
+        out = out if isinstance(out, tuple) else (out,)
+        return *out, *torch.autograd.grad(out, leaves, grads)
+
+    return run
 
 
 def scope(op: str, contender: Contender) -> AbstractContextManager[Any]:

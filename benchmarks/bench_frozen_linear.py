@@ -4,8 +4,8 @@
 from functools import partial
 
 import torch
-from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
-from torch import Tensor, nn
+from _harness import OURS, Case, Contender, Options, Spec, check_results, main, ours, step
+from torch import nn
 
 from fastprompt.ops import frozen_linear
 
@@ -36,25 +36,13 @@ def build(spec: Spec, options: Options) -> Case:
     make = partial(torch.randn, dtype=spec.dtype, device=options.device)
     x, weight, grad = make(M, K, requires_grad=True), make(N, K), make(M, N)
     functions = {OURS: frozen_linear, HF: nn.functional.linear}
-    calls = {
-        name: Contender(step(partial(of, weight=weight), x, grad), None, 0) for name, of in functions.items()
-    }
-    calls = ours("frozen_linear", calls[OURS].call, options.device, 0) | {HF: calls[HF]}
+    steps = {name: step(partial(function, x, weight), x, grad) for name, function in functions.items()}
+    calls = ours("frozen_linear", steps[OURS], options.device, 0) | {HF: Contender(steps[HF], None, 0)}
     wide, dy = weight.double(), grad.double()
     truth = (x.detach().double() @ wide.t(), dy @ wide)
     check = partial(check_results, "frozen_linear", calls, HF, truth)
     bytes_moved = 2 * (x.nbytes + weight.nbytes + grad.nbytes)
     return Case("frozen_linear", spec, calls, bytes_moved, check, {})
-
-
-def step(forward: Call, x: Tensor, grad: Tensor) -> Call:
-    """-> y, dx"""
-
-    def run() -> tuple[Tensor, ...]:
-        y = forward(x)
-        return y, *torch.autograd.grad(y, x, grad)
-
-    return run
 
 
 def test_alone(time_alone):

@@ -4,7 +4,7 @@
 from functools import partial
 
 import torch
-from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
+from _harness import OURS, Case, Contender, Options, Spec, check_results, main, ours, step
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -46,28 +46,18 @@ def build(spec: Spec, options: Options) -> Case:
         with saved_bytes() as saved:
             kept = function(p, *leaves)
         del kept
-        call = step(partial(function, p), leaves, grad)
+        call = step(partial(function, p, *leaves), leaves, grad)
         calls |= ours("gated_act", call, options.device, saved.bytes) if name == OURS else {
             name: Contender(call, None, saved.bytes)
         }  # fmt: skip
     checked = calls
     if p > 0.0:  # masks are random: what can be compared is the call without
         checked = {
-            name: Contender(step(partial(function, 0.0), leaves, grad))
+            name: Contender(step(partial(function, 0.0, *leaves), leaves, grad))
             for name, function in {OURS: fused, HF: in_hf}.items()
         }
     bytes_moved = 8 * grad.nbytes  # a, b, y; dy, a, b, da, db
     return Case("gated_act", spec, calls, bytes_moved, partial(check, checked, leaves, grad), {})
-
-
-def step(forward: Call, leaves: tuple[Tensor, ...], grad: Tensor) -> Call:
-    """-> the output, then the gradients of the leaves."""
-
-    def run() -> tuple[Tensor, ...]:
-        out = forward(*leaves)
-        return out, *torch.autograd.grad(out, leaves, grad)
-
-    return run
 
 
 def check(calls: dict[str, Contender], leaves: tuple[Tensor, ...], grad: Tensor) -> None:

@@ -7,7 +7,7 @@ Frozen head; forward + backward, and forward alone. N is the number of target to
 from functools import partial
 
 import torch
-from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
+from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours, step
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -71,16 +71,6 @@ def build(spec: Spec, options: Options) -> Case:
     return Case(
         "linear_cross_entropy", spec, calls, least, partial(check, calls, hidden, weight, labels), goals
     )
-
-
-def step(forward: Call, hidden: Tensor) -> Call:
-    """-> the loss, then the gradient of hidden."""
-
-    def run() -> tuple[Tensor, ...]:
-        loss = forward()
-        return loss, *torch.autograd.grad(loss, hidden)
-
-    return run
 
 
 def check(calls: dict[str, Contender], hidden: Tensor, weight: Tensor, labels: Tensor) -> None:

@@ -7,7 +7,7 @@ The residual form, h = residual + dropout(x) and y = norm(h), stands beside the 
 from functools import partial
 
 import torch
-from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
+from _harness import OURS, Case, Contender, Options, Spec, check_results, main, ours, step
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -89,17 +89,6 @@ def build(spec: Spec, options: Options) -> Case:
     )
     check = partial(check_norm, checked, leaves, norm.weight, grads)
     return Case("rms_norm", spec, calls, tensors * x.numel() * item, check, goals)
-
-
-def step(forward: Call, leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Call:
-    """-> the outputs, then the gradients of the leaves."""
-
-    def run() -> tuple[Tensor, ...]:
-        out = forward()
-        out = out if isinstance(out, tuple) else (out,)
-        return *out, *torch.autograd.grad(out, leaves, grads)
-
-    return run
 
 
 def check_norm(

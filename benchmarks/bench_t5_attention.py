@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours
+from _harness import OURS, Call, Case, Contender, Options, Spec, check_results, main, ours, step
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -143,7 +143,7 @@ def build(spec: Spec, options: Options) -> Case:
         with saved_bytes(exclude=(inputs.table, inputs.dense)) as saved:
             kept = forward()
         del kept
-        call = step(forward, inputs) if backward else forward_only(forward)
+        call = step(forward, inputs.leaves, inputs.dout) if backward else forward_only(forward)
         held = saved.bytes if backward else None
         calls |= ours("t5_attention", call, options.device, held) if name == OURS else {
             name: Contender(call, None, held)
@@ -151,7 +151,9 @@ def build(spec: Spec, options: Options) -> Case:
     dry = {}  # without dropout: masks are random
     for name in (OURS, SDPA):
         forward = partial(forwards[name], 0.0)
-        dry[name] = Contender(step(forward, inputs) if backward else forward_only(forward))
+        dry[name] = Contender(
+            step(forward, inputs.leaves, inputs.dout) if backward else forward_only(forward)
+        )
     goals: dict[str, float] = {}
     if spec.what == STEP and spec.dtype == torch.float32 and not options.quick:
         goals = {EAGER: 3.0, SDPA: 3.0} if spec.dropout_p else {EAGER: 2.0, SDPA: 2.0}
@@ -160,16 +162,6 @@ def build(spec: Spec, options: Options) -> Case:
         sum(x.numel() for x in inputs.leaves) * item * (3 if backward else 1) + 4 * inputs.dout.numel() * item
     )
     return Case("t5_attention", spec, calls, moved, partial(check, inputs, dry, backward), goals)
-
-
-def step(forward: Call, inputs: Inputs) -> Call:
-    """-> the output, then the gradients of the leaves."""
-
-    def run() -> tuple[Tensor, ...]:
-        out = forward()
-        return out, *torch.autograd.grad(out, inputs.leaves, inputs.dout)
-
-    return run
 
 
 def forward_only(forward: Call) -> Call:

@@ -83,8 +83,9 @@ class Op:
 
     def publish(self) -> None:
         """Register the best backend of this machine for each device. Called once, when the page is complete."""
-        for device, names in (("cpu", ("cpu",) if self.native_first else ()), ("cuda", ("cuda", "triton"))):
-            chosen = [name for name in names if name in self.backends(device)]
+        for device, names in (("cpu", ("cpu",)), ("cuda", ("cuda", "triton"))):
+            here = self.backends(device)
+            chosen = [name for name in names if name in here[: here.index("reference")]]
             functions = {name: self._implementation(name) for name in chosen}
             for member in self.members if chosen else ():
                 found = [(name, functions[name][member]) for name in chosen if member in functions[name]]

@@ -45,10 +45,7 @@ void pack_columns(const Product& p, int64_t k, int64_t depth, int64_t n, float* 
     const float* from = count > 0 ? p.b.data + n * p.b.column + k : nullptr;
     int64_t d = 0;
     for (; count == kLanes && d + kLanes <= depth; d += kLanes) {
-        vfloat lines[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) lines[i] = load(from + i * p.b.column + d);
-        transpose(lines);
-        for (int64_t i = 0; i < kLanes; ++i) store(to + (d + i) * kTileColumns, lines[i]);
+        transpose(from + d, p.b.column, to + d * kTileColumns, kTileColumns);
     }
     for (; d < depth; ++d) {
         for (int64_t i = 0; i < kLanes; ++i) to[d * kTileColumns + i] = i < count ? from[i * p.b.column + d] : 0.0f;
@@ -126,17 +123,17 @@ void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t dep
     }
 }
 
-int64_t tiles_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
+int64_t tiles_of(int64_t columns) { return round_up(columns, kTileColumns) / kTileColumns; }
 
 // Into how many groups of tiles a panel is cut: few blocks of rows alone would leave threads without work.
 int64_t groups_of(int64_t tiles, int64_t blocks) {
     const int64_t jobs = 4 * static_cast<int64_t>(omp_get_num_threads());
-    return least(tiles, blocks < jobs ? (jobs + blocks - 1) / blocks : 1);
+    return least(tiles, round_up(jobs, blocks) / blocks);
 }
 
 // Memory for `floats` of the weight, aligned for vectors; null if there is none.
 float* packing_space(int64_t floats) {
-    return static_cast<float*>(aligned_alloc(kLine, static_cast<size_t>(round_up(floats * 4, kLine))));
+    return static_cast<float*>(allocate_lines(floats * static_cast<int64_t>(sizeof(float))));
 }
 
 // One block of rows: each thread packs the tiles that it multiplies with, and waits for nobody.
@@ -161,7 +158,7 @@ int64_t multiply_few_rows(const Product& p) {
 int64_t multiply_many_rows(const Product& p) {
     float* packed = packing_space(least(p.K, kPanelDepth) * least(tiles_of(p.N) * kTileColumns, kPanelColumns));
     if (packed == nullptr) return kNoMemory;
-    const int64_t blocks = (p.M + kBlockRows - 1) / kBlockRows;
+    const int64_t blocks = round_up(p.M, kBlockRows) / kBlockRows;
 #pragma omp parallel if (p.M * p.N * p.K >= kParallelProducts)
     for (int64_t n = 0; n < p.N; n += kPanelColumns) {
         const int64_t tiles = tiles_of(least(p.N - n, kPanelColumns));

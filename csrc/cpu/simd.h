@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__F16C__)
@@ -115,6 +116,11 @@ constexpr int64_t kStreamBytes = 16 << 20;  // of output
 FP_INLINE bool streams(const void* to, int64_t row_bytes, int64_t rows) {
     return FP_LANES > 1 && reinterpret_cast<uintptr_t>(to) % kLine == 0 && row_bytes % kLine == 0 &&
            row_bytes * rows >= kStreamBytes;
+}
+
+// Memory that begins at a line, to be freed; null if there is none.
+FP_INLINE void* allocate_lines(int64_t bytes) {
+    return aligned_alloc(kLine, static_cast<size_t>(round_up(bytes, kLine)));
 }
 
 template <class Packed>
@@ -261,8 +267,10 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 // All lanes equal. Subtracting zero changes no value, so the compiler leaves it out; adding would turn -0 into 0.
 FP_INLINE vfloat splat(float value) { return value - vfloat{}; }
 
-// Rows become columns, by as many perfect shuffles as it takes to halve them down to one.
-FP_INLINE void transpose(vfloat (&rows)[kLanes]) {
+// to[i][j] = from[j][i], kLanes each way: as many perfect shuffles as it takes to halve the lanes down to one.
+FP_INLINE void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    vfloat rows[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = load(from + i * from_row);
 #if FP_LANES > 1
     vuint low{}, high{};  // known to the compiler
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -277,9 +285,8 @@ FP_INLINE void transpose(vfloat (&rows)[kLanes]) {
         }
         memcpy(rows, mixed, sizeof(mixed));
     }
-#else
-    static_cast<void>(rows);
 #endif
+    for (int64_t i = 0; i < kLanes; ++i) store(to + i * to_row, rows[i]);
 }
 
 // Neighbouring halves are joined until one lane is left.

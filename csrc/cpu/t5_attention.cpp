@@ -200,10 +200,7 @@ struct Work {
                 }
             }
             for (int64_t d = 0; d < a.K; d += kLanes) {
-                vfloat lines[kLanes];
-                for (int64_t lane = 0; lane < kLanes; ++lane) lines[lane] = load(rows + lane * a.K + d);
-                transpose(lines);
-                for (int64_t i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel, lines[i]);
+                transpose(rows + d, a.K, panel + d * kPanel, kPanel);
             }
         }
     }
@@ -557,7 +554,7 @@ int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p,
         Work work(a, dropout, dtype);
         Arena measure(nullptr);
         work.cut(measure, most, backward);
-        auto* memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(round_up(measure.used(), 64))));
+        auto* memory = static_cast<char*>(allocate_lines(measure.used()));
         failed += memory == nullptr ? 1 : 0;
         Arena arena(memory);
         work.cut(arena, most, backward);

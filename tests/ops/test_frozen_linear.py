@@ -20,8 +20,8 @@ SHAPES = [  # M, N, K: whole tiles, edges of every kind, one slice of the depth 
     (96, 64, 128),
     (103, 70, 129),
     (21, 130, 48),
-    pytest.param((193, 384, 512), marks=pytest.mark.big),
-    pytest.param((100, 1100, 800), marks=pytest.mark.big),
+    (193, 384, 512),
+    (100, 1100, 800),
 ]
 
 
