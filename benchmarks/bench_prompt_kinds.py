@@ -10,7 +10,9 @@ patched with the default options; HF's is stock, with PEFT's prompt tuning. Tabl
     generate          16 tokens, greedy, with that prompt
     step, packed      a training step with a prepended prompt, of rows without padding; beside it padded
     encode, packed    the encoder's output, the same way
-    bank              the encoder's output of B examples under B cached prompts; beside it under one of them
+    bank, KIND        the encoder's output of B examples under B prompts of that kind, whose keys and values are kept if
+                      it has any; beside it under one of them
+    bank, generate    16 tokens, greedy, under B cached prompts; beside it under one of them
 
 In the packed tables the examples' lengths are the quantiles (b + 1/2) / B of a lognormal distribution with median 150
 and sigma 0.6, from 16 to 512, padded to the longest: as different as BoolQ, MultiRC and the short tasks of SuperGLUE
@@ -48,7 +50,10 @@ OTHERS = {
     "generate": ["prefix", "prepend", SDPA, EAGER],
     "step, packed": ["padded"],
     "encode, packed": ["padded"],
-    "bank": ["one prompt"],
+    "bank, cached": ["one prompt"],
+    "bank, prefix": ["one prompt"],
+    "bank, prepend": ["one prompt"],
+    "bank, generate": ["one prompt"],
 }
 # By table and S: the time that a contender shall take, in fastprompt's.
 GOALS = {
@@ -60,7 +65,7 @@ GOALS = {
     ("encode", 128): {SDPA: 2.0, EAGER: 2.0},
     ("step, packed", 512): {"padded": 1.5},
     ("encode, packed", 512): {"padded": 1.5},
-    ("bank", 64): {"one prompt": 0.95},
+    **{(what, 64): {"one prompt": 0.95} for what in OTHERS if what.startswith("bank")},
 }
 KINDS = {kind: kind for kind in ("cached", "prefix", "prepend")}  # prompts by name
 T = 8
@@ -88,7 +93,7 @@ def specs(options: Options) -> list[Spec]:
         *(spec("generate", 8, S) for S in (64, 128)),
         *(spec("step, packed", 8, 512, p) for p in (0.1, 0.0)),
         spec("encode, packed", 8, 512),
-        spec("bank", 32, 64),
+        *(spec(what, 32, 64) for what in OTHERS if what.startswith("bank")),
     ]
 
 
@@ -100,8 +105,9 @@ def build(spec: Spec, options: Options) -> Case:
     if options.quick:
         torch.set_num_threads(1)  # tiny models only wait for a second thread
     setting = Setting(spec, options)
-    made = {"encode": encoding, "generate": generation, "bank": bank}
-    calls, check = made.get(spec.what, packing if spec.what.endswith("packed") else training)(spec, setting)
+    tables = {"encode": encoding, "generate": generation, "bank": bank, "step": training}
+    made = packing if spec.what.endswith("packed") else tables[spec.what.partition(",")[0]]
+    calls, check = made(spec, setting)
     weights = sum(parameter.nbytes for parameter in setting.stock.parameters())
     goals = {} if options.quick else GOALS.get((spec.what, dict(spec.sizes)["S"]), {})
     found = {name: Contender(calls[name]) for name in contenders(spec, options)}
@@ -142,6 +148,9 @@ class Setting:
 
     def batch(self) -> dict[str, Tensor]:
         return {"input_ids": self.ids, "attention_mask": self.mask}
+
+    def generation_options(self) -> dict[str, int]:
+        return {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens}
 
     def prompted(self, kinds: dict[str, str], patched: bool = True) -> PromptModel:
         """A model with prompts of these kinds, by name. Equal calls give equal prompts."""
@@ -235,7 +244,7 @@ def encoding(spec: Spec, setting: Setting) -> Table:
 
 def generation(spec: Spec, setting: Setting) -> Table:
     tuned, plain = served(setting), setting.prompted(KINDS, patched=False)
-    options = {"max_new_tokens": setting.new_tokens, "min_new_tokens": setting.new_tokens}
+    options = setting.generation_options()
     calls: Calls = {
         each: partial(tuned.generate, **setting.batch(), prompts=name, **options)
         for each, name in ((OURS, "cached"), ("prefix", "prefix"), ("prepend", "prepend"))
@@ -257,17 +266,18 @@ def generation(spec: Spec, setting: Setting) -> Table:
 
 
 def bank(spec: Spec, setting: Setting) -> Table:
+    _, _, what = spec.what.partition(", ")
     names = [f"p{b}" for b in range(setting.B)]
-    tuned = setting.prompted(dict.fromkeys(names, "cached")).eval()
+    tuned = setting.prompted(dict.fromkeys(names, "cached" if what == "generate" else what)).eval()
     tuned.cache_prompts()
-    calls: Calls = {
-        OURS: partial(encoded, tuned, setting, names),
-        "one prompt": partial(encoded, tuned, setting, names[0]),
-    }
+    batch, options = setting.batch(), setting.generation_options()
+    generate = partial(tuned.generate, **batch, **options)
+    call = partial(encoded, tuned, setting) if what != "generate" else lambda name: generate(prompts=name)
+    calls: Calls = {OURS: partial(call, names), "one prompt": partial(call, names[0])}
 
     def check() -> None:
         """A row has what it has where all rows name its prompt."""
-        (mixed,) = calls[OURS]()
+        (mixed,) = encoded(tuned, setting, names)
         for b in (0, setting.B - 1):
             (alone,) = encoded(tuned, setting, names[b])
             assert_same((mixed[b],), (alone[b],))
