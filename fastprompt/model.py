@@ -92,6 +92,7 @@ class PromptModel(nn.Module):
         self.pack = pack
         self.prompts = PromptBank()
         self.configs: dict[str, PromptConfig] = {}
+        self._inits: dict[str, str] = {}  # how each prompt began, also one that was loaded
         self._caches = PromptCaches()
         for name, each in ({"default": config} if isinstance(config, PromptConfig) else config).items():
             self.add_prompt(name, each)
@@ -314,6 +315,7 @@ class PromptModel(nn.Module):
         """
         return generated(self, input_ids, attention_mask, prompts, rows_per_pass, kwargs)
 
+    @torch.inference_mode(False)  # a Parameter made in that mode would never train
     def add_prompt(self, name: str, config: PromptConfig) -> None:
         """Add a trainable prompt.
 
@@ -328,18 +330,20 @@ class PromptModel(nn.Module):
         if name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
         checks.check_kind(config.kind, self.model)
-        self.prompts[name] = self._initial(config)
-        self.configs[name] = config
+        self._add(name, self._initial(config))
+        self.configs[name], self._inits[name] = config, config.init
 
     def cache_prompts(self, names: str | Iterable[str] | None = None) -> None:
         """Compute the keys and values of prompts once, and keep them: forward without gradient and ``generate`` then
         run the tokens only.
 
-        What is kept is computed again by itself once a prompt or the model has changed. Copies of the PromptModel and
-        its files are without it. Used in eval mode; in training mode dropout makes every call's keys others.
+        What is kept is computed again by itself once a prompt or the model has changed; writing through ``.data`` is a
+        change that leaves no trace, ``drop_caches`` after it. Copies of the PromptModel and its files are without it.
+        Used in eval mode; in training mode dropout makes every call's keys others.
 
         Args:
-            names: of prompts of kind "cached" or "prefix", one or several; None: all of them.
+            names: of prompts of kind "cached" or "prefix", one or several, of the bank or of the store attached;
+                None: all of the bank's own.
 
         Raises:
             ValueError: an unknown name, or a prompt of kind "prepend", whose keys depend on the tokens.
@@ -389,11 +393,11 @@ class PromptModel(nn.Module):
             self._caches.keep(names, prompts, self.model, found)
 
     def kind(self, name: str) -> str:
-        """The kind of a prompt."""
+        """The kind of a prompt. ValueError: there is none of that name."""
         stored = self.prompts.kind_of_stored(name)
         if stored is not None:
             return stored
-        if isinstance(self.prompts[name], PrefixPrompt):
+        if isinstance(self.prompts.find(name), PrefixPrompt):
             return "prefix"
         return self.configs[name].kind if name in self.configs else "prepend"
 
@@ -402,6 +406,7 @@ class PromptModel(nn.Module):
         self._own(name)
         del self.prompts[name]
         self.configs.pop(name, None)
+        self._inits.pop(name, None)
         self._caches.drop([name])
 
     def rename_prompt(self, name: str, new_name: str) -> None:
@@ -414,9 +419,11 @@ class PromptModel(nn.Module):
         if new_name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {new_name!r} already. Choose another name")
         self.prompts.rename(name, new_name)
-        if name in self.configs:
-            self.configs[new_name] = self.configs.pop(name)
-        self._caches.drop([name])
+        known: dict[str, Any]
+        for known in (self.configs, self._inits):
+            if name in known:
+                known[new_name] = known.pop(name)
+        self._caches.drop([name, new_name])  # a stored prompt of the new name is hidden now
 
     def freeze_prompt(self, name: str, frozen: bool = True) -> None:
         """Keep a prompt from training, or let it train again. ValueError: there is no such prompt."""
@@ -433,17 +440,18 @@ class PromptModel(nn.Module):
         Args:
             store: of any number of prompts; None: detach the one there is.
             strict: refuse a store, or a prompt of a folder, that says it belongs to another model.
-            keep_bytes: of stored prompts that stay in memory, beside those of the batch at hand.
+            keep_bytes: of stored prompts that stay in memory, beside those of the batch at hand and those whose keys
+                are kept.
 
         Raises:
             TypeError: ``store`` is something else.
             ValueError: it belongs to another model.
         """
-        if store is None:
-            self.prompts.attach(None)
-            return
-        if not isinstance(store, PromptStore):
+        if store is not None and not isinstance(store, PromptStore):
             raise TypeError(f"PromptModel: store must be a PromptStore, got {type(store).__name__}")
+        if store is None:
+            self._attach(None)
+            return
         identity = self._identity() if strict else None
         difference = store.model.difference(identity) if store.model and identity else None
         if difference:
@@ -452,23 +460,33 @@ class PromptModel(nn.Module):
                 "strict=False to use its prompts all the same"
             )
         shape = ModelShape.of(self.config)
-        self.prompts.attach(StoredPrompts(store, shape, identity, self.device, keep_bytes))
+        self._attach(StoredPrompts(store, shape, identity, self.device, keep_bytes))
 
-    def save_prompt(self, name: str, path: str | os.PathLike[str], *, format: str = "safetensors") -> None:  # noqa: A002
+    def save_prompt(
+        self,
+        name: str | Sequence[str],
+        path: str | os.PathLike[str],
+        *,
+        format: str = "safetensors",  # noqa: A002
+    ) -> None:
         """Write a prompt, and in our own format which model it belongs to.
 
         Args:
-            name: the prompt's.
+            name: the prompt's. For ``format="peft"`` a list makes its prompts the tasks of one multitask adapter.
             path: the file; for PEFT, the folder.
             format: ``"safetensors"``, ``"npy"`` or ``"peft"``; see :func:`write_prompt`.
 
         Raises:
             ValueError: there is no such prompt, it is not finite, or the format cannot express it.
         """
-        prompt = self.prompts.choose(name, 1).prompts[0]
-        init = self.configs[name].init if name in self.configs else None
-        write_prompt(path, file_of(prompt, self.kind(name), init, name, self._identity()), format=format)
+        identity = self._identity()
+        files = [
+            file_of(self.prompts.find(each), self.kind(each), self._inits.get(each), each, identity)
+            for each in ([name] if isinstance(name, str) else name)
+        ]
+        write_prompt(path, files[0] if isinstance(name, str) else files, format=format)
 
+    @torch.inference_mode(False)
     def load_prompt(
         self,
         name: str,
@@ -499,8 +517,9 @@ class PromptModel(nn.Module):
             assign(f"PromptModel: {source}", name, self.prompts[name], self.kind(name), file)
         else:
             checks.check_kind(file.kind, self.model)
-            self.prompts[name] = prompt_of(file, self.device)
+            self._add(name, prompt_of(file, self.device))
         self.configs[name] = config_of(self.prompts[name], file.kind, source)
+        self._inits[name] = file.init or "file"
 
     @property
     def num_trainable_parameters(self) -> int:
@@ -556,6 +575,14 @@ class PromptModel(nn.Module):
         self._load_prefix = prefix
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _add(self, name: str, prompt: Any) -> None:
+        self.prompts[name] = prompt
+        self._caches.drop([name])  # a stored prompt of that name is hidden now
+
+    def _attach(self, stored: StoredPrompts | None) -> None:
+        self._caches.drop(name for name in self._caches.names if name not in self.prompts)
+        self.prompts.attach(stored)
+
     def _own(self, name: str) -> Any:
         """The bank's own prompt of that name."""
         if name not in self.prompts:
@@ -602,6 +629,7 @@ class PromptModel(nn.Module):
 
     def _choose(self, prompts: Names, batch: int) -> Choice:
         choice = self.prompts.choose(prompts, batch)
+        self.prompts.trim({*choice.names, *self._caches.names})
         for prompt in choice.prompts:
             tensor = prompt if isinstance(prompt, Tensor) else next(iter(prompt.parameters()))
             checks.check_device("prompts", tensor, self._table())
@@ -751,7 +779,7 @@ class PromptModel(nn.Module):
         """What ``cache_prompts`` keeps, and what it does not computed now."""
         stale = self._caches.stale(dict(zip(choice.names, choice.prompts, strict=True)), self.model)
         self._caches.drop(stale)
-        self.cache_prompts([name for name in self.prompts if name in stale])
+        self.cache_prompts([name for name in stale if self.prompts.holds(name)])
         parts, missing = self._caches.parts(choice.names)
         if missing:
             prompts = [choice.prompts[i] for i in missing]

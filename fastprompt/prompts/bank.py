@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PromptBank: the named fp32 master prompts, and the choice among them for a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -94,9 +94,7 @@ class PromptBank(nn.ParameterDict):
             if not isinstance(name, str):
                 raise ValueError(f"PromptModel: there is no prompt {name!r}: names are str")
         used = list(dict.fromkeys(per_row))
-        prompts = [self._found(name) for name in used]
-        if self._stored is not None:
-            self._stored.trim(used)
+        prompts = [self.find(name) for name in used]
         number = {name: i for i, name in enumerate(used)}
         ids = [number[name] for name in per_row]
         return Choice(used, prompts, ids if len(used) > 1 else None, [len(prompts[i]) for i in ids])
@@ -106,10 +104,20 @@ class PromptBank(nn.ParameterDict):
         stored = self._stored
         return stored.kind(name) if stored is not None and name not in self and name in stored else None
 
-    def _found(self, name: str) -> Any:
+    def trim(self, used: Collection[str]) -> None:
+        """Let an attached store's prompts go that are over its ``keep_bytes``, but for those in ``used``."""
+        if self._stored is not None:
+            self._stored.trim(used)
+
+    def holds(self, name: str) -> bool:
+        """Is there a prompt of that name, in the bank or in the store?"""
+        return name in self or (self._stored is not None and name in self._stored)
+
+    def find(self, name: str) -> Any:
+        """The prompt, of the bank or of the store. ValueError: there is none of that name."""
         if name in self:
             return self[name]
-        if self._stored is not None and name in self._stored:
+        if self._stored is not None and self.holds(name):
             return self._stored.prompt(name)
         also = "" if self._stored is None else f" and {len(self._stored)} in {self._stored.store.path!s}"
         raise ValueError(f"PromptModel: there is no prompt {name!r}; there are {list(self.keys())}{also}")

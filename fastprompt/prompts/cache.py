@@ -2,9 +2,9 @@
 """Keys and values of prompts, computed once and kept for serving, and the memory of what they were computed from.
 
 A pool holds the prompts of one ``cache_prompts`` call side by side, so that a batch that names any of them reads them
-where they lie. It is stale once a tensor of a prompt or of the model was written to, replaced, cast or moved, and once
-autocast is switched; then it is computed again. A step of an optimiser that holds the tensor counts as writing to it,
-for fused ones leave its version as it was. Other writing through ``tensor.data`` leaves no trace: drop caches after it.
+where they lie. It is stale once a stamp (fastprompt.prompts.stamp) of one of its prompts or of the model does not fit
+any more, and once an optimiser that holds one of their tensors has made a step, for fused ones leave no other trace;
+then it is computed again.
 """
 
 import weakref
@@ -13,60 +13,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.keyed import Keyed, Part
-
-
-class Trace(NamedTuple):
-    """What a tensor was. The weak references keep addresses from being given to others."""
-
-    tensor: Any
-    storage: Any
-    version: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Trace":
-        return cls(
-            weakref.ref(tensor), StorageWeakRef(tensor.untyped_storage()), tensor._version, tensor.dtype
-        )
-
-    def fits(self, tensor: Tensor) -> bool:
-        return (
-            self.tensor() is tensor
-            and self.version == tensor._version
-            and self.dtype == tensor.dtype
-            and self.storage.cdata == tensor.untyped_storage()._cdata
-        )
-
-
-class Stamp:
-    """The state of some tensors and of autocast at one moment."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.traces = [Trace.of(tensor) for tensor in tensors]
-        self.autocast = _autocast()
-        self.stepped = False
-
-    def note_step(self, parameters: Container[int]) -> None:
-        """An optimiser wrote to the tensors with these ids."""
-        self.stepped = self.stepped or any(id(trace.tensor()) in parameters for trace in self.traces)
-
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            not self.stepped
-            and len(tensors) == len(self.traces)
-            and all(trace.fits(tensor) for trace, tensor in zip(self.traces, tensors, strict=True))
-            and self.autocast == _autocast()
-        )
+from fastprompt.prompts.stamp import Stamp, State
 
 
 class Pool(NamedTuple):
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # "" where a prompt is not wanted any more
     stamps: tuple[Stamp, ...]  # of each prompt
     model: Stamp
     keyed: Keyed
@@ -83,15 +39,15 @@ class PromptCaches:
 
     @property
     def names(self) -> set[str]:
-        return {name for pool in self._pools for name in pool.names}
+        return {name for pool in self._pools for name in pool.names if name}
 
     def keep(self, names: Sequence[str], prompts: Sequence[Any], model: nn.Module, keyed: Keyed) -> None:
         """Keep what was computed of these prompts, in place of what was kept of them before."""
         self.drop(names)
         _KEEPING.add(self)
         _watch_optimizers()
-        stamps = tuple(Stamp(tensors_of(prompt)) for prompt in prompts)
-        self._pools.append(Pool(tuple(names), stamps, Stamp(tensors_of(model)), keyed))
+        stamps = tuple(Stamp(State.of(prompt)) for prompt in prompts)
+        self._pools.append(Pool(tuple(names), stamps, Stamp(State.of(model)), keyed))
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget what is kept of these prompts; a pool goes once none of its prompts is wanted."""
@@ -111,17 +67,18 @@ class PromptCaches:
     def pool_of(self, name: str) -> Pool | None:
         return next((pool for pool in self._pools if name in pool.names), None)
 
-    def stale(self, prompts: Mapping[str, Any], model: nn.Module) -> set[str]:
+    def stale(self, prompts: Mapping[str, Any], model: nn.Module) -> list[str]:
         """The prompts of all pools that have one of ``prompts`` whose kept keys are not its keys any more."""
-        found: set[str] = set()
-        state = tensors_of(model) if self._pools else []
+        if not self._pools:
+            return []
+        state, found = State.of(model), []
         for pool in self._pools:
             here = [name for name in pool.names if name in prompts]
             if here and not (
                 pool.model.fits(state)
-                and all(pool.stamps[pool.names.index(name)].fits(tensors_of(prompts[name])) for name in here)
+                and all(pool.stamps[pool.names.index(name)].fits(State.of(prompts[name])) for name in here)
             ):
-                found |= set(pool.names) - {""}
+                found += [name for name in pool.names if name]
         return found
 
     def parts(self, names: Sequence[str]) -> tuple[dict[str, list[Part]], list[int]]:
@@ -148,23 +105,3 @@ def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = {id(each) for group in optimizer.param_groups for each in group["params"]}
         for caches in list(_KEEPING):
             caches.note_step(parameters)
-
-
-def tensors_of(owner: Tensor | nn.Module) -> list[Tensor]:
-    """The tensor, or all parameters and buffers."""
-    if isinstance(owner, Tensor):
-        return [owner]
-    return [
-        tensor
-        for module in owner.modules()
-        for group in (module._parameters, module._buffers)
-        for tensor in group.values()
-        if tensor is not None
-    ]
-
-
-def _autocast() -> tuple[torch.dtype | None, ...]:
-    return tuple(
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        for device in ("cpu", "cuda")
-    )

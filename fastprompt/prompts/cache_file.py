@@ -18,10 +18,10 @@ from torch import Tensor
 
 import fastprompt
 from fastprompt.prompts._safe_files import float_shapes, opened, write_safetensors
-from fastprompt.prompts.identity import ModelIdentity, tensors_sha256, weights_sha256
+from fastprompt.prompts.identity import ModelIdentity, model_sha256, tensors_sha256
 from fastprompt.prompts.layout import check_layout
 
-FORMAT, VERSION = "fastprompt.cache", "1"
+FORMAT, VERSION = "fastprompt.cache", "2"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,18 +31,19 @@ class CacheOrigin:
 
     Args:
         model: the model's identity.
-        weights_sha256: of a sample of all of its weights.
+        model_sha256: of all that its results depend on.
         prompt_sha256: of the prompt's tensors.
     """
 
     model: ModelIdentity
-    weights_sha256: str
+    model_sha256: str
     prompt_sha256: str
 
     @classmethod
-    def of(cls, model: Any, identity: ModelIdentity, prompt: Mapping[str, Tensor]) -> Self:
-        """Of an HF model, its identity, and a prompt's fp32 tensors by name."""
-        return cls(identity, weights_sha256(model.named_parameters()), tensors_sha256(prompt))
+    def of(cls, model: Any, identity: ModelIdentity, *prompts: Mapping[str, Tensor]) -> list[Self]:
+        """One for each prompt, given as fp32 tensors by name: of an HF model, its identity, and that prompt."""
+        whole = model_sha256(model)
+        return [cls(identity, whole, tensors_sha256(prompt)) for prompt in prompts]
 
 
 def cache_path(prompt_path: str | os.PathLike[str]) -> Path:
@@ -78,7 +79,7 @@ def write_cache(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], ori
         "version": VERSION,
         "package": fastprompt.__version__,
         "model": json.dumps(asdict(origin.model)),
-        "weights_sha256": origin.weights_sha256,
+        "model_sha256": origin.model_sha256,
         "prompt_sha256": origin.prompt_sha256,
     }
     write_safetensors(path, values, metadata)
@@ -131,8 +132,10 @@ def _check_origin(what: str, metadata: Mapping[str, str], origin: CacheOrigin, r
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} describes its model unreadably: {error}. {remedy}") from None
     difference = model.difference(origin.model)
-    if difference is None and metadata.get("weights_sha256") != origin.weights_sha256:
-        difference = "the embedding table is the same, other weights or the dtype differ"
+    if difference is None and metadata.get("model_sha256") != origin.model_sha256:
+        difference = (
+            "the embedding table is the same; other weights, their dtype, the config or an adapter differ"
+        )
     if difference is not None:
         raise ValueError(f"{what} was made by another model ({model.name_or_path!r}): {difference}. {remedy}")
     if metadata.get("prompt_sha256") != origin.prompt_sha256:

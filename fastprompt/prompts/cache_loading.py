@@ -27,7 +27,8 @@ def save_cache(path: str | os.PathLike[str], model: Any, identity: ModelIdentity
     for site, (keys, (row,)) in found.items():
         for part, layers in (("k", keys.keys), ("v", keys.values)):
             tensors[f"{site}_{part}"] = torch.stack([layer[row, : keys.lens[row]] for layer in layers])
-    write_cache(cache_path(path), tensors, _origin(model, identity, prompt))
+    [origin] = _origins(model, identity, [prompt])
+    write_cache(cache_path(path), tensors, origin)
 
 
 @torch.no_grad()
@@ -39,18 +40,20 @@ def load_caches(
     Raises:
         FileNotFoundError, ValueError: as :func:`read_cache`; keys for other sites or of another length.
     """
-    pairs = zip(paths, prompts, strict=True)
+    origins = _origins(model, identity, prompts)
+    found = [
+        _read(cache_path(path), model, prompt, origin)
+        for path, prompt, origin in zip(paths, prompts, origins, strict=True)
+    ]
     # To whoever reads them, keys and values are a prefix.
-    return keyed(
-        model, [PrefixPrompt(_read(cache_path(path), model, identity, prompt)) for path, prompt in pairs]
-    )
+    return keyed(model, [PrefixPrompt(tensors) for tensors in found])
 
 
-def _read(source: Path, model: Any, identity: ModelIdentity, prompt: Prompt) -> dict[str, Tensor]:
+def _read(source: Path, model: Any, prompt: Prompt, origin: CacheOrigin) -> dict[str, Tensor]:
     """The checked tensors of one cache file, where the model is."""
     dtype = model.get_encoder().get_input_embeddings().weight.dtype
     sizes = ModelShape.of(model.config).sizes() | {"P": len(prompt)}
-    tensors = read_cache(source, _origin(model, identity, prompt), dtype, sizes)
+    tensors = read_cache(source, origin, dtype, sizes)
     found = {name.partition("_")[0] for name in tensors}
     sites = set(sites_of(prompt))
     if found != sites:
@@ -61,6 +64,6 @@ def _read(source: Path, model: Any, identity: ModelIdentity, prompt: Prompt) -> 
     return {name: tensor.to(model.device) for name, tensor in tensors.items()}
 
 
-def _origin(model: Any, identity: ModelIdentity, prompt: Prompt) -> CacheOrigin:
-    tensors = prompt.tensors() if isinstance(prompt, PrefixPrompt) else {"prompt": prompt}
-    return CacheOrigin.of(model, identity, tensors)
+def _origins(model: Any, identity: ModelIdentity, prompts: Sequence[Prompt]) -> list[CacheOrigin]:
+    tensors = [each.tensors() if isinstance(each, PrefixPrompt) else {"prompt": each} for each in prompts]
+    return CacheOrigin.of(model, identity, *tensors)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprompt import hf_attention
+from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 # Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete
 # for the capacity of its experts.
@@ -66,11 +67,18 @@ def check_ids(input_ids: Tensor, table: Tensor) -> None:
 
 
 def check_kind(kind: str, model: Any) -> None:
-    """Kinds whose keys attention layers read need a model whose attention is T5's."""
-    if kind != "prepend" and model.config.model_type not in hf_attention.SERVED:
+    """Kinds whose keys attention layers read need a model whose attention is T5's, with heads that kernels take."""
+    if kind == "prepend":
+        return
+    if model.config.model_type not in hf_attention.SERVED:
         raise ValueError(
             f"PromptModel: a prompt of kind {kind!r} needs a model of type {', '.join(hf_attention.SERVED)}, got "
             f"{model.config.model_type!r}. Use kind='prepend'"
+        )
+    if model.config.d_kv not in HEAD_WIDTHS:
+        raise ValueError(
+            f"PromptModel: a prompt of kind {kind!r} needs heads of width d_kv in {HEAD_WIDTHS}, got "
+            f"{model.config.d_kv}. Use kind='prepend'"
         )
 
 

@@ -7,7 +7,7 @@ and whatever is wrong inside a file ends as an error that names it.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import fastprompt
 from fastprompt.prompts._safe_files import float_shapes, opened, replacing, write_safetensors
 from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.layout import ModelShape, check_layout
-from fastprompt.prompts.peft_files import read_peft, write_peft
+from fastprompt.prompts.peft_files import read_peft, write_peft, write_peft_tasks
 from fastprompt.prompts.prompt_file import PromptFile
 from fastprompt.prompts.rows import checked_rows, finite_fp32
 
@@ -26,17 +26,23 @@ FORMAT, VERSION = "fastprompt.prompt", "1"
 FORMATS = ("safetensors", "npy", "peft")
 
 
-def write_prompt(path: str | os.PathLike[str], prompt: PromptFile, *, format: str = "safetensors") -> None:  # noqa: A002
+def write_prompt(
+    path: str | os.PathLike[str],
+    prompt: PromptFile | Sequence[PromptFile],
+    *,
+    format: str = "safetensors",  # noqa: A002
+) -> None:
     """Write ``prompt`` for :func:`read_prompt` and for others to read.
 
     A file appears whole or not at all: it is written beside its place and moved there.
 
     Args:
         path: the file, or for PEFT the folder.
-        prompt: what to write.
+        prompt: what to write. Several for ``format="peft"``: the tasks of one multitask adapter.
         format: ``"safetensors"``: one file, tensors in fp32, the rest as metadata. ``"npy"``: the rows [P, D] of a
             ``"prepend"`` prompt, as google-research/prompt-tuning has them. ``"peft"``: a folder that
-            ``PeftModel.from_pretrained`` loads; see :func:`fastprompt.prompts.peft_files.write_peft`.
+            ``PeftModel.from_pretrained`` loads; see :func:`fastprompt.prompts.peft_files.write_peft` and
+            :func:`fastprompt.prompts.peft_files.write_peft_tasks`.
 
     Raises:
         TypeError, ValueError: values that are not finite floats, tensors that are no prompt of this kind, or a
@@ -44,6 +50,14 @@ def write_prompt(path: str | os.PathLike[str], prompt: PromptFile, *, format: st
     """
     if format not in FORMATS:
         raise ValueError(f"write_prompt: format must be one of {list(FORMATS)}, got {format!r}")
+    if not isinstance(prompt, PromptFile):
+        if format != "peft":
+            raise ValueError(
+                f"write_prompt: several prompts are the tasks of one adapter of format='peft', got {format!r}. Write "
+                "each by itself, or all with write_store"
+            )
+        write_peft_tasks(path, [checked_prompt("write_prompt: the prompt", each) for each in prompt])
+        return
     checked = checked_prompt("write_prompt: the prompt", prompt)
     if format == "peft":
         write_peft(path, checked)

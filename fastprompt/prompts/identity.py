@@ -2,20 +2,34 @@
 """Which frozen model a prompt was trained for.
 
 A prompt means nothing to another model, and shapes cannot tell: T5 v1.1, its LM-adapted and its FLAN
-checkpoints share all of them. The embedding table tells them apart. A cache of keys and values depends on every
-weight, so there every weight is asked, by a sample.
+checkpoints share all of them. The embedding table tells them apart. A cache of keys and values depends on all of the
+model, so there all of it is asked: every byte of its weights, and what else makes other results of the same weights.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from fastprompt.prompts.stamp import adapters_of
+
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
-_SAMPLES = 256  # of each weight; any training step moves nearly all elements of a weight
+_HASHING_THREADS = 8
+# What T5's modules read of their config beside the shapes of their weights and the dropout.
+_COMPUTING = (
+    "num_heads",
+    "d_kv",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "layer_norm_epsilon",
+    "is_gated_act",
+    "dense_act_fn",
+)
 
 
 @dataclass(frozen=True)
@@ -77,19 +91,45 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 of a model's named weights: names, shapes, dtypes, and evenly spaced elements of each.
+def model_sha256(model: Any) -> str:
+    """sha256 of all that a model's results depend on in eval mode.
+
+    That is all weights (names, shapes, dtypes and values), what the config says of the computation, and which adapters
+    (LoRA and others of PEFT) are active, merged or scaled. Every byte is read, 1 to 2 GB/s for each of a few threads.
 
     Args:
-        weights: ``model.named_parameters()``. At most 256 elements of each leave its device.
+        model: an HF T5.
+
+    Raises:
+        ValueError: a weight has no data (device meta), as under CPU or disk offload.
     """
-    digest = hashlib.sha256()
-    for name, weight in weights:
-        flat = weight.detach().reshape(-1)
-        step = -(-max(1, len(flat)) // _SAMPLES)
-        # To fp64, which holds every float dtype's values exactly.
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype};".encode())
-        digest.update(_bytes(flat[::step].to("cpu", torch.float64)))
+    computing = {name: getattr(model.config, name, None) for name in _COMPUTING}
+    digest = hashlib.sha256(f"{computing!r};{adapters_of(model)!r};".encode())
+    # The state dict has what quantised children keep beside their Parameters; tied weights are there several times.
+    weights = {
+        id(weight): (name, weight) for name, weight in reversed(model.state_dict(keep_vars=True).items())
+    }
+    # hashlib lets other threads run while it reads, and a GPU's copies wait for nobody.
+    with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
+        for each in pool.map(_weight_sha256, weights.values()):
+            digest.update(each.encode())
+    return digest.hexdigest()
+
+
+def _weight_sha256(named: tuple[str, Tensor]) -> str:
+    name, weight = named
+    if weight.is_meta:
+        raise ValueError(
+            f"PromptModel: the weight {name!r} has no data (device meta), and a cache file depends on it. Load the "
+            "model without offload, or keep keys in memory: cache_prompts"
+        )
+    digest = hashlib.sha256(f"{name} {list(weight.shape)} {weight.dtype};".encode())
+    if hasattr(weight, "__tensor_flatten__"):  # a subclass of several plain tensors, such as torchao's
+        for inner in weight.__tensor_flatten__()[0]:
+            digest.update(_weight_sha256((inner, getattr(weight, inner))).encode())
+        return digest.hexdigest()
+    for chunk in weight.detach().reshape(-1).split(_CHUNK_ELEMENTS):
+        digest.update(_bytes(chunk.cpu().view(torch.uint8)))
     return digest.hexdigest()
 
 

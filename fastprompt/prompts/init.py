@@ -99,7 +99,13 @@ def _array(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
 
 
 def _file(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
-    rows = read_prompt(config.source, width=weight.shape[1]).rows
+    file = read_prompt(config.source, width=weight.shape[1])
+    if file.kind == "prefix":
+        raise ValueError(
+            f"PromptConfig: source {config.source!s} must hold rows [P, D], got a prefix. load_prompt reads it; with "
+            "init='prompt' another prefix begins from it"
+        )
+    rows = file.rows
     if len(rows) != config.num_tokens:
         raise ValueError(
             f"PromptConfig: source {config.source!s} must have num_tokens={config.num_tokens} rows, "

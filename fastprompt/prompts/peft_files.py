@@ -16,7 +16,7 @@ What PEFT 0.21 computes on a T5 from the tables that it stores, and what that is
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,8 @@ def write_peft(path: str | os.PathLike[str], prompt: PromptFile) -> None:
     Raises:
         ValueError: PEFT has no such prompt.
     """
-    tensors, base = prompt.tensors, prompt.model.name_or_path if prompt.model else None
-    config: dict[str, Any] = {
-        "task_type": "SEQ_2_SEQ_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "num_transformer_submodules": 2,
-    }
+    tensors = prompt.tensors
+    config: dict[str, Any] = {"num_transformer_submodules": 2}
     if prompt.kind == "prepend":
         table = torch.cat((prompt.rows, torch.zeros_like(prompt.rows)))
         config |= {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(prompt.rows)}
@@ -109,10 +104,52 @@ def write_peft(path: str | os.PathLike[str], prompt: PromptFile) -> None:
             f"write_prompt: PEFT has no {named!r} prompt with {sorted(tensors)}. It has 'prepend', and 'prefix' with "
             "parameterization 'kv' for the decoder's self-attention alone. Use format='safetensors'"
         )
-    folder = Path(path)
-    write_safetensors(folder / WEIGHTS, {TABLE: table}, {"format": "pt"})
+    _write_folder(Path(path), prompt, {TABLE: table}, config)
+
+
+def write_peft_tasks(path: str | os.PathLike[str], prompts: Sequence[PromptFile]) -> None:
+    """Write checked ``prompts``, kind "prepend" and of one length, as one MULTITASK_PROMPT_TUNING adapter.
+
+    Prompt t becomes task t, exactly: the shared rows are ones, and a task's factors are the identity [P, P] and its
+    rows [P, D], so that the rank is P. Of one submodule: PEFT's forward and generate then compute the same.
+
+    Raises:
+        ValueError: no prompt, or prompts of other kinds or different lengths or widths.
+    """
+    shapes = [{name: list(tensor.shape) for name, tensor in prompt.tensors.items()} for prompt in prompts]
+    if (
+        not prompts
+        or any(prompt.kind != "prepend" for prompt in prompts)
+        or shapes != shapes[:1] * len(prompts)
+    ):
+        got = [(prompt.kind, shape) for prompt, shape in zip(prompts, shapes, strict=True)]
+        raise ValueError(
+            f"write_prompt: a multitask adapter holds one or more 'prepend' prompts [P, D] of one length, got {got}. "
+            "Write each by itself"
+        )
+    P, D = prompts[0].rows.shape
+    tensors = {
+        TABLE: torch.ones(P, D, device="cpu"),
+        "prefix_task_cols": torch.eye(P, device="cpu").repeat(len(prompts), 1, 1),
+        "prefix_task_rows": torch.stack([prompt.rows for prompt in prompts]),
+    }
+    config = {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": P, "token_dim": D}
+    config |= {"num_transformer_submodules": 1, "num_tasks": len(prompts), "num_ranks": P}
+    _write_folder(Path(path), prompts[0], tensors, config)
+
+
+def _write_folder(
+    folder: Path, prompt: PromptFile, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """``prompt``: one of those in ``tensors``, for its model."""
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    common = {
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": prompt.model.name_or_path if prompt.model else None,
+        "inference_mode": True,
+    }
     with replacing(folder / CONFIG) as stream:  # last: without it the folder is no adapter
-        stream.write(json.dumps(config, indent=2, sort_keys=True).encode())
+        stream.write(json.dumps(common | dict(config), indent=2, sort_keys=True).encode())
 
 
 def _check_names(what: str, shapes: Mapping[str, Shape], others: tuple[str, ...] = ()) -> None:

@@ -71,7 +71,8 @@ class StoredPrompts:
         if name not in self._kept:
             file = self.store[name]
             check_fits(f"PromptModel: {name!r} of {self.store.path!s}", file, self.shape, self.identity)
-            prompt = prompt_of(file, self.device)
+            with torch.inference_mode(False):  # whose tensors tell nobody when they are written to
+                prompt = prompt_of(file, self.device)
             self._kept[name] = (file.kind, prompt.requires_grad_(False))
         self._kept.move_to_end(name)
         return self._kept[name]

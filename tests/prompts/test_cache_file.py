@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
+from fastprompt import patch
 from fastprompt.prompts.cache_file import CacheOrigin, cache_path, read_cache, write_cache
-from fastprompt.prompts.identity import ModelIdentity, tensors_sha256
+from fastprompt.prompts.identity import ModelIdentity, model_sha256, tensors_sha256
 from fastprompt.prompts.layout import ModelShape
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -20,7 +22,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def origin_of(model, prompt):
     identity = ModelIdentity.of(model.config, model.get_input_embeddings().weight)
-    return CacheOrigin.of(model, identity, {"prompt": prompt})
+    [origin] = CacheOrigin.of(model, identity, {"prompt": prompt})
+    return origin
 
 
 @pytest.fixture
@@ -90,11 +93,97 @@ def test_another_model_is_refused(change, message, saved, prompt):
         read(path, model, prompt)
 
 
+def flip_one(weight):
+    """The last bit of one element in the middle."""
+    flat = weight.data.view(-1)
+    middle = len(flat) // 2 + 1
+    flat[middle] = torch.nextafter(flat[middle], torch.tensor(torch.inf))
+
+
+WEIGHTS = (
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "encoder.final_layer_norm.weight",
+    "decoder.block.0.layer.1.EncDecAttention.k.weight",
+    "decoder.block.0.layer.0.layer_norm.weight",
+)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_one_bit_of_a_weight_makes_another_model(name, saved, prompt):
+    model, _, path = saved
+    flip_one(model.get_parameter(name))
+    with pytest.raises(ValueError, match="other weights"):
+        read(path, model, prompt)
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"layer_norm_epsilon": 1e-3},
+        {"feed_forward_proj": "gated-silu"},
+        {"relative_attention_max_distance": 64},
+    ],
+    ids=str,
+)
+def test_the_same_weights_computing_otherwise_are_another_model(special, saved, prompt, make_model):
+    model, _, path = saved
+    other = make_model("byt5", **special)
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(other.parameters(), model.parameters(), strict=True)
+    )
+    with pytest.raises(ValueError, match="other weights, their dtype, the config or an adapter differ"):
+        read(path, other, prompt)
+
+
+def test_what_changes_no_result_is_the_same_model(saved, prompt, make_model):
+    _, tensors, path = saved
+    model = make_model("byt5", attention="sdpa", dropout_rate=0.5).train()
+    for each in (model, patch(model)):
+        assert read(path, each, prompt).keys() == tensors.keys()
+
+
+def test_adapters_make_other_models(prompt, make_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_model("byt5").requires_grad_(False)
+    plain = model_sha256(model)
+    config = peft.LoraConfig(r=2, target_modules=["k", "v"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    layers = [each for each in model.modules() if isinstance(each, peft.tuners.lora.Linear)]
+    seen = [plain, model_sha256(model)]
+    layers[0].scale_layer(2.0)
+    seen.append(model_sha256(model))
+    for layer in layers:
+        layer.enable_adapters(False)
+    seen.append(model_sha256(model))
+    assert len(set(seen)) == 4
+    layers[0].scale_layer(0.5)
+    for layer in layers:
+        layer.enable_adapters(True)
+    assert model_sha256(model) == seen[1]
+
+
+def test_weights_of_several_tensors_and_weights_without_data(make_model):
+    model = make_model("byt5").requires_grad_(False)
+    weight = model.encoder.block[0].layer[0].SelfAttention.k.weight.data
+    found = []
+    for change in (0.0, 1e-6):
+        inner = TwoTensor(weight.clone(), weight + change)
+        model.encoder.block[0].layer[0].SelfAttention.k.weight = nn.Parameter(inner, requires_grad=False)
+        found.append(model_sha256(model))
+    assert found[0] != found[1]
+    model.decoder.block[0].layer[1].EncDecAttention.v.to("meta")
+    with pytest.raises(
+        ValueError, match=r"weight 'decoder\.block\.0.*EncDecAttention\.v\.weight' has no data"
+    ):
+        model_sha256(model)
+
+
 def test_another_dtype_is_refused(saved, prompt):
     model, _, path = saved
     with pytest.raises(ValueError, match=r"must hold torch.bfloat16, the model's dtype, got torch.float32"):
         read(path, model, prompt, torch.bfloat16)
-    with pytest.raises(ValueError, match="other weights or the dtype differ"):
+    with pytest.raises(ValueError, match="other weights, their dtype"):
         read(path, model.bfloat16(), prompt)
 
 
@@ -127,7 +216,7 @@ def test_a_cache_of_other_sizes_and_a_prompt_file_are_refused(saved, prompt, tmp
         read_cache(path, origin_of(model, prompt), model.dtype, sizes)
     save_file(tensors, tmp_path / "plain")
     with pytest.raises(
-        ValueError, match=r"must be a fastprompt.cache of version 1, got None of version None"
+        ValueError, match=r"must be a fastprompt.cache of version 2, got None of version None"
     ):
         read(tmp_path / "plain", model, prompt)
     with pytest.raises(FileNotFoundError, match="read_cache: there is no file"):
@@ -162,7 +251,7 @@ def test_damage_ends_in_a_value_error_or_in_finite_tensors_of_the_right_shapes(s
 @pytest.mark.parametrize("model", ["{", "[" * 99_999, '{"a": 1}', json.dumps(3)])
 def test_hostile_metadata(model, saved, prompt, tmp_path):
     ours, tensors, _ = saved
-    save_file(tensors, tmp_path / "hostile", {"format": "fastprompt.cache", "version": "1", "model": model})
+    save_file(tensors, tmp_path / "hostile", {"format": "fastprompt.cache", "version": "2", "model": model})
     with pytest.raises(ValueError, match=r"read_cache: .*describes its model unreadably"):
         read(tmp_path / "hostile", ours, prompt)
 

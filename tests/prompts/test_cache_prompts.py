@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprompt.prompts import PromptConfig
-from fastprompt.prompts import cache as cache_module
+from fastprompt.prompts import PromptConfig, stamp
 
 CONFIGS = {
     "c5": PromptConfig(5, "cached", init="uniform"),
@@ -136,6 +135,60 @@ def test_a_stale_cache_is_made_again(how, served, make_batch):
     torch.testing.assert_close(logits(prompted, batch, "c5"), after)
 
 
+@pytest.mark.parametrize("how", ["disable", "scale", "merge"])
+def test_an_adapter_that_is_switched_makes_it_stale(how, served, make_batch):
+    peft = pytest.importorskip("peft")
+    prompted, batch = served({"c5": CONFIGS["c5"]}), make_batch()
+    config = peft.LoraConfig(r=2, target_modules=["k", "v"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, prompted.model)
+    prompted.model.requires_grad_(False)
+    layers = [each for each in prompted.model.modules() if isinstance(each, peft.tuners.lora.Linear)]
+    prompted.cache_prompts()
+    before = logits(prompted, batch, "c5")
+    assert prompted.passes == [3]
+    for layer in layers:
+        if how == "disable":
+            layer.enable_adapters(False)
+        elif how == "scale":
+            layer.scale_layer(2.0)
+        else:
+            layer.merge()  # writes through .data; then the weights can be scaled
+    after = logits(prompted, batch, "c5")
+    assert prompted.passes == [1, 3]
+    assert torch.allclose(after, before, atol=1e-4) == (how == "merge")
+    prompted.drop_caches()
+    torch.testing.assert_close(logits(prompted, batch, "c5"), after)
+
+
+def test_in_inference_mode_too(make_keyed, make_batch, tmp_path):
+    expected = make_keyed(CONFIGS)
+    expected.save_prompt("c5", tmp_path / "c5")
+    batch = make_batch()
+    with torch.inference_mode():
+        prompted = make_keyed({"c2": CONFIGS["c2"]})  # its weights are of that mode as well
+        prompted.load_prompt("c5", tmp_path / "c5")
+        prompted.cache_prompts()
+        found = prompted(**batch, prompts=["c5", "c2", "c5"]).logits
+        torch.testing.assert_close(found, expected(**batch, prompts=["c5", "c2", "c5"]).logits)
+        prompted.prompts["c5"].mul_(2.0)
+        doubled = prompted(**batch, prompts="c5").logits
+        assert not torch.allclose(doubled, found)
+    with torch.no_grad():
+        torch.testing.assert_close(prompted(**batch, prompts="c5").logits, doubled)
+
+
+def test_a_prompt_loaded_in_inference_mode_trains(make_keyed, make_batch, tmp_path):
+    prompted, batch = make_keyed({"c5": CONFIGS["c5"]}), make_batch()
+    prompted.save_prompt("c5", tmp_path / "c5")
+    with torch.inference_mode():
+        prompted.load_prompt("again", tmp_path / "c5")
+        prompted.add_prompt("new", CONFIGS["rows"])
+    for name in ("c5", "again", "new"):
+        prompted(**batch, prompts=name).loss.backward()
+    assert torch.equal(prompted.prompts["again"].grad, prompted.prompts["c5"].grad)
+    assert all(each.grad.norm() > 0 for each in prompted.prompts["new"].parameters())
+
+
 def test_a_step_of_other_parameters_makes_nothing_stale(served, make_batch):
     prompted, batch = served(), make_batch(None)
     prompted.cache_prompts()
@@ -226,7 +279,7 @@ def test_refusals(served):
 
 def test_a_trace_holds_no_tensor_alive():
     tensor = torch.ones(3)
-    trace = cache_module.Trace.of(tensor)
+    trace = stamp.Trace.of(tensor)
     assert trace.fits(tensor)
     assert not trace.fits(tensor.clone())
     assert not trace.fits(tensor.view(3))

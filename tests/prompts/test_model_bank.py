@@ -10,7 +10,15 @@ import pickle
 import pytest
 import torch
 
-from fastprompt.prompts import PromptConfig, PromptFile, PromptStore, read_prompt, write_prompt, write_store
+from fastprompt.prompts import (
+    PromptConfig,
+    PromptFile,
+    PromptStore,
+    keyed,
+    read_prompt,
+    write_prompt,
+    write_store,
+)
 from fastprompt.prompts.loading import file_of
 
 KINDS = {
@@ -67,6 +75,21 @@ def test_a_saved_prompt_of_any_kind_gives_the_same_logits(name, tuned, empty, ma
     other.save_prompt("p", tmp_path / "again")
     first, second = read_prompt(tmp_path / "prompt").tensors, read_prompt(tmp_path / "again").tensors
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+def test_how_a_prompt_began_is_not_forgotten(tuned, empty, tmp_path):
+    tuned.add_prompt("zeros", PromptConfig(3, init="zeros"))
+    tuned.save_prompt("zeros", tmp_path / "first")
+    other = empty()
+    other.load_prompt("p", tmp_path / "first")
+    other.rename_prompt("p", "q")
+    other.save_prompt("q", tmp_path / "second")
+    assert read_prompt(tmp_path / "second").init == "zeros"
+    other.load_prompt("q", PromptFile(torch.ones(3, 32)))  # says nothing of it
+    other.save_prompt("q", tmp_path / "third")
+    assert read_prompt(tmp_path / "third").init == "file"
+    other.remove_prompt("q")
+    assert not other._inits
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -310,6 +333,72 @@ def test_reads_are_few_and_memory_is_bounded(stored, empty, make_batch, monkeypa
     assert reads[3:] == ["mlp"]
 
 
+@pytest.fixture
+def branches(monkeypatch):
+    """The number of prompts in each run of the cached prompts' branch."""
+    seen, run = [], keyed.run_branch
+    monkeypatch.setattr(
+        keyed, "run_branch", lambda model, prompts: seen.append(len(prompts)) or run(model, prompts)
+    )
+    return seen
+
+
+def test_kept_keys_of_stored_prompts_outlive_their_rows(stored, empty, make_batch, branches):
+    model, batch = empty(), make_batch()
+    model.attach_store(stored, keep_bytes=0)
+    expected = logits(model, batch, "cached")
+    model.cache_prompts(["cached", "rows"])
+    branches.clear()
+    for names in ("cached", "kv", "mlp", ["rows", "kv", "mlp"], "cached"):  # each puts others out of memory
+        logits(model, batch, names)
+    assert branches == []
+    same(logits(model, batch, "cached"), expected)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_stale_keys_of_stored_prompts_are_made_again(own, stored, empty, make_batch, branches):
+    model, batch = empty(), make_batch()
+    model.attach_store(stored)
+    if own:
+        model.add_prompt("mine", KINDS["cached"])
+    names = ["cached", "mine", "rows"] if own else ["cached", "kv", "rows"]
+    model.cache_prompts(names)
+    with torch.no_grad():
+        model.model.get_encoder().block[1].layer[0].SelfAttention.k.weight.mul_(1.5)
+    branches.clear()
+    after = logits(model, batch, names)
+    assert branches == [1 + own]
+    assert model._caches.names == set(names)
+    logits(model, batch, names)
+    assert branches == [1 + own], "kept again"
+    model.drop_caches()
+    same(logits(model, batch, names), after)
+
+
+def test_kept_keys_go_with_the_prompt_they_are_of(tuned, stored, empty, make_batch, tmp_path):
+    model, batch = empty(), make_batch()
+    model.attach_store(stored)
+    model.cache_prompts(["cached", "rows"])
+    model.add_prompt("cached", KINDS["prepend"])  # hides the stored one
+    assert model._caches.names == {"rows"}
+    with torch.no_grad():
+        model.model.get_encoder().block[1].layer[0].SelfAttention.k.weight.mul_(1.5)
+    logits(model, batch, "rows")
+    model.remove_prompt("cached")
+    model.cache_prompts("cached")
+    tuned.prompts["cached"].data += 1.0
+    files = {name: file_of(tuned.prompts[name], "cached", None, name) for name in ("cached",)}
+    write_store(tmp_path / "other", files)
+    model.attach_store(PromptStore(tmp_path / "other"))
+    assert model._caches.names == set()
+    found = logits(model, batch, "cached")
+    model.load_prompt("own", PromptStore(tmp_path / "other")["cached"])
+    same(found, logits(model, batch, "own"))
+    model.cache_prompts("cached")
+    model.attach_store(None)
+    assert model._caches.names == set()
+
+
 def test_a_store_moves_copies_and_detaches_with_the_model(stored, empty, make_batch):
     model, batch = empty(), make_batch()
     model.attach_store(stored)
@@ -341,6 +430,39 @@ def test_a_folder_is_a_store_too(tuned, empty, make_batch, tmp_path):
         logits(model, batch, "narrow")
 
 
+def test_several_prompts_are_the_tasks_of_one_adapter(tuned, make_model, make_batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    tuned.add_prompt("other", KINDS["prepend"])
+    with torch.no_grad():
+        tuned.prompts["other"].mul_(-3.0)
+    names = ["prepend", "other"]
+    tuned.save_prompt(names, tmp_path, format="peft")
+    stock = make_model(num_layers=3, num_decoder_layers=2, d_kv=16, dtype=torch.float64)
+    theirs, batch = peft.PeftModel.from_pretrained(stock, tmp_path).eval(), make_batch()
+    task_ids = torch.tensor([0, 1, 0], device=batch["input_ids"].device)
+    with torch.no_grad():
+        found = theirs(**batch, task_ids=task_ids).logits
+    same(found, logits(tuned, batch, ["prepend", "other", "prepend"]))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    how = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(
+        theirs.generate(**inputs, task_ids=task_ids, **how),
+        tuned.generate(**inputs, prompts=["prepend", "other", "prepend"], **how),
+    )
+    for task, name in enumerate(names):
+        tuned.load_prompt(f"task {task}", tmp_path, task=task)
+        assert torch.equal(tuned.prompts[f"task {task}"], tuned.prompts[name])
+    for bad, message in (
+        (["prepend", "cached"], "one or more 'prepend' prompts .* of one length, got .*'cached'"),
+        ([], "one or more 'prepend' prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tuned.save_prompt(bad, tmp_path / "bad", format="peft")
+    with pytest.raises(ValueError, match="tasks of one adapter of format='peft', got 'safetensors'"):
+        tuned.save_prompt(names, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_errors(tuned, stored, make_keyed, make_batch, tmp_path):
     batch = make_batch()
     other = make_keyed({}, **SIZES)
@@ -359,6 +481,8 @@ def test_errors(tuned, stored, make_keyed, make_batch, tmp_path):
         logits(other, batch, ["prepend", "kv", "kv"])
     with pytest.raises(ValueError, match="there is no prompt 'kv' in the bank"):
         other.freeze_prompt("kv", False)
+    with pytest.raises(ValueError, match="there is no prompt 'nope'; there are"):
+        other.kind("nope")
     with pytest.raises(TypeError, match="store must be a PromptStore, got PosixPath"):
         other.attach_store(stored.path)
     tuned.save_prompt("prepend", tmp_path / "folder" / "p.safetensors")

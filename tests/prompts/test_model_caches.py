@@ -127,7 +127,7 @@ def test_training_on_makes_the_cache_stale_and_its_file_refused(saved, make_fres
     [
         (lambda model: model.shared.weight.add_(1.0), "made by another model .*: embedding table"),
         (lambda model: model.encoder.block[1].layer[0].SelfAttention.k.weight.neg_(), "other weights"),
-        (lambda model: model.to(torch.bfloat16), "other weights or the dtype differ"),
+        (lambda model: model.to(torch.bfloat16), "other weights, their dtype"),
     ],
 )
 @torch.no_grad()
@@ -143,7 +143,7 @@ def test_another_model_is_refused(change, message, saved, make_fresh):
 def test_keys_for_other_sites_or_of_another_length_are_refused(name, tuned, saved, make_fresh, tmp_path):
     """Whoever writes such a file can also write the right hashes."""
     fresh = make_fresh()
-    origin = cache_loading._origin(fresh.model, fresh._identity(), fresh.prompts[name])
+    [origin] = cache_loading._origins(fresh.model, fresh._identity(), [fresh.prompts[name]])
     P, layers = len(fresh.prompts[name]), {"encoder": 2, "cross": 3}
     for length, sites, message in (
         (P, ["cross"], "must hold keys for .*got \\['cross'\\]. Make the cache again: save_cache"),

@@ -78,6 +78,28 @@ def test_configs_and_names(make_model, make_prompted):
     assert list(prompted.prompts) == list(prompted.configs) == ["p5"]
 
 
+@pytest.mark.parametrize("kind", ["cached", "prefix"])
+def test_heads_that_no_kernel_takes_are_refused_before_training(kind, make_model, make_keyed, tmp_path):
+    config = PromptConfig(3, kind, init="uniform")
+    narrow = PromptModel(make_model(d_kv=12), {})
+    message = rf"kind '{kind}' needs heads of width d_kv in \(16, .*got 12. Use kind='prepend'"
+    refused(ValueError, message, narrow.add_prompt, "p", config)
+    make_keyed({"p": config}).save_prompt("p", tmp_path / "p")
+    refused(ValueError, message, narrow.load_prompt, "p", tmp_path / "p", strict=False)
+    assert not narrow.prompts
+    narrow.add_prompt("p", PromptConfig(3))
+
+
+def test_rows_do_not_begin_from_a_prefix_file(make_keyed, tmp_path):
+    prompted = make_keyed({"p": PromptConfig(3, "prefix")})
+    prompted.save_prompt("p", tmp_path / "prefix")
+    config = PromptConfig(3, "cached", init="file", source=tmp_path / "prefix")
+    message = (
+        r"source .*prefix must hold rows \[P, D\], got a prefix. load_prompt reads it; with init='prompt'"
+    )
+    refused(ValueError, message, prompted.add_prompt, "q", config)
+
+
 @pytest.fixture(params=["forward", "generate"])
 def call(request, make_prompted, make_batch):
     """forward or generate, with a good batch whose arguments a test replaces."""

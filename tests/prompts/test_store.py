@@ -328,6 +328,22 @@ def test_opening_reads_the_header_and_a_prompt_its_own_rows(tmp_path):
     assert 100 * D * 4 <= bytes_read() - before < 100 * D * 4 + 2_000
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts what the process reads")
+def test_ten_thousand_prompts(tmp_path):
+    """Their data is a hole of 3 GB in the file: zeros that take no space on the disk."""
+    path, count, size = tmp_path / "store", 10_000, 100 * 768 * 4
+    entries = {f"cached/task {i}/prompt": entry((100, 768), begin=i * size) for i in range(count)}
+    path.write_bytes(store_file(header(**entries)))
+    head = path.stat().st_size
+    os.truncate(path, head + count * size)
+    before = bytes_read()
+    store = PromptStore(path)
+    assert len(store) == count
+    batch = [store[f"task {i}"].rows for i in range(0, count, count // 32)]
+    assert all(rows.shape == (100, 768) for rows in batch)
+    assert bytes_read() - before < head + len(batch) * size + 10_000
+
+
 WRITER = """
 import resource, sys, torch
 from fastprompt.prompts import PromptFile

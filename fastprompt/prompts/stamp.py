@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stamps: did a model or a prompt change since something was computed of it?
+
+It did once a tensor of it was written to, replaced, cast or moved, once an adapter in it (LoRA and others of PEFT) was
+switched, scaled or merged, and once autocast was switched. Writing through ``tensor.data`` leaves no trace, nor does
+writing to a tensor that was made under ``torch.inference_mode``.
+"""
+
+import weakref
+from collections.abc import Container
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class State(NamedTuple):
+    """What an owner computes with."""
+
+    tensors: list[Tensor]
+    adapters: list[str]
+
+    @classmethod
+    def of(cls, owner: Tensor | nn.Module) -> Self:
+        """Of a tensor, or of a module's parameters, buffers and adapters."""
+        return cls([owner], []) if isinstance(owner, Tensor) else cls(_tensors_of(owner), adapters_of(owner))
+
+
+class Trace(NamedTuple):
+    """What a tensor was. The weak references keep addresses from being given to others."""
+
+    tensor: Any
+    storage: Any
+    version: int | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        return cls(weakref.ref(tensor), storage, _version(tensor), tensor.dtype)
+
+    def fits(self, tensor: Tensor) -> bool:
+        return (
+            self.tensor() is tensor
+            and self.version == _version(tensor)
+            and self.dtype == tensor.dtype
+            and self.storage.cdata == tensor.untyped_storage()._cdata
+        )
+
+
+class Stamp:
+    """A state and that of autocast at one moment."""
+
+    def __init__(self, state: State) -> None:
+        self.traces = [Trace.of(tensor) for tensor in state.tensors]
+        self.adapters = state.adapters
+        self.autocast = _autocast()
+        self.stepped = False
+
+    def note_step(self, parameters: Container[int]) -> None:
+        """An optimiser wrote to the tensors with these ids."""
+        self.stepped = self.stepped or any(id(trace.tensor()) in parameters for trace in self.traces)
+
+    def fits(self, state: State) -> bool:
+        return (
+            not self.stepped
+            and len(state.tensors) == len(self.traces)
+            and all(trace.fits(tensor) for trace, tensor in zip(self.traces, state.tensors, strict=True))
+            and self.adapters == state.adapters
+            and self.autocast == _autocast()
+        )
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """What decides, beside their weights, what PEFT's adapter layers in ``model`` compute: one entry for each."""
+    return [
+        repr(
+            (
+                each._disable_adapters,
+                each._active_adapter,
+                each.merged_adapters,
+                getattr(each, "scaling", None),
+            )
+        )
+        for each in model.modules()
+        if hasattr(type(each), "_disable_adapters")
+    ]
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [
+        tensor
+        for each in module.modules()
+        for group in (each._parameters, each._buffers)
+        for tensor in group.values()
+        if tensor is not None
+    ]
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _autocast() -> tuple[torch.dtype | None, ...]:
+    return tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    )
