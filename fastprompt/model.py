@@ -419,8 +419,8 @@ class PromptModel(nn.Module):
         if new_name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {new_name!r} already. Choose another name")
         self.prompts.rename(name, new_name)
-        known: dict[str, Any]
-        for known in (self.configs, self._inits):
+        by_name: tuple[dict[str, Any], ...] = (self.configs, self._inits)
+        for known in by_name:
             if name in known:
                 known[new_name] = known.pop(name)
         self._caches.drop([name, new_name])  # a stored prompt of the new name is hidden now

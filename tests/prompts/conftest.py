@@ -16,6 +16,7 @@ from transformers import (
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import patch
 from fastprompt.model import PromptModel
@@ -148,3 +149,24 @@ def make_keyed(make_model):
         return prompted if memory is None else patch(prompted, memory=memory)
 
     return make
+
+
+@pytest.fixture
+def hf():
+    """(model, prompt [P, D], batch, ...) -> what a cached prompt is: HF T5 under the mask that isolates its rows."""
+
+    def run(model, prompt, batch, **arguments):
+        """The stock model on [prompt; tokens]: the encoder under the isolating mask [B, 1, L, L], then the decoder."""
+        table, ids, padding = model.get_input_embeddings().weight, batch["input_ids"], batch["attention_mask"]
+        B, P = len(ids), len(prompt)
+        embeds = torch.cat([prompt.to(table.dtype).expand(B, -1, -1), table[ids]], 1)
+        seen = torch.cat([padding.new_ones(B, P), padding], 1)
+        allowed = seen[:, None, :].bool().repeat(1, embeds.shape[1], 1)  # query, key
+        allowed[:, :P, P:] = False
+        mask = torch.zeros(allowed.shape, dtype=table.dtype, device=table.device)
+        mask = mask.masked_fill(~allowed, torch.finfo(table.dtype).min)[:, None]
+        hidden = model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        encoded = BaseModelOutput(last_hidden_state=hidden)
+        return model(encoder_outputs=encoded, attention_mask=seen, **arguments)
+
+    return run

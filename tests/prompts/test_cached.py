@@ -22,26 +22,11 @@ def config(num_tokens, **arguments):
     return PromptConfig(num_tokens, "cached", init="uniform", **arguments)
 
 
-def hf(model, prompt, batch, **arguments):
-    """The stock model on [prompt; tokens]: the encoder under the isolating mask [B, 1, L, L], then the decoder."""
-    table, ids, padding = model.get_input_embeddings().weight, batch["input_ids"], batch["attention_mask"]
-    B, P = len(ids), len(prompt)
-    embeds = torch.cat([prompt.to(table.dtype).expand(B, -1, -1), table[ids]], 1)
-    seen = torch.cat([padding.new_ones(B, P), padding], 1)
-    allowed = seen[:, None, :].bool().repeat(1, embeds.shape[1], 1)  # query, key
-    allowed[:, :P, P:] = False
-    mask = torch.zeros(allowed.shape, dtype=table.dtype, device=table.device)
-    mask = mask.masked_fill(~allowed, torch.finfo(table.dtype).min)[:, None]
-    hidden = model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-    encoded = BaseModelOutput(last_hidden_state=hidden)
-    return model(encoder_outputs=encoded, attention_mask=seen, **arguments)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("memory", MEMORY)
 def test_logits_loss_and_prompt_gradient_equal_hf(
-    layout, padding, memory, make_keyed, make_model, make_batch
+    hf, layout, padding, memory, make_keyed, make_model, make_batch
 ):
     prompted, batch = make_keyed({"p": config(5)}, layout, memory), make_batch(padding)
     stock = make_model(layout, d_kv=16).requires_grad_(False)
@@ -61,7 +46,7 @@ def test_logits_loss_and_prompt_gradient_equal_hf(
 
 
 @pytest.mark.parametrize("P", [1, 40])
-def test_one_row_and_more_rows_than_exact_buckets(P, make_keyed, make_model, make_batch):
+def test_one_row_and_more_rows_than_exact_buckets(hf, P, make_keyed, make_model, make_batch):
     prompted, batch = make_keyed({"p": config(P)}, num_layers=3, num_decoder_layers=1), make_batch(S=30)
     stock = make_model(d_kv=16, num_layers=3, num_decoder_layers=1)
     expected = hf(stock, prompted.prompts["p"], batch, labels=batch["labels"])
@@ -71,7 +56,9 @@ def test_one_row_and_more_rows_than_exact_buckets(P, make_keyed, make_model, mak
 @pytest.mark.parametrize("layout", ["v1_1", "umt5"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("memory", [None, "balanced"])
-def test_rows_with_prompts_of_different_lengths(layout, padding, memory, make_keyed, make_model, make_batch):
+def test_rows_with_prompts_of_different_lengths(
+    hf, layout, padding, memory, make_keyed, make_model, make_batch
+):
     configs = {f"p{n}": config(n, seed=n) for n in (5, 1, 9)}
     prompted, batch = make_keyed(configs, layout, memory), make_batch(padding, B=4)
     batch["labels"].clamp_(min=0)
@@ -90,7 +77,7 @@ def test_rows_with_prompts_of_different_lengths(layout, padding, memory, make_ke
 
 
 @pytest.mark.parametrize("layout", ["t5", "umt5"])
-def test_in_float64_it_is_hf_to_the_last_digits(layout, make_keyed, make_model, make_batch):
+def test_in_float64_it_is_hf_to_the_last_digits(hf, layout, make_keyed, make_model, make_batch):
     prompted, batch = make_keyed({"p": config(5)}, layout).double(), make_batch("left")
     stock = make_model(layout, torch.float64, d_kv=16).requires_grad_(False)
     prompt = prompted.prompts["p"].detach().clone().requires_grad_()
@@ -111,7 +98,7 @@ def test_in_float64_it_is_hf_to_the_last_digits(layout, make_keyed, make_model, 
     {"num_beams": 2, "cache_implementation": "static"},
 ])  # fmt: skip
 @pytest.mark.parametrize("memory", [None, "balanced"])
-def test_generation_equals_hf(mode, memory, make_keyed, make_model, make_batch):
+def test_generation_equals_hf(hf, mode, memory, make_keyed, make_model, make_batch):
     prompted, batch = make_keyed({"p": config(5)}, memory=memory), make_batch("left")
     stock, P = make_model(d_kv=16), 5
     del batch["labels"]
