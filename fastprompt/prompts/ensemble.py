@@ -2,8 +2,9 @@
 """Ensembles of prompts: each input under N prompts of one frozen model (Lester et al. 2021, section 6).
 
 The N * B rows, row n * B + b being input b under prompt n, go through the model a pass of ``rows_per_pass`` at a time.
-Rows that attend to a prompt in the encoder share nothing behind the embedding table. Prefixes without the site
-"encoder" leave the encoder's output as it is without them: it is computed once for all of them, for B rows.
+Prefixes without the site "encoder" leave the encoder's output as it is without them: it is computed once for all of
+them, for B rows, and so are its keys and values in the decoder's cross-attention. Other prompts are attended to in the
+encoder's first layer, so that what every example has under all of them is little: decision 0014.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt.prompts import checks
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.rank import choice_scores, first_best
+from fastprompt.prompts.sites import project
 
 COMBINE = ("vote", "mean")
 
@@ -56,7 +59,8 @@ class Pass(NamedTuple):
 
     rows: Tensor  # their numbers
     inputs: Tensor  # which of the B inputs each has
-    arguments: dict[str, Any]  # input_ids, attention_mask, prompts, and encoder_outputs if they are known
+    # input_ids, attention_mask, prompts; encoder_outputs and past_key_values (of cross-attention) if they are known
+    arguments: dict[str, Any]
 
 
 class Group(NamedTuple):
@@ -64,6 +68,34 @@ class Group(NamedTuple):
 
     numbers: list[int]
     encoder_is_shared: bool
+
+
+class Shared(NamedTuple):
+    """What b of the inputs have under every prompt of a group."""
+
+    hidden: Tensor  # [b, S, D], the encoder's output
+    cross: list[
+        tuple[Tensor, Tensor]
+    ]  # its keys and values [b, H, S, K] for each decoder layer; [] if not wanted
+
+    @classmethod
+    def of(cls, model: Any, hidden: Tensor, keep_cross: bool) -> "Shared":
+        if not keep_cross:
+            return cls(hidden, [])
+        keys, values, _ = project(
+            model, "cross", [hidden] * len(model.get_decoder().block), [hidden.shape[1]]
+        )
+        return cls(
+            hidden, [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(keys, values, strict=True)]
+        )
+
+    def arguments(self, rows: Tensor) -> dict[str, Any]:
+        """For these of the b: what forward and generate are told. A cache is theirs to write to."""
+        found: dict[str, Any] = {"encoder_outputs": BaseModelOutput(last_hidden_state=self.hidden[rows])}  # type: ignore[arg-type]
+        if self.cross:
+            cross = DynamicCache([(k[rows], v[rows]) for k, v in self.cross])
+            found["past_key_values"] = EncoderDecoderCache(DynamicCache(), cross)
+        return found
 
 
 def ranked(
@@ -83,7 +115,9 @@ def ranked(
     def run(each: Pass) -> Tensor:
         return choice_scores(model, choices=choices, length_normalized=length_normalized, **each.arguments)
 
-    parts = _run(model, input_ids, attention_mask, prompts, rows_per_pass, run)
+    # Choices of one token keep no cache, and the decoder's only position is cheapest without keys and values.
+    keep_cross = not model.training and any(len(choice) > 1 for choice in choices)
+    parts = _run(model, input_ids, attention_mask, prompts, rows_per_pass, keep_cross, run)
     scores = _by_input(parts, len(prompts))
     answers = first_best(scores)
     votes = functional.one_hot(answers, len(choices)).sum(1)
@@ -113,7 +147,8 @@ def generated(
             )
         return found
 
-    parts = _run(model, input_ids, attention_mask, prompts, rows_per_pass, run)
+    keep_cross = not model.training and _is_plain(model, kwargs)
+    parts = _run(model, input_ids, attention_mask, prompts, rows_per_pass, keep_cross, run)
     longest = max(found.shape[1] for _, found in parts)
     filled = [
         (rows, functional.pad(found, (0, longest - found.shape[1]), value=pad)) for rows, found in parts
@@ -131,6 +166,7 @@ def _run(
     attention_mask: Tensor | None,
     prompts: Sequence[str],
     rows_per_pass: int,
+    keep_cross: bool,
     run: Callable[[Pass], Tensor],
 ) -> list[tuple[Tensor, Tensor]]:
     """The rows of each pass, and what ``run`` makes of it."""
@@ -143,7 +179,7 @@ def _run(
     return [
         (each.rows, run(each))
         for group in _groups(model, prompts)
-        for each in _passes(model, input_ids, attention_mask, prompts, group, rows_per_pass)
+        for each in _passes(model, input_ids, attention_mask, prompts, group, rows_per_pass, keep_cross)
     ]
 
 
@@ -154,6 +190,7 @@ def _passes(
     prompts: Sequence[str],
     group: Group,
     rows_per_pass: int,
+    keep_cross: bool,
 ) -> Iterator[Pass]:
     """The rows of some prompts, those of one prompt after the other: so a pass has few prompts."""
     B, device = len(input_ids), input_ids.device
@@ -162,18 +199,18 @@ def _passes(
         mask = None if attention_mask is None else attention_mask[inputs]
         return {"input_ids": input_ids[inputs], "attention_mask": mask}
 
-    encoded = None
-    if group.encoder_is_shared:
-        name = prompts[group.numbers[0]]
-        pieces = torch.arange(B, device=device).split(rows_per_pass)
-        encoded = torch.cat([model.encode(**taken(piece), prompts=name)[0] for piece in pieces])
-    every = torch.cat([torch.arange(number * B, (number + 1) * B, device=device) for number in group.numbers])
-    for rows in every.split(rows_per_pass):
-        inputs = rows % B
-        arguments = taken(inputs) | {"prompts": [prompts[row // B] for row in rows.tolist()]}
-        if encoded is not None:
-            arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded[inputs])  # type: ignore[arg-type]
-        yield Pass(rows, inputs, arguments)
+    # What is shared is there for a pass's number of inputs at a time.
+    for inputs in torch.arange(B, device=device).split(rows_per_pass if group.encoder_is_shared else B):
+        shared = None
+        if group.encoder_is_shared:
+            hidden = model.encode(**taken(inputs), prompts=prompts[group.numbers[0]])[0]
+            shared = Shared.of(model.model, hidden, keep_cross)
+        every = torch.cat([number * B + inputs for number in group.numbers])
+        for rows in every.split(rows_per_pass):
+            arguments = taken(rows % B) | {"prompts": [prompts[row // B] for row in rows.tolist()]}
+            if shared is not None:
+                arguments |= shared.arguments(rows % B - inputs[0])
+            yield Pass(rows, rows % B, arguments)
 
 
 def _groups(model: Any, prompts: Sequence[str]) -> list[Group]:
@@ -212,6 +249,23 @@ def _of_inputs(kwargs: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
     if allowed is not None:
         found["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(numbers[row], ids)
     return found
+
+
+def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
+    """One sequence per row and a cache that grows: then generate takes one that is filled in cross-attention."""
+    config = kwargs.get("generation_config") or model.generation_config
+
+    def option(name: str, default: Any) -> Any:
+        value = kwargs.get(name, getattr(config, name, None))
+        return default if value is None else value
+
+    return (
+        option("num_beams", 1) == option("num_return_sequences", 1) == 1
+        and option("use_cache", True)
+        and option("cache_implementation", "dynamic") == "dynamic"
+        and not option("prompt_lookup_num_tokens", 0)
+        and "past_key_values" not in kwargs
+    )
 
 
 def _padding_id(model: Any, kwargs: dict[str, Any]) -> int:

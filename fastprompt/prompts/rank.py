@@ -77,6 +77,7 @@ def choice_scores(
     prompts: Names = None,
     length_normalized: bool = False,
     encoder_outputs: Any = None,
+    past_key_values: Any = None,
 ) -> Tensor:
     """Log-probability of each choice given each row's input: [B, C], in nats, fp32 or the model's wider dtype.
 
@@ -87,12 +88,13 @@ def choice_scores(
         prompts: as in PromptModel.forward; None for a bare T5.
         length_normalized: the mean per token instead of the sum.
         encoder_outputs: of these inputs, if they are known.
+        past_key_values: an EncoderDecoderCache with their keys and values in cross-attention, if they are known.
 
     Raises:
         ValueError: gradient checkpointing is on in training mode, and a choice has several tokens.
     """
     scorer = _Scorer(model, input_ids, attention_mask, prompts, encoder_outputs)
-    first, cache = scorer.first(any(len(choice) > 1 for choice in choices))
+    first, cache = scorer.first(any(len(choice) > 1 for choice in choices), past_key_values)
     columns = list(first[:, [choice[0] for choice in choices]].unbind(1))
     longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
     at_once = max(1, ROWS_PER_PASS // len(first))
@@ -127,13 +129,14 @@ class _Scorer:
             encoder_outputs = model.get_encoder()(input_ids=input_ids, attention_mask=mask, return_dict=True)
         self.hidden = encoder_outputs[0]
 
-    def first(self, keep: bool) -> tuple[Tensor, Any]:
+    def first(self, keep: bool, cache: Any) -> tuple[Tensor, Any]:
         """Log-probabilities [B, V] of the first token, and the cache behind it."""
         start = self.hidden.new_full((len(self.hidden), 1), self._start(), dtype=torch.int64)
         output = self.model(
             encoder_outputs=(self.hidden,),
             attention_mask=self.mask,
             decoder_input_ids=start,
+            past_key_values=cache,
             use_cache=keep,
             **self.more,
         )

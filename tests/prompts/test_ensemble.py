@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from fastprompt.prompts import PromptConfig, PromptStore, ensemble, write_store
 from fastprompt.prompts.loading import file_of
@@ -118,6 +119,51 @@ def test_how_many_rows_the_encoder_runs(names, rows_per_pass, rows, tuned, input
     seen.clear()
     tuned.ensemble_generate(**inputs, prompts=names, rows_per_pass=rows_per_pass, max_new_tokens=2)
     assert seen == rows
+
+
+@pytest.mark.parametrize("rows_per_pass", [2, 64])
+@pytest.mark.parametrize("memory", [None, "balanced"])
+def test_keys_of_a_shared_encoding_are_computed_once(memory, rows_per_pass, make_tuned, inputs):
+    tuned, rows = make_tuned(memory=memory), []
+    tuned.model.decoder.block[1].layer[1].EncDecAttention.k.register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].shape[:2])
+    )
+    tuned.cache_prompts()
+    rows.clear()
+    names, (B, S) = ["outside", "decoder"], inputs["input_ids"].shape
+    tuned.ensemble(**inputs, prompts=names, choices=CHOICES, rows_per_pass=rows_per_pass)
+    assert rows == [(part, S) for part in ([2, 1] if rows_per_pass == 2 else [B])]
+    rows.clear()
+    tuned.ensemble_generate(**inputs, prompts=names, rows_per_pass=rows_per_pass, max_new_tokens=3)
+    assert rows == [(part, S) for part in ([2, 1] if rows_per_pass == 2 else [B])]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2},
+        {
+            "generation_config": GenerationConfig(
+                num_beams=2, max_new_tokens=4, eos_token_id=1, pad_token_id=0
+            )
+        },
+    ],
+    ids=str,
+)
+def test_modes_of_generation_that_take_no_cache(more, tuned, inputs):
+    names = ["outside", "decoder"]
+    if "generation_config" not in more:
+        more = {**more, "max_new_tokens": 4}
+    found = tuned.ensemble_generate(**inputs, prompts=names, rows_per_pass=1, **more)  # lookup takes one row
+    for number, name in enumerate(names):
+        for row in range(3):
+            one = {key: value[row : row + 1] for key, value in inputs.items()}
+            alone = tuned.generate(**one, prompts=name, **more)[0].tolist()
+            alone += [0] * (found.members.shape[2] - len(alone))
+            assert found.members[row, number].tolist() == alone
 
 
 def test_the_rules(tuned, inputs, monkeypatch):
