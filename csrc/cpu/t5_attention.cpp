@@ -248,7 +248,9 @@ struct Work {
                   void* dv_rows, float* share_k, float* share_v);
     void backward_block(int64_t first, int64_t count);
     void differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width);
-    bool load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first, int64_t count);
+    bool is_silent(const void* dout_rows, const float* stats, int64_t i) const;
+    void clear_queries(void* dq_rows, int64_t first, int64_t end) const;
+    void load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first, int64_t count);
     void starved_backward(int64_t i, int64_t row);
     void store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const;
 };
@@ -458,29 +460,36 @@ void Work::starved_backward(int64_t i, int64_t row) {
     }
 }
 
-// Loads a block of queries, the gradients of their outputs, and delta. False if all those gradients are zero, as they
-// are where the model's padding is: such a block adds nothing.
-bool Work::load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first,
+// Is the gradient of the output of query i zero, as it is where the model's padding is? Such a query adds nothing.
+bool Work::is_silent(const void* dout_rows, const float* stats, int64_t i) const {
+    float row[256];
+    load_row(dout_rows, row_offset(i), dtype, row, a.K);
+    vfloat size{};
+    for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
+    const float most = stats[stats_offset(i)], sum = stats[a.H * a.N + stats_offset(i)];
+    const bool finite = most + sum - (most + sum) == 0.0f;  // NaN and infinity must spread
+    return sum_lanes(size) == 0.0f && (finite || keys.allowed(a, offset + i) == 0);
+}
+
+void Work::clear_queries(void* dq_rows, int64_t first, int64_t end) const {
+    const float zeros[256] = {};
+    for (int64_t i = first; i < end; ++i) store_row(zeros, dq_rows, row_offset(i), dtype, a.K);
+}
+
+// Loads a block of queries, the gradients of their outputs, and delta.
+void Work::load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first,
                           int64_t count) {
     load_queries(first, count);
-    bool any = false;
     for (int64_t i = 0; i < count; ++i) {
         float *row_out = out, *row_dout = dout + i * a.K;
         load_row(out_rows, row_offset(first + i), dtype, row_out, a.K);
         load_row(dout_rows, row_offset(first + i), dtype, row_dout, a.K);
-        vfloat sum{}, size{};
-        for (int64_t d = 0; d < a.K; d += kLanes) {
-            const vfloat gradient = load(row_dout + d);
-            sum = fused_multiply_add(gradient, load(row_out + d), sum);
-            size += gradient < 0.0f ? -gradient : gradient;
-        }
+        vfloat sum{};
+        for (int64_t d = 0; d < a.K; d += kLanes) sum = fused_multiply_add(load(row_dout + d), load(row_out + d), sum);
         delta[i] = sum_lanes(sum);
-        any |= sum_lanes(size) != 0.0f;
         top[i] = stats[stats_offset(first + i)];
         total[i] = stats[a.H * a.N + stats_offset(first + i)];
-        any |= !(top[i] + total[i] - (top[i] + total[i]) == 0.0f) && limit[i] > 0;  // NaN and infinity must spread
     }
-    return any;
 }
 
 // Gradients of keys and values to where these came from; zero for keys that nothing may attend to.
@@ -515,21 +524,26 @@ void Work::backward(const void* dout_rows, const void* out_rows, const float* st
     pack_rows(false, key_rows);
     clear(dkeys, keys.count * a.K);
     clear(dvalues, keys.count * a.K);
+    int64_t begin = 0, end = T;
+    while (begin < end && is_silent(dout_rows, stats, begin)) ++begin;
+    while (begin < end && is_silent(dout_rows, stats, end - 1)) --end;
+    if (T <= kFewQueries) begin = 0, end = T;
+    clear_queries(dq_rows, 0, begin);
+    clear_queries(dq_rows, end, T);
     bool starved = false;
-    for (int64_t first = 0; first < T; first += kQueries) {
-        const int64_t count = T - first < kQueries ? T - first : kQueries;
+    for (int64_t first = begin; first < end; first += kQueries) {
+        const int64_t count = end - first < kQueries ? end - first : kQueries;
         clear(dq, count * a.K);
-        if (load_gradients(dout_rows, out_rows, stats, first, count)) {
-            backward_block(first, count);
-            for (int64_t i = 0; i < count; ++i) {
-                if (limit[i] > 0 || keys.own == 0) continue;
-                if (!starved) {
-                    clear(starved_dk, keys.own * a.K);
-                    clear(starved_dv, keys.own * a.K);
-                    starved = true;
-                }
-                starved_backward(first + i, i);
+        load_gradients(dout_rows, out_rows, stats, first, count);
+        backward_block(first, count);
+        for (int64_t i = 0; i < count; ++i) {
+            if (limit[i] > 0 || keys.own == 0) continue;
+            if (!starved) {
+                clear(starved_dk, keys.own * a.K);
+                clear(starved_dv, keys.own * a.K);
+                starved = true;
             }
+            starved_backward(first + i, i);
         }
         for (int64_t i = 0; i < count; ++i) store_row(dq + i * a.K, dq_rows, row_offset(first + i), dtype, a.K);
     }

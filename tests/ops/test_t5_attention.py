@@ -191,6 +191,24 @@ def test_many_blocks(backend, device, dtype):
     Case(device, dtype, B=1, T=300, S=300, H=1, K=32, causal=True, dropout_p=0.1).check()
 
 
+@pytest.mark.parametrize("T", [3, 9, 90])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_outputs_that_nothing_reads(backend, device, slow, T, p):
+    """Their gradients are zero, as a model's are at padding; a NaN in such a row spreads all the same."""
+    T = min(T, 12) if slow else T
+    case = Case(device, B=4, T=T, S=T, P=3, dropout_p=p)
+    case.dout[0, -(T // 2) :] = 0.0
+    case.dout[1, : T // 2] = 0.0
+    case.dout[2, [0, T - 1]] = 0.0
+    case.dout[3] = 0.0
+    case.check()
+    if p > 0.0:
+        return  # what dropout drops is 0, in HF it is 0 times NaN
+    case.q[1, 0, 1, 3] = float("nan")
+    for ours, stock in zip(*(case.results(f, case.tensors)[1:] for f in (case.ours, case.hf)), strict=True):
+        assert torch.equal(ours.isnan(), stock.isnan())
+
+
 def test_drawn(backend, device, examples, slow):
     most = 12 if slow else 90
 
