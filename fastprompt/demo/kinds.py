@@ -42,8 +42,8 @@ KINDS = {
     "prefix kv": Recipe(kind="prefix", parameterization="kv"),
 }
 RATES = {
-    "prepend": (0.1, 0.2, 0.5),
-    "cached": (0.2, 0.5, 1.0),
+    "prepend": (0.03, 0.1, 0.2, 0.5),
+    "cached": (0.2, 0.5, 1.0, 2.0),
     "prefix rows": (0.003, 0.01, 0.03),
     "prefix kv": (0.01, 0.03, 0.1),
 }
