@@ -117,7 +117,7 @@ class PromptBank(nn.ParameterDict):
         """The prompt, of the bank or of the store. ValueError: there is none of that name."""
         if name in self:
             return self[name]
-        if self._stored is not None and self.holds(name):
+        if self._stored is not None and name in self._stored:
             return self._stored.prompt(name)
         also = "" if self._stored is None else f" and {len(self._stored)} in {self._stored.store.path!s}"
         raise ValueError(f"PromptModel: there is no prompt {name!r}; there are {list(self.keys())}{also}")

@@ -71,23 +71,23 @@ class Group(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What b of the inputs have under every prompt of a group."""
+    """What b of the inputs have under every prompt of a group.
 
-    hidden: Tensor  # [b, S, D], the encoder's output
-    cross: list[
-        tuple[Tensor, Tensor]
-    ]  # its keys and values [b, H, S, K] for each decoder layer; [] if not wanted
+    hidden: [b, S, D], the encoder's output.
+    cross: its keys and values [b, H, S, K] for each decoder layer; [] if they are not wanted.
+    """
+
+    hidden: Tensor
+    cross: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, model: Any, hidden: Tensor, keep_cross: bool) -> "Shared":
         if not keep_cross:
             return cls(hidden, [])
-        keys, values, _ = project(
-            model, "cross", [hidden] * len(model.get_decoder().block), [hidden.shape[1]]
-        )
-        return cls(
-            hidden, [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(keys, values, strict=True)]
-        )
+        layers = len(model.get_decoder().block)
+        keys, values, _ = project(model, "cross", [hidden] * layers, [hidden.shape[1]])
+        heads_first = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(keys, values, strict=True)]
+        return cls(hidden, heads_first)
 
     def arguments(self, rows: Tensor) -> dict[str, Any]:
         """For these of the b: what forward and generate are told. A cache is theirs to write to."""

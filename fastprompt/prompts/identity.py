@@ -107,7 +107,9 @@ def model_sha256(model: Any) -> str:
     digest = hashlib.sha256(f"{computing!r};{adapters_of(model)!r};".encode())
     # The state dict has what quantised children keep beside their Parameters; tied weights are there several times.
     weights = {
-        id(weight): (name, weight) for name, weight in reversed(model.state_dict(keep_vars=True).items())
+        id(weight): (name, weight)
+        for name, weight in reversed(model.state_dict(keep_vars=True).items())
+        if isinstance(weight, Tensor)
     }
     # hashlib lets other threads run while it reads, and a GPU's copies wait for nobody.
     with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
