@@ -100,6 +100,14 @@ struct Keys {
         load_row(base, source(a, b, h, i, values), dtype, to, a.K);
     }
 
+    // Row n of the gathered keys or values, where it lies.
+    template <class T>
+    FP_INLINE const T* row(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values) const {
+        const int64_t i = index[n];
+        const void* base = i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
+        return static_cast<const T*>(base) + source(a, b, h, i, values);
+    }
+
     // How many of them a query at `position` may attend to: they are sorted.
     int64_t allowed(const fp::Attention& a, int64_t position) const {
         if (a.causal == 0) return count;
@@ -241,6 +249,8 @@ struct Work {
     void forward_block(int64_t first, int64_t count);
     void weigh(int64_t i, int64_t row, int64_t chunk, int64_t width);
     void score_few(int64_t chunk, int64_t width);
+    template <int64_t kColumns>
+    void add_few(int64_t chunk, int64_t width, int64_t column);
     void forward_few(void* to, float* stats);
     void finish_rows(int64_t first, int64_t count, void* to, float* stats);
     void starved_forward(int64_t i, float* row) const;
@@ -338,39 +348,53 @@ void Work::finish_rows(int64_t first, int64_t count, void* to, float* stats) {
 
 // The scores of a few queries: a product of each query with each key, which is read where it lies.
 void Work::score_few(int64_t chunk, int64_t width) {
-    float row[256];
-    for (int64_t n = 0; n < width; ++n) {
-        keys.load_key(a, b, h, keys.index[chunk + n], false, dtype, row);
-        for (int64_t i = 0; i < T; ++i) {
-            vfloat sum{};
-            for (int64_t d = 0; d < a.K; d += kLanes) {
-                sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
+    with_type(dtype, [&](auto type) {
+        for (int64_t n = 0; n < width; ++n) {
+            const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, false);
+            for (int64_t i = 0; i < T; ++i) {
+                vfloat sum{};
+                for (int64_t d = 0; d < a.K; d += kLanes) {
+                    sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
+                }
+                scores[i * kScoreRow + n] = sum_lanes(sum);
             }
-            scores[i * kScoreRow + n] = sum_lanes(sum);
         }
-    }
+    });
 }
 
-// A few queries (decoding): keys and values are read once, where they lie.
+// Adds the values of a chunk, weighted, to kColumns columns of the outputs of a few queries, in registers.
+template <int64_t kColumns>
+void Work::add_few(int64_t chunk, int64_t width, int64_t column) {
+    constexpr int64_t kVectors = kColumns / kLanes;
+    with_type(dtype, [&](auto type) {
+        for (int64_t i = 0; i < T; ++i) {
+            vfloat sum[kVectors];
+            for (int64_t d = 0; d < kVectors; ++d) sum[d] = load(out + i * a.K + column + d * kLanes);
+            for (int64_t n = 0; n < width; ++n) {
+                const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, true) + column;
+                const vfloat weight = splat(scores[i * kScoreRow + n]);
+                for (int64_t d = 0; d < kVectors; ++d) {
+                    sum[d] = fused_multiply_add(weight, load(row + d * kLanes), sum[d]);
+                }
+            }
+            for (int64_t d = 0; d < kVectors; ++d) store(out + i * a.K + column + d * kLanes, sum[d]);
+        }
+    });
+}
+
+// A few queries (decoding): keys and values are read where they lie.
 void Work::forward_few(void* to, float* stats) {
     load_queries(0, T);
     clear(out, T * a.K);
     for (int64_t i = 0; i < T; ++i) top[i] = -INFINITY, total[i] = 0.0f;
-    float row[256];
     const int64_t most = limit[T - 1];
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
         score_few(chunk, width);
         for (int64_t i = 0; i < T; ++i) weigh(i, i, chunk, width);
-        for (int64_t n = 0; n < width; ++n) {
-            keys.load_key(a, b, h, keys.index[chunk + n], true, dtype, row);
-            for (int64_t i = 0; i < T; ++i) {
-                const vfloat weight = splat(scores[i * kScoreRow + n]);
-                for (int64_t d = 0; d < a.K; d += kLanes) {
-                    store(out + i * a.K + d, fused_multiply_add(weight, load(row + d), load(out + i * a.K + d)));
-                }
-            }
-        }
+        int64_t column = 0;
+        for (; column + 64 <= a.K; column += 64) add_few<64>(chunk, width, column);
+        for (; column < a.K; column += 16) add_few<16>(chunk, width, column);
     }
     finish_rows(0, T, to, stats);
 }

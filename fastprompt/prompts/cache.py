@@ -13,11 +13,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastprompt.prompts.config import SITES
-from fastprompt.prompts.keyed import Keyed, Part
+from fastprompt.prompts.keyed import Keyed, Part, SiteKeys
+from fastprompt.prompts.sites import Keys
 from fastprompt.prompts.stamp import Stamp, State
 
 
@@ -47,7 +48,7 @@ class PromptCaches:
         _KEEPING.add(self)
         _watch_optimizers()
         stamps = tuple(Stamp(State.of(prompt)) for prompt in prompts)
-        self._pools.append(Pool(tuple(names), stamps, Stamp(State.of(model)), keyed))
+        self._pools.append(Pool(tuple(names), stamps, Stamp(State.of(model)), _heads_first(keyed)))
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget what is kept of these prompts; a pool goes once none of its prompts is wanted."""
@@ -90,6 +91,22 @@ class PromptCaches:
                 if wanted:
                     parts[site].append((keys, {i: rows[number] for i, number in wanted.items()}))
         return parts, [i for i, name in enumerate(names) if self.pool_of(name) is None]
+
+
+def _heads_first(keyed: Keyed) -> Keyed:
+    """The same keys and values [R, P, H, K], stored as [R, H, P, K].
+
+    Each step of decoding reads them once, a head at a time, from memory and not from the caches where a batch has many
+    prompts.
+    """
+
+    def stored(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(each.transpose(1, 2).contiguous().transpose(1, 2) for each in tensors)
+
+    return {
+        site: SiteKeys(Keys(stored(keys.keys), stored(keys.values), keys.lens), rows)
+        for site, (keys, rows) in keyed.items()
+    }
 
 
 _KEEPING: weakref.WeakSet[PromptCaches] = weakref.WeakSet()

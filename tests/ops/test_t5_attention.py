@@ -278,14 +278,18 @@ def test_lengths_are_a_mask(backend, device):
         assert torch.equal(value, other)
 
 
-def test_strides_are_read_in_place(backend, device):
-    """Views of a fused projection [B, T, 3, H, K] and of a cache [B, H, S, K], and an expanded prompt."""
+@pytest.mark.parametrize("T", [2, 11])
+def test_strides_are_read_in_place(backend, device, T):
+    """Views of a fused projection [B, T, 3, H, K] and of a cache [B, H, S, K], and a prompt that is both and expanded."""
     case = Case(device, T=11, S=11, P=4, R=1, prompt_ids=None)
+    case.tensors[0], case.dout = case.tensors[0][:, :T], case.dout[:, :T]
     expected = run(case)
-    fused = torch.stack(case.tensors[:3], 2)
+    fused = torch.stack((case.tensors[2], case.tensors[1], case.tensors[2]), 2)
+    fused[:, :T, 0] = case.tensors[0]
     cache = case.tensors[1].transpose(1, 2).contiguous()
-    prompt_k, prompt_v = case.tensors[3:]
+    prompt_k, prompt_v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors[3:])
     q, _, v = fused.unbind(2)
+    q = q[:, :T]
     options = {"prompt_k": prompt_k.expand(3, -1, -1, -1), "prompt_v": prompt_v.expand(3, -1, -1, -1)}
     options["prompt_ids"] = torch.tensor([2, 1], device=device)
     assert torch.equal(t5_attention(q, cache.transpose(1, 2), v, case.bias, **options), expected[0])

@@ -62,6 +62,8 @@ def test_a_batch_reads_the_pool_where_it_lies(served, make_batch, monkeypatch):
     prompted.cache_prompts()
     pool = prompted._caches.pool_of("c5")
     assert pool is prompted._caches.pool_of("kv")
+    for keys, _ in pool.keyed.values():  # the rows of a head lie together
+        assert all(each.transpose(1, 2).is_contiguous() for each in (*keys.keys, *keys.values))
     seen = []
     encoder = prompted.model.get_encoder()
     encoder.register_forward_pre_hook(
