@@ -280,7 +280,7 @@ def test_lengths_are_a_mask(backend, device):
 
 @pytest.mark.parametrize("T", [2, 11])
 def test_strides_are_read_in_place(backend, device, T):
-    """Views of a fused projection [B, T, 3, H, K] and of a cache [B, H, S, K], and a prompt that is both and expanded."""
+    """Views of a fused projection [B, T, 3, H, K] a cache [B, H, S, K], and a prompt that is both and expanded."""
     case = Case(device, T=11, S=11, P=4, R=1, prompt_ids=None)
     case.tensors[0], case.dout = case.tensors[0][:, :T], case.dout[:, :T]
     expected = run(case)
