@@ -135,7 +135,9 @@ class SavedTensors:
         if isinstance(tensor, nn.Parameter):
             self.excluded.add(storage.data_ptr())
         self.storages[storage.data_ptr()] = storage
-        return tensor
+        return (
+            tensor.detach()
+        )  # an output that a graph saves must not hold that graph: neither were ever freed
 
 
 @contextmanager

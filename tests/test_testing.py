@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks of fastprompt.testing see what they are made to see."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -157,6 +159,17 @@ def test_guarded_lets_an_exception_through():
 
     with pytest.raises(KeyError):
         fail_inside()
+
+
+def test_saved_bytes_leaves_nothing_behind():
+    x = torch.randn(5, requires_grad=True)
+    with saved_bytes() as saved:
+        y = x.exp()  # saves its output
+        (gradient,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert torch.equal(gradient, y)
+    gone = weakref.ref(y)
+    del y, gradient, saved
+    assert gone() is None
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
