@@ -331,14 +331,16 @@ class PromptModel(nn.Module):
             raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
         checks.check_kind(config.kind, self.model)
         self._add(name, self._initial(config))
+        self.prompts.trim(self._caches.names)
         self.configs[name], self._inits[name] = config, config.init
 
     def cache_prompts(self, names: str | Iterable[str] | None = None) -> None:
         """Compute the keys and values of prompts once, and keep them: forward without gradient and ``generate`` then
         run the tokens only.
 
-        What is kept is computed again by itself once a prompt or the model has changed; writing through ``.data`` is a
-        change that leaves no trace, ``drop_caches`` after it. Copies of the PromptModel and its files are without it.
+        What is kept is computed again by itself once a tensor of a prompt or of the model has changed, or an adapter;
+        writing through ``.data``, and another activation, epsilon or hook, leave no trace: ``drop_caches`` after them.
+        Copies of the PromptModel and its files are without it.
         Used in eval mode; in training mode dropout makes every call's keys others.
 
         Args:
@@ -374,6 +376,7 @@ class PromptModel(nn.Module):
         [prompt] = self._keyed_prompts([name])
         with torch.autocast(self.device.type, enabled=False):
             save_cache(path, self.model, self._identity(), prompt)
+        self.prompts.trim(self._caches.names)
 
     def load_caches(self, paths: Mapping[str, str | os.PathLike[str]]) -> None:
         """Keep the keys and values that ``save_cache`` wrote, in place of computing them as ``cache_prompts`` does.
@@ -477,14 +480,19 @@ class PromptModel(nn.Module):
             format: ``"safetensors"``, ``"npy"`` or ``"peft"``; see :func:`write_prompt`.
 
         Raises:
-            ValueError: there is no such prompt, it is not finite, or the format cannot express it.
+            TypeError: ``name`` is neither. ValueError: there is no such prompt, it is not finite, or the format cannot
+                express it.
         """
+        if not isinstance(name, Sequence):
+            got = type(name).__name__
+            raise TypeError(f"PromptModel: name must be a prompt's name or a list of names, got {got}")
         identity = self._identity()
         files = [
             file_of(self.prompts.find(each), self.kind(each), self._inits.get(each), each, identity)
             for each in ([name] if isinstance(name, str) else name)
         ]
         write_prompt(path, files[0] if isinstance(name, str) else files, format=format)
+        self.prompts.trim(self._caches.names)
 
     @torch.inference_mode(False)
     def load_prompt(
@@ -600,6 +608,7 @@ class PromptModel(nn.Module):
                     f"PromptModel: prompt {name!r} is of kind 'prepend': its keys depend on the tokens, so there is "
                     "nothing to keep. Train one of kind 'cached' or 'prefix'"
                 )
+            checks.check_kind(self.kind(name), self.model)
         return prompts
 
     def _initial(self, config: PromptConfig) -> Tensor | PrefixPrompt:
@@ -633,7 +642,10 @@ class PromptModel(nn.Module):
         for prompt in choice.prompts:
             tensor = prompt if isinstance(prompt, Tensor) else next(iter(prompt.parameters()))
             checks.check_device("prompts", tensor, self._table())
-        checks.check_one_family({name: self.kind(name) for name in choice.names})
+        kinds = {name: self.kind(name) for name in choice.names}
+        checks.check_one_family(kinds)
+        for kind in kinds.values():  # a store has prompts of any kind
+            checks.check_kind(kind, self.model)
         return choice
 
     def _is_keyed(self, choice: Choice) -> bool:

@@ -493,7 +493,7 @@ bool Work::is_silent(const void* dout_rows, const float* stats, int64_t i) const
     vfloat size{};
     for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
     const float most = stats[stats_offset(i)], sum = stats[a.H * a.N + stats_offset(i)];
-    const bool finite = std::isfinite(most) && std::isfinite(sum);  // NaN and infinity must spread
+    const bool finite = std::isfinite(most) && std::isfinite(sum);  // NaN and infinity among scores must spread
     return sum_lanes(size) == 0.0f && (finite || keys.allowed(a, offset + i) == 0);
 }
 

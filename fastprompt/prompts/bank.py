@@ -130,10 +130,11 @@ class PromptBank(nn.ParameterDict):
         return next(iter(self.keys()))
 
     def _check_name(self, name: object) -> None:
-        if not isinstance(name, str) or not name or "." in name or name in _TAKEN:
+        taken = name in _TAKEN or (isinstance(name, str) and hasattr(PromptBank, name))
+        if not isinstance(name, str) or not name or "." in name or taken:
             raise ValueError(
                 "PromptModel: a prompt's name must be a str that is not empty, has no '.' and is no attribute "
-                f"of ParameterDict (such as 'train' or 'keys'), got {name!r}"
+                f"of the bank (such as 'train' or 'keys'), got {name!r}"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -48,7 +48,8 @@ class PromptCaches:
         _KEEPING.add(self)
         _watch_optimizers()
         stamps = tuple(Stamp(State.of(prompt)) for prompt in prompts)
-        self._pools.append(Pool(tuple(names), stamps, Stamp(State.of(model)), _heads_first(keyed)))
+        pool = Pool(tuple(names), stamps, Stamp(State.of(model)), _heads_first(keyed))
+        self._pools = [*self._pools, pool]
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget what is kept of these prompts; a pool goes once none of its prompts is wanted."""
@@ -85,12 +86,14 @@ class PromptCaches:
     def parts(self, names: Sequence[str]) -> tuple[dict[str, list[Part]], list[int]]:
         """By site, the keys kept of these prompts; and the numbers of the prompts of which none are kept."""
         parts: dict[str, list[Part]] = {site: [] for site in SITES}
-        for pool in self._pools:
+        pools = self._pools  # others may put a list in its place meanwhile
+        for pool in pools:
             wanted = {i: pool.names.index(name) for i, name in enumerate(names) if name in pool.names}
             for site, (keys, rows) in pool.keyed.items():
                 if wanted:
                     parts[site].append((keys, {i: rows[number] for i, number in wanted.items()}))
-        return parts, [i for i, name in enumerate(names) if self.pool_of(name) is None]
+        kept = {name for pool in pools for name in pool.names}
+        return parts, [i for i, name in enumerate(names) if name not in kept]
 
 
 def _heads_first(keyed: Keyed) -> Keyed:

@@ -253,11 +253,12 @@ def _of_inputs(kwargs: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
 
 def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
     """One sequence per row and a cache that grows: then generate takes one that is filled in cross-attention."""
-    config = kwargs.get("generation_config") or model.generation_config
+    configs = (kwargs.get("generation_config"), model.generation_config)
 
     def option(name: str, default: Any) -> Any:
-        value = kwargs.get(name, getattr(config, name, None))
-        return default if value is None else value
+        """As HF's generate resolves it: what the given config leaves out, the model's own says."""
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if value is not None), default)
 
     return (
         option("num_beams", 1) == option("num_return_sequences", 1) == 1

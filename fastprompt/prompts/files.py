@@ -50,6 +50,10 @@ def write_prompt(
     """
     if format not in FORMATS:
         raise ValueError(f"write_prompt: format must be one of {list(FORMATS)}, got {format!r}")
+    if not isinstance(prompt, (PromptFile, Sequence)) or isinstance(prompt, str):
+        raise TypeError(
+            f"write_prompt: prompt must be a PromptFile or a list of them, got {type(prompt).__name__}"
+        )
     if not isinstance(prompt, PromptFile):
         if format != "peft":
             raise ValueError(

@@ -92,10 +92,11 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def model_sha256(model: Any) -> str:
-    """sha256 of all that a model's results depend on in eval mode.
+    """sha256 of what the keys and values of prompts depend on in eval mode.
 
     That is all weights (names, shapes, dtypes and values), what the config says of the computation, and which adapters
-    (LoRA and others of PEFT) are active, merged or scaled. Every byte is read, 1 to 2 GB/s for each of a few threads.
+    (LoRA and others of PEFT) are active, merged or scaled. Modules that were changed against their config are not
+    asked. Every byte is read, 1 to 2 GB/s for each of a few threads.
 
     Args:
         model: an HF T5.

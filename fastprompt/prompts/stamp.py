@@ -2,8 +2,8 @@
 """Stamps: did a model or a prompt change since something was computed of it?
 
 It did once a tensor of it was written to, replaced, cast or moved, once an adapter in it (LoRA and others of PEFT) was
-switched, scaled or merged, and once autocast was switched. Writing through ``tensor.data`` leaves no trace, nor does
-writing to a tensor that was made under ``torch.inference_mode``.
+switched, scaled or merged, and once autocast was switched. These leave no trace: writing through ``tensor.data`` or to a
+tensor made under ``torch.inference_mode``, and what is no tensor, such as another activation, epsilon or hook.
 """
 
 import weakref
@@ -74,17 +74,11 @@ class Stamp:
 
 def adapters_of(model: nn.Module) -> list[str]:
     """What decides, beside their weights, what PEFT's adapter layers in ``model`` compute: one entry for each."""
+    parts = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
     return [
-        repr(
-            (
-                each._disable_adapters,
-                each._active_adapter,
-                each.merged_adapters,
-                getattr(each, "scaling", None),
-            )
-        )
+        repr([getattr(each, part, None) for part in parts])
         for each in model.modules()
-        if hasattr(type(each), "_disable_adapters")
+        if hasattr(type(each), parts[0]) or parts[0] in vars(each)
     ]
 
 

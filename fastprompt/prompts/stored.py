@@ -54,8 +54,9 @@ class StoredPrompts:
 
     def trim(self, used: Collection[str]) -> None:
         """Forget what was not used for longest, until ``keep_bytes`` hold the rest; never what is in ``used``."""
-        total = sum(_bytes(prompt) for _, prompt in self._kept.values())
-        for name in [name for name in self._kept if name not in used]:
+        others = [name for name in self._kept if name not in used]
+        total = sum(_bytes(self._kept[name][1]) for name in others)
+        for name in others:
             if total <= self.keep_bytes:
                 return
             total -= _bytes(self._kept.pop(name)[1])

@@ -189,6 +189,9 @@ def test_a_prompt_loaded_in_inference_mode_trains(make_keyed, make_batch, tmp_pa
         prompted(**batch, prompts=name).loss.backward()
     assert torch.equal(prompted.prompts["again"].grad, prompted.prompts["c5"].grad)
     assert all(each.grad.norm() > 0 for each in prompted.prompts["new"].parameters())
+    before = prompted.prompts["again"].detach().clone()
+    torch.optim.SGD(prompted.prompts.parameters(), lr=1.0).step()
+    assert not torch.equal(prompted.prompts["again"], before)
 
 
 def test_a_step_of_other_parameters_makes_nothing_stale(served, make_batch):

@@ -166,6 +166,20 @@ def test_modes_of_generation_that_take_no_cache(more, tuned, inputs):
             assert found.members[row, number].tolist() == alone
 
 
+@pytest.mark.parametrize(
+    "own", [{"use_cache": False}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str
+)
+def test_what_a_given_config_leaves_out_is_the_models(own, tuned, inputs):
+    names = ["outside", "decoder"]
+    for name, value in own.items():
+        setattr(tuned.generation_config, name, value)
+    given = GenerationConfig(max_new_tokens=6, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0)
+    found = tuned.ensemble_generate(**inputs, prompts=names, generation_config=given)
+    for number, name in enumerate(names):
+        alone = tuned.generate(**inputs, prompts=name, generation_config=given)
+        assert torch.equal(found.members[:, number, : alone.shape[1]], alone)
+
+
 def test_the_rules(tuned, inputs, monkeypatch):
     """Scores [B, N, C] as given; three rows, three prompts."""
     scores = torch.tensor(

@@ -355,6 +355,24 @@ def test_kept_keys_of_stored_prompts_outlive_their_rows(stored, empty, make_batc
     same(logits(model, batch, "cached"), expected)
 
 
+def test_kept_and_saved_prompts_leave_the_stores_memory_alone(
+    stored, empty, make_batch, tmp_path, monkeypatch
+):
+    reads, read = [], PromptStore.__getitem__
+    monkeypatch.setattr(PromptStore, "__getitem__", lambda self, name: reads.append(name) or read(self, name))
+    model, batch = empty(), make_batch()
+    model.attach_store(stored, keep_bytes=4 * 5 * 32)  # one prompt of rows, beside the batch's
+    model.cache_prompts(["rows", "kv", "mlp"])
+    reads.clear()
+    for name in ("cached", "prepend") * 3:
+        logits(model, batch, name)
+    assert reads == ["cached", "prepend"]
+    model.drop_caches()
+    for name in KINDS:
+        model.save_prompt(name, tmp_path / name)
+    assert len(model.prompts._stored._kept) <= 1
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_stale_keys_of_stored_prompts_are_made_again(own, stored, empty, make_batch, branches):
     model, batch = empty(), make_batch()
