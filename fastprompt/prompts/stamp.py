@@ -2,8 +2,8 @@
 """Stamps: did a model or a prompt change since something was computed of it?
 
 It did once a tensor of it was written to, replaced, cast or moved, once an adapter in it (LoRA and others of PEFT) was
-switched, scaled or merged, and once autocast was switched. These leave no trace: writing through ``tensor.data`` or to a
-tensor made under ``torch.inference_mode``, and what is no tensor, such as another activation, epsilon or hook.
+switched, scaled or merged, and once autocast was switched. These leave no trace: writing through ``tensor.data`` or to
+tensors made under ``torch.inference_mode``, and what is no tensor, such as another activation, epsilon or hook.
 """
 
 import weakref

@@ -501,6 +501,15 @@ def test_errors(tuned, stored, make_keyed, make_batch, tmp_path):
         other.freeze_prompt("kv", False)
     with pytest.raises(ValueError, match="there is no prompt 'nope'; there are"):
         other.kind("nope")
+    narrow = make_keyed({}, **SIZES, d_kv=12)
+    narrow.attach_store(stored, strict=False)
+    for name in ("cached", "rows"):
+        for call in (
+            lambda name=name: logits(narrow, batch, name),
+            lambda name=name: narrow.cache_prompts(name),
+        ):
+            with pytest.raises(ValueError, match="needs heads of width d_kv in .* got 12"):
+                call()
     with pytest.raises(TypeError, match="store must be a PromptStore, got PosixPath"):
         other.attach_store(stored.path)
     tuned.save_prompt("prepend", tmp_path / "folder" / "p.safetensors")
