@@ -508,7 +508,7 @@ def test_errors(tuned, stored, make_keyed, make_batch, tmp_path):
             lambda name=name: logits(narrow, batch, name),
             lambda name=name: narrow.cache_prompts(name),
         ):
-            with pytest.raises(ValueError, match="needs heads of width d_kv in .* got 12"):
+            with pytest.raises(ValueError, match=r"needs heads of width d_kv in .* got 12"):
                 call()
     with pytest.raises(TypeError, match="store must be a PromptStore, got PosixPath"):
         other.attach_store(stored.path)
