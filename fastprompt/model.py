@@ -331,7 +331,7 @@ class PromptModel(nn.Module):
             raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
         checks.check_kind(config.kind, self.model)
         self._add(name, self._initial(config))
-        self.prompts.trim(self._caches.names)
+        self.prompts.trim(self._caches)
         self.configs[name], self._inits[name] = config, config.init
 
     def cache_prompts(self, names: str | Iterable[str] | None = None) -> None:
@@ -340,8 +340,8 @@ class PromptModel(nn.Module):
 
         What is kept is computed again by itself once a tensor of a prompt or of the model has changed, or an adapter;
         writing through ``.data``, and another activation, epsilon or hook, leave no trace: ``drop_caches`` after them.
-        Copies of the PromptModel and its files are without it.
-        Used in eval mode; in training mode dropout makes every call's keys others.
+        Copies of the PromptModel and its files are without it. Used in eval mode; in training mode dropout makes every
+        call's keys others.
 
         Args:
             names: of prompts of kind "cached" or "prefix", one or several, of the bank or of the store attached;
@@ -376,7 +376,7 @@ class PromptModel(nn.Module):
         [prompt] = self._keyed_prompts([name])
         with torch.autocast(self.device.type, enabled=False):
             save_cache(path, self.model, self._identity(), prompt)
-        self.prompts.trim(self._caches.names)
+        self.prompts.trim(self._caches)
 
     def load_caches(self, paths: Mapping[str, str | os.PathLike[str]]) -> None:
         """Keep the keys and values that ``save_cache`` wrote, in place of computing them as ``cache_prompts`` does.
@@ -450,11 +450,11 @@ class PromptModel(nn.Module):
             TypeError: ``store`` is something else.
             ValueError: it belongs to another model.
         """
-        if store is not None and not isinstance(store, PromptStore):
-            raise TypeError(f"PromptModel: store must be a PromptStore, got {type(store).__name__}")
         if store is None:
             self._attach(None)
             return
+        if not isinstance(store, PromptStore):
+            raise TypeError(f"PromptModel: store must be a PromptStore, got {type(store).__name__}")
         identity = self._identity() if strict else None
         difference = store.model.difference(identity) if store.model and identity else None
         if difference:
@@ -492,7 +492,7 @@ class PromptModel(nn.Module):
             for each in ([name] if isinstance(name, str) else name)
         ]
         write_prompt(path, files[0] if isinstance(name, str) else files, format=format)
-        self.prompts.trim(self._caches.names)
+        self.prompts.trim(self._caches)
 
     @torch.inference_mode(False)
     def load_prompt(
@@ -638,7 +638,7 @@ class PromptModel(nn.Module):
 
     def _choose(self, prompts: Names, batch: int) -> Choice:
         choice = self.prompts.choose(prompts, batch)
-        self.prompts.trim({*choice.names, *self._caches.names})
+        self.prompts.trim(self._caches, choice.names)
         for prompt in choice.prompts:
             tensor = prompt if isinstance(prompt, Tensor) else next(iter(prompt.parameters()))
             checks.check_device("prompts", tensor, self._table())

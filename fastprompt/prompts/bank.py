@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """PromptBank: the named fp32 master prompts, and the choice among them for a batch."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.stored import StoredPrompts
 
 Names = str | Sequence[str] | None
-
-_TAKEN = frozenset(dir(nn.ParameterDict())) | {"_stored"}  # names a parameter of the bank cannot have
 
 
 class Choice(NamedTuple):
@@ -104,10 +103,10 @@ class PromptBank(nn.ParameterDict):
         stored = self._stored
         return stored.kind(name) if stored is not None and name not in self and name in stored else None
 
-    def trim(self, used: Collection[str]) -> None:
-        """Let an attached store's prompts go that are over its ``keep_bytes``, but for those in ``used``."""
+    def trim(self, caches: PromptCaches, used: Iterable[str] = ()) -> None:
+        """Let an attached store's prompts go that are over its ``keep_bytes``, but for those in use or kept."""
         if self._stored is not None:
-            self._stored.trim(used)
+            self._stored.trim({*used, *caches.names})
 
     def holds(self, name: str) -> bool:
         """Is there a prompt of that name, in the bank or in the store?"""
@@ -130,8 +129,7 @@ class PromptBank(nn.ParameterDict):
         return next(iter(self.keys()))
 
     def _check_name(self, name: object) -> None:
-        taken = name in _TAKEN or (isinstance(name, str) and hasattr(PromptBank, name))
-        if not isinstance(name, str) or not name or "." in name or taken:
+        if not isinstance(name, str) or not name or "." in name or name in _TAKEN:
             raise ValueError(
                 "PromptModel: a prompt's name must be a str that is not empty, has no '.' and is no attribute "
                 f"of the bank (such as 'train' or 'keys'), got {name!r}"
@@ -145,3 +143,6 @@ class PromptBank(nn.ParameterDict):
         if self._stored is not None:
             self._stored.apply(fn)
         return super()._apply(keep_fp32, recurse)
+
+
+_TAKEN = frozenset(dir(PromptBank()))  # names a parameter of the bank cannot have
