@@ -37,6 +37,7 @@ struct Product {
     float* y;
     int64_t M, K, N;
     bool adds;
+    bool sparse;  // rows of x may be zero throughout, as gradients are where an example is padded
 };
 
 // Columns [n, n + kLanes) of a b whose columns are dense, rows [k, k + depth), to a tile.
@@ -100,6 +101,25 @@ void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t 
     for (int64_t i = 0; i < ROWS; ++i) copy(y + i * y_row, edge + i * kTileColumns, columns);
 }
 
+bool is_zero(const float* row, int64_t count) {
+    if (row[0] != 0.0f) return false;  // as good as always
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < count; ++i) bits |= bit_cast<uint32_t>(row[i]);
+    return bits << 1 == 0;  // of -0 the sign is left
+}
+
+// ROWS rows of x that are zero: so are those of y, up to what it has already.
+template <int ROWS>
+bool skip_tile(const float* x, int64_t x_row, float* y, int64_t y_row, int64_t columns, int64_t depth, bool adds) {
+    for (int64_t i = 0; i < ROWS; ++i) {
+        if (!is_zero(x + i * x_row, depth)) return false;
+    }
+    for (int64_t i = 0; !adds && i < ROWS; ++i) {
+        for (int64_t j = 0; j < columns; ++j) y[i * y_row + j] = 0.0f;
+    }
+    return true;
+}
+
 // Rows [first, first + rows) of y, columns [n, n + kTileColumns): their products with a packed tile.
 void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t depth, const float* packed, int64_t n) {
     const int64_t columns = least(p.N - n, kTileColumns);
@@ -108,6 +128,7 @@ void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t dep
         constexpr int kRows = decltype(count)::value;
         const float* x = p.x + (first + i) * p.K + k;
         float* y = p.y + (first + i) * p.N + n;
+        if (p.sparse && skip_tile<kRows>(x, p.K, y, p.N, columns, depth, adds)) return;
         if (columns == kTileColumns) return tile<kRows>(x, p.K, packed, y, p.N, depth, adds);
         edge_tile<kRows>(x, p.K, packed, y, p.N, columns, depth, adds);
     };
@@ -190,7 +211,7 @@ int64_t multiply_each(int64_t B, const Product& p, int64_t b_step) {
 #pragma omp parallel for schedule(static) reduction(min : status) if (enough)
     for (int64_t i = 0; i < B; ++i) {
         const Matrix b{p.b.data + i * b_step, p.b.row, p.b.column};
-        const Product one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds};
+        const Product one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse};
         status = least(status, p.M <= kBlockRows ? multiply_few_rows(one) : multiply_many_rows(one));
     }
     return status;
@@ -199,12 +220,12 @@ int64_t multiply_each(int64_t B, const Product& p, int64_t b_step) {
 // w[b * w_example + n * w_row + k * w_column] is element (n, k) of example b's weight.
 int64_t frozen_linear(const float* x, const float* w, float* y, int64_t B, int64_t M, int64_t N, int64_t K,
                       int64_t w_example, int64_t w_row, int64_t w_column, void* /*stream*/) {
-    return multiply_each(B, {x, {w, w_column, w_row}, y, M, K, N, false}, w_example);
+    return multiply_each(B, {x, {w, w_column, w_row}, y, M, K, N, false, false}, w_example);
 }
 
 int64_t frozen_linear_backward(const float* dy, const float* w, float* dx, int64_t B, int64_t M, int64_t N, int64_t K,
                                int64_t w_example, int64_t w_row, int64_t w_column, int64_t adds, void* /*stream*/) {
-    return multiply_each(B, {dy, {w, w_row, w_column}, dx, M, N, K, adds != 0}, w_example);
+    return multiply_each(B, {dy, {w, w_row, w_column}, dx, M, N, K, adds != 0, true}, w_example);
 }
 
 FP_KERNEL(frozen_linear);

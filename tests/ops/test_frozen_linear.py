@@ -93,6 +93,24 @@ def test_gradients_of_several_layers_add_up(backend, sizes):
     assert_as_exact(dx, torch.cat(grads, 1), torch.cat(weights))
 
 
+@pytest.mark.parametrize("M", [90, 230])
+def test_gradients_that_are_zero_where_an_example_is_padded(backend, M):
+    """Whole tiles of zeros, parts of one, zeros of either sign, and rows with one element left."""
+    _, weight, dy = draw(M, 70, 300)
+    _, other, added = draw(M, 50, 300, number=1)
+    dy[5:40], dy[60:69], added[12:60] = 0.0, -0.0, 0.0
+    dy[20, 69], dy[62, 0], dy[M - 1, :-1] = 0.5, -0.5, 0.0
+    dx = torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
+    both = torch.ops.fastprompt.frozen_linear_backward([added, dy], [other, weight])
+    for ours, rows, columns in (
+        (dx, dy, weight),
+        (both, torch.cat((added, dy), 1), torch.cat((other, weight))),
+    ):
+        some = rows.any(1)
+        assert_as_exact(ours[some], rows[some], columns)
+        assert not ours[~some].any()
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns", "part"])
 def test_a_weight_per_example(backend, layout):
     drawn = [draw(20, 50, 140, number) for number in range(3)]
