@@ -4,6 +4,8 @@
 //
 // A panel of the weight, kPanelDepth x kPanelColumns, is copied so that a tile reads it in one line, and stays in the
 // caches while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
+// Where x has few rows, which do not pay for copying the weight, the two change places if the weight's rows are dense:
+// x is copied, and the weight read where it lies, once and in order.
 #include <omp.h>
 #include <stdlib.h>
 
@@ -20,6 +22,9 @@ constexpr int64_t kChain = FP_LANES > 1 ? 128 : 16;
 constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kChain
 constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
 constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
+constexpr int64_t kFewRows = 300;                            // of x
+constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
+constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
 
 static_assert(kPanelDepth % kChain == 0 && kPanelColumns % kTileColumns == 0 && kBlockRows % kTileRows == 0, "whole");
 
@@ -66,6 +71,19 @@ void pack_tile(const Product& p, int64_t k, int64_t depth, int64_t n, float* to)
     }
 }
 
+// `tiles` of them side by side, `size` floats apart. From dense rows they take lines that lie together.
+void pack_tiles(const Product& p, int64_t k, int64_t depth, int64_t n, int64_t tiles, float* to, int64_t size) {
+    const int64_t whole = p.b.column == 1 ? least(tiles, (p.N - n) / kTileColumns) : 0;
+    for (int64_t d = 0; whole > 0 && d < depth; ++d) {
+        const float* from = p.b.data + (k + d) * p.b.row + n;
+        for (int64_t t = 0; d + kAhead < depth && t < whole; ++t) fetch(from + kAhead * p.b.row + t * kTileColumns);
+        for (int64_t t = 0; t < whole; ++t) {
+            copy(to + t * size + d * kTileColumns, from + t * kTileColumns, kTileColumns);
+        }
+    }
+    for (int64_t t = whole; t < tiles; ++t) pack_tile(p, k, depth, n + t * kTileColumns, to + t * size);
+}
+
 // y[ROWS][VECTORS * kLanes] = or += its products over the depth of a panel.
 template <int ROWS, int VECTORS>
 FP_INLINE void chains(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t depth,
@@ -85,20 +103,54 @@ void tile(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row
     chains<ROWS, kTileVectors>(x, x_row, b, y, y_row, depth, adds);
 }
 
-// A tile of which only `columns` exist. No more vectors are computed than it takes.
+// The same into y[ROWS][kTileColumns], of which only `columns` exist. No more vectors are computed than it takes.
+template <int ROWS>
+FP_INLINE void some_columns(const float* x, int64_t x_row, const float* b, float* y, int64_t columns, int64_t depth,
+                            bool adds) {
+    constexpr int kThree = kTileVectors < 3 ? kTileVectors : 3;
+    if (columns <= kLanes) {
+        chains<ROWS, 1>(x, x_row, b, y, kTileColumns, depth, adds);
+    } else if (columns <= 2 * kLanes) {
+        chains<ROWS, 2>(x, x_row, b, y, kTileColumns, depth, adds);
+    } else if (columns <= kThree * kLanes) {
+        chains<ROWS, kThree>(x, x_row, b, y, kTileColumns, depth, adds);
+    } else {
+        chains<ROWS, kTileVectors>(x, x_row, b, y, kTileColumns, depth, adds);
+    }
+}
+
+// A tile of which only `columns` exist.
 template <int ROWS>
 void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t columns, int64_t depth,
                bool adds) {
     float edge[ROWS * kTileColumns] = {};
     for (int64_t i = 0; adds && i < ROWS; ++i) copy(edge + i * kTileColumns, y + i * y_row, columns);
-    if (columns <= kLanes) {
-        chains<ROWS, 1>(x, x_row, b, edge, kTileColumns, depth, adds);
-    } else if (columns <= 2 * kLanes) {
-        chains<ROWS, 2>(x, x_row, b, edge, kTileColumns, depth, adds);
-    } else {
-        chains<ROWS, kTileVectors>(x, x_row, b, edge, kTileColumns, depth, adds);
-    }
+    some_columns<ROWS>(x, x_row, b, edge, columns, depth, adds);
     for (int64_t i = 0; i < ROWS; ++i) copy(y + i * y_row, edge + i * kTileColumns, columns);
+}
+
+// Columns [n, n + COLUMNS) of y, those of b being dense: x is `packed`, kPanelDepth of its columns after the other, in
+// tiles of kTileColumns of its rows.
+template <int COLUMNS>
+void turned_tiles(const Product& p, int64_t n, const float* packed) {
+    const float* b = p.b.data + n * p.b.column;
+    const int64_t all_rows = round_up(p.M, kTileColumns);
+    for (int64_t m = 0; m < p.M; m += kTileColumns) {
+        const int64_t rows = least(p.M - m, kTileColumns);
+        float* y = p.y + m * p.N + n;
+        float turned[COLUMNS * kTileColumns] = {};
+        for (int64_t i = 0; p.adds && i < rows; ++i) {
+            for (int64_t j = 0; j < COLUMNS; ++j) turned[j * kTileColumns + i] = y[i * p.N + j];
+        }
+        for (int64_t k = 0; k < p.K; k += kPanelDepth) {
+            const int64_t depth = least(p.K - k, kPanelDepth);
+            const float* tile = packed + k * all_rows + m * depth;
+            some_columns<COLUMNS>(b + k, p.b.column, tile, turned, rows, depth, p.adds || k > 0);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t j = 0; j < COLUMNS; ++j) y[i * p.N + j] = turned[j * kTileColumns + i];
+        }
+    }
 }
 
 bool is_zero(const float* row, int64_t count) {
@@ -157,18 +209,50 @@ float* packing_space(int64_t floats) {
     return static_cast<float*>(allocate_lines(floats * static_cast<int64_t>(sizeof(float))));
 }
 
-// One block of rows: each thread packs the tiles that it multiplies with, and waits for nobody.
+// Few rows, and columns of b that are dense: x and b change places.
+int64_t multiply_turned(const Product& p) {
+    const Product turned{nullptr, {p.x, 1, p.K}, nullptr, p.N, p.K, p.M, false, false};  // of which x is packed
+    const int64_t all_rows = round_up(p.M, kTileColumns);
+    float* packed = packing_space(p.K * all_rows);
+    if (packed == nullptr) return kNoMemory;
+#pragma omp parallel if (p.M * p.N * p.K >= kParallelProducts)
+    {
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < p.M; m += kTileColumns) {
+            for (int64_t k = 0; k < p.K; k += kPanelDepth) {
+                const int64_t depth = least(p.K - k, kPanelDepth);
+                pack_tile(turned, k, depth, m, packed + k * all_rows + m * depth);
+            }
+        }
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t n = 0; n < p.N; n += kTileRows) {
+            switch (p.N - n) {
+                case 5: turned_tiles<5>(p, n, packed); break;
+                case 4: turned_tiles<4>(p, n, packed); break;
+                case 3: turned_tiles<3>(p, n, packed); break;
+                case 2: turned_tiles<2>(p, n, packed); break;
+                case 1: turned_tiles<1>(p, n, packed); break;
+                default: turned_tiles<kTileRows>(p, n, packed);
+            }
+        }
+    }
+    free(packed);
+    return 0;
+}
+
+// Few rows: each thread packs the tiles that it multiplies with, and waits for nobody.
 int64_t multiply_few_rows(const Product& p) {
     const int64_t size = least(p.K, kPanelDepth) * kTileColumns;
-    float* space = packing_space(size * omp_get_max_threads());
+    float* space = packing_space(kPackTiles * size * omp_get_max_threads());
     if (space == nullptr) return kNoMemory;
 #pragma omp parallel for schedule(dynamic) if (p.M * p.N * p.K >= kParallelProducts)
-    for (int64_t n = 0; n < p.N; n += kTileColumns) {
-        float* packed = space + size * omp_get_thread_num();
+    for (int64_t n = 0; n < p.N; n += kPackTiles * kTileColumns) {
+        float* packed = space + kPackTiles * size * omp_get_thread_num();
+        const int64_t tiles = least(tiles_of(p.N - n), kPackTiles);
         for (int64_t k = 0; k < p.K; k += kPanelDepth) {
             const int64_t depth = least(p.K - k, kPanelDepth);
-            pack_tile(p, k, depth, n, packed);
-            block(p, 0, p.M, k, depth, packed, n);
+            pack_tiles(p, k, depth, n, tiles, packed, size);
+            for (int64_t t = 0; t < tiles; ++t) block(p, 0, p.M, k, depth, packed + t * size, n + t * kTileColumns);
         }
     }
     free(space);
@@ -187,7 +271,10 @@ int64_t multiply_many_rows(const Product& p) {
         for (int64_t k = 0; k < p.K; k += kPanelDepth) {
             const int64_t depth = least(p.K - k, kPanelDepth), size = depth * kTileColumns;
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < tiles; ++t) pack_tile(p, k, depth, n + t * kTileColumns, packed + t * size);
+            for (int64_t t = 0; t < tiles; t += kPackTiles) {
+                const int64_t some = least(tiles - t, kPackTiles);
+                pack_tiles(p, k, depth, n + t * kTileColumns, some, packed + t * size, size);
+            }
 #pragma omp for schedule(dynamic)
             for (int64_t job = 0; job < blocks * groups; ++job) {
                 const int64_t first = job / groups * kBlockRows, rows = least(p.M - first, kBlockRows);
@@ -212,7 +299,10 @@ int64_t multiply_each(int64_t B, const Product& p, int64_t b_step) {
     for (int64_t i = 0; i < B; ++i) {
         const Matrix b{p.b.data + i * b_step, p.b.row, p.b.column};
         const Product one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse};
-        status = least(status, p.M <= kBlockRows ? multiply_few_rows(one) : multiply_many_rows(one));
+        const auto multiply = p.M > kFewRows    ? multiply_many_rows
+                              : p.b.column == 1 ? multiply_few_rows
+                                                : multiply_turned;
+        status = least(status, multiply(one));
     }
     return status;
 }

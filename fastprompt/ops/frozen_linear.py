@@ -6,9 +6,10 @@
     y   [..., N]   in x's dtype
 
 Backward: dx = dy W. ``frozen_linear_backward`` takes several dy and W, for layers that share their input, and adds the
-products up as it computes them. No weight gradient asks for x, so nothing is saved but W itself.
+products up as it computes them. No weight gradient asks for x, so nothing is saved but W itself. Rows of dy that are
+zero, as at padding, give zeros, and cost the CPU kernel nothing.
 
-The CPU kernel is for fp32, and products of at least 16 rows (per example), 48 columns and a depth of 32; the others are
+The CPU kernel is for fp32, and products of at least 6 rows (per example), 48 columns and a depth of 32; the others are
 PyTorch's. It adds up chains of 128 products in registers, and those in order: a row's result is the same bits whatever
 other rows it computes, and however many threads. It is the default where it is faster than PyTorch's library, which on
 x86 is MKL: on AMD's CPUs with AVX2 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
@@ -37,8 +38,8 @@ from fastprompt.ops._checks import (
     refuse_gradient,
 )
 
-# Of a product, the least that the kernel takes: below, packing the weight costs more than its tiles gain.
-ROWS, COLUMNS, DEPTH = 16, 48, 32
+# Of a product, the least that the kernel takes: below, PyTorch's library is as fast.
+ROWS, COLUMNS, DEPTH = 6, 48, 32
 
 
 def _pays() -> bool:

@@ -14,7 +14,7 @@ from fastprompt.testing import saved_bytes
 
 OP = "frozen_linear"
 KERNEL = torch.float32
-SHAPES = [  # M, N, K: whole tiles, edges of every kind, one slice of the depth and several, one panel and two
+SHAPES = [  # M, N, K: whole tiles, edges of every kind, few rows and many, slices of the depth, two panels
     (16, 48, 48),
     (17, 51, 49),
     (96, 64, 128),
@@ -22,6 +22,8 @@ SHAPES = [  # M, N, K: whole tiles, edges of every kind, one slice of the depth 
     (21, 130, 48),
     (193, 384, 512),
     (100, 1100, 800),
+    (301, 64, 128),
+    (305, 1100, 800),
 ]
 
 
@@ -93,7 +95,7 @@ def test_gradients_of_several_layers_add_up(backend, sizes):
     assert_as_exact(dx, torch.cat(grads, 1), torch.cat(weights))
 
 
-@pytest.mark.parametrize("M", [90, 230])
+@pytest.mark.parametrize("M", [90, 330])
 def test_gradients_that_are_zero_where_an_example_is_padded(backend, M):
     """Whole tiles of zeros, parts of one, zeros of either sign, and rows with one element left."""
     _, weight, dy = draw(M, 70, 300)
@@ -141,14 +143,15 @@ def native_backend(backend):
 
 @pytest.mark.parametrize(("N", "K"), [(70, 300), (1100, 800)])
 def test_a_row_is_the_same_alone_and_among_others(native_backend, N, K):
-    x, weight, _ = draw(230, N, K)
+    x, weight, _ = draw(330, N, K)
     whole = frozen_linear(x, weight)
-    for first, count in ((0, ROWS), (7, 23), (95, 98), (100, 130)):
+    for first, count in ((0, ROWS), (7, 23), (95, 98), (100, 130), (20, 305)):
         assert torch.equal(frozen_linear(x[first : first + count], weight), whole[first : first + count])
 
 
-def test_threads_change_no_bit(native_backend, one_thread):
-    x, weight, dy = draw(200, 130, 300)
+@pytest.mark.parametrize("M", [200, 400])
+def test_threads_change_no_bit(native_backend, one_thread, M):
+    x, weight, dy = draw(M, 130, 300)
     alone = frozen_linear(x, weight), torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
     torch.set_num_threads(3)
     together = frozen_linear(x, weight), torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
@@ -183,8 +186,8 @@ def test_layout_of_the_input_changes_no_bit(backend):
     assert torch.equal(torch.ops.fastprompt.frozen_linear_backward([dy.t().contiguous().t()], [weight]), dx)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (20, 0), (1, 5), (15, 5), (5,), (20, 31)], ids=str)
-@pytest.mark.parametrize("N", [7, 40])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (20, 0), (1, 5), (5, 64), (5,), (20, 31)], ids=str)
+@pytest.mark.parametrize("N", [7, 60])
 def test_few_or_no_rows_or_columns(shape, N):
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(N, shape[-1])
     y, stock = frozen_linear(x, weight), torch.nn.functional.linear(x, weight)
