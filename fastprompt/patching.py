@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastprompt.modules import FAMILY, fast_class, mixin_for
+from fastprompt.modules import FAMILY, TORCH, fast_class, mixin_for
 from fastprompt.modules.attention import FastAttention, FastSelfAttention
 from fastprompt.modules.config import give_config, served_config, stock_config
 from fastprompt.modules.dropout import FastDropout
 from fastprompt.modules.ff import FastFF
+from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.norm import FastNorm
 from fastprompt.modules.tree import leaves, stacks, stock_class
@@ -29,6 +30,7 @@ def patch(
     attention: bool = True,
     norm: bool = True,
     ff: bool = True,
+    head: bool = True,
     lm_loss: bool = False,
     memory: str = "balanced",
     on_unsupported: str = "fallback",
@@ -46,6 +48,7 @@ def patch(
         attention: the attention layers, and ``attn_implementation="fastprompt"``.
         norm: the norms, and the stacks' dropout.
         ff: the feed-forward layers.
+        head: the product of the language-model head, on a CPU in fp32.
         lm_loss: the loss of labels without the logits of the whole vocabulary, which are then missing in the output.
         memory: what is kept for backward, all of it exact: "speed" computes nothing twice; "balanced" computes the
             feed-forward layers' first products and the residual stream inside a block again; "lean" also q, k and v;
@@ -65,9 +68,11 @@ def patch(
         FastNorm: norm,
         FastDropout: norm,
         FastFF: ff,
+        FastHead: head,
         FastLoss: lm_loss,
     }
-    if not any(mixin_for(stock_class(type(module))) not in (None, FastDropout) for module in model.modules()):
+    classes = {stock_class(type(module)) for module in model.modules()}
+    if not any(mixin_for(cls) is not None for cls in classes.difference(TORCH)):
         raise ValueError(
             f"fastprompt.patch: model must contain a T5 ({', '.join(FAMILY)}), got {type(model).__name__} without any"
             " of their layers"

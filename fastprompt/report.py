@@ -9,6 +9,7 @@ from fastprompt._op import backends
 from fastprompt.modules import mixin_for
 from fastprompt.modules.attention import FastAttention
 from fastprompt.modules.ff import FastFF
+from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.tree import is_family_layer, leaves, stock_class
 
@@ -97,6 +98,7 @@ def _why_stock(module: Any) -> str:
 
 
 def _backend(module: nn.Module) -> str:
-    """Of one of its ops; they are all built for the same devices."""
+    """Of one of its ops; they are all built for the same devices, but for the products of a head."""
     weight = next(module.parameters(), None)
-    return backends("rms_norm", "cpu" if weight is None or weight.is_meta else weight.device.type)[0]
+    op = "frozen_linear" if isinstance(module, FastHead) else "rms_norm"
+    return backends(op, "cpu" if weight is None or weight.is_meta else weight.device.type)[0]

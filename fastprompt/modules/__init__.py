@@ -14,6 +14,7 @@ from torch import nn
 from fastprompt.modules.attention import FastCrossAttention, FastSelfAttention
 from fastprompt.modules.dropout import FastDropout
 from fastprompt.modules.ff import FastFF
+from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.norm import FastNorm
 
@@ -35,12 +36,17 @@ MIXINS: dict[str, tuple[type, tuple[str, ...]]] = {
     "LayerCrossAttention": (FastCrossAttention, ("T5", "MT5")),
     "ForConditionalGeneration": (FastLoss, ("T5", "MT5", "UMT5", "LongT5")),
 }
+# torch's own classes, of modules in certain places only (tree.leaves): what serves them, and the drop-in's name.
+TORCH: dict[type, tuple[type, str]] = {
+    nn.Dropout: (FastDropout, "FastStackDropout"),
+    nn.Linear: (FastHead, "FastLinearHead"),
+}
 
 
 def mixin_for(cls: type) -> type | None:
     """What serves a module of exactly this class; None if nothing does."""
-    if cls is nn.Dropout:
-        return FastDropout
+    if cls in TORCH:
+        return TORCH[cls][0]
     if cls.__module__.startswith("transformers.models."):
         for suffix, (mixin, prefixes) in MIXINS.items():
             if cls.__name__.removesuffix(suffix) in prefixes:
@@ -50,7 +56,7 @@ def mixin_for(cls: type) -> type | None:
 
 def fast_class(cls: Any) -> type:
     """The drop-in for ``cls``, made once; pickle and deepcopy find it in this module by its name."""
-    name = f"Fast{cls.__name__}" if cls is not nn.Dropout else "FastStackDropout"
+    name = TORCH[cls][1] if cls in TORCH else f"Fast{cls.__name__}"
     found = globals().get(name)
     if found is None:
         mixin = mixin_for(cls)
@@ -68,8 +74,9 @@ def fast_class(cls: Any) -> type:
 
 def __getattr__(name: str) -> Any:
     """Finds the classes of a model that was pickled in another process."""
-    if name == "FastStackDropout":
-        return fast_class(nn.Dropout)
+    for cls, (_, known) in TORCH.items():
+        if name == known:
+            return fast_class(cls)
     for module, prefix in FAMILY.items():
         for suffix in MIXINS:
             if name == f"Fast{prefix}{suffix}":

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastprompt import hf_attention
-from fastprompt.modules import FAMILY, MIXINS, mixin_for
+from fastprompt.modules import FAMILY, MIXINS, TORCH, mixin_for
 from fastprompt.modules.lm_loss import FastLoss
 
 
@@ -27,14 +27,22 @@ def is_family_layer(cls: type) -> bool:
 
 
 def leaves(model: nn.Module) -> Iterator[nn.Module]:
-    """What may be swapped: the family's layers, the dropout of a stack itself, and the model that has the loss."""
+    """What may be swapped: the family's layers, the dropout of a stack itself, the model with the loss, its head."""
     for module in model.modules():
-        if mixin_for(stock_class(type(module))) is not None and not isinstance(module, nn.Dropout):
+        stock = stock_class(type(module))
+        if stock not in TORCH and mixin_for(stock) is not None:
             yield module
+        head = getattr(module, "lm_head", None) if is_family_model(module) else None
+        if isinstance(head, nn.Linear) and stock_class(type(head)) is nn.Linear:
+            yield head
     for stack in stacks(model):
         dropout = getattr(stack, "dropout", None)
         if dropout is not None and stock_class(type(dropout)) is nn.Dropout:
             yield dropout
+
+
+def is_family_model(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and module.config.model_type in FAMILY
 
 
 def stacks(model: nn.Module) -> Iterator[Any]:

@@ -108,8 +108,9 @@ def test_patch_and_unpatch_leave_the_model_as_it_was(make, batch, labels, layout
 
 def test_only_what_is_asked_for(make):
     model = make()
-    for option, suffix in (("attention", "Attention"), ("norm", "LayerNorm"), ("ff", "LayerFF")):
-        chosen = {"attention": False, "norm": False, "ff": False} | {option: True}
+    suffixes = {"attention": "Attention", "norm": "LayerNorm", "ff": "LayerFF", "head": "Linear"}
+    for option, suffix in suffixes.items():
+        chosen = dict.fromkeys(suffixes, False) | {option: True}
         served = {row.cls for row in explain(patch(model, **chosen)) if row.reason is None}
         assert served
         assert all(cls.endswith(suffix) or (cls == "Dropout" and option == "norm") for cls in served)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language-model head by frozen_linear, on a CPU in fp32: in generation it reads as many weights as some decoders.
+
+Elsewhere, and where something else than its weight decides what it computes, it runs nn.Linear's forward.
+"""
+
+import torch
+from torch import Tensor
+
+from fastprompt.modules._frozen import linear, obstacle, ready
+
+
+class FastHead:
+    """Mixin for the nn.Linear that is a model's lm_head."""
+
+    kernel = "frozen_linear"
+    weight: Tensor
+
+    def fastprompt_obstacle(self) -> str | None:
+        return obstacle({"lm_head": self})
+
+    def fastprompt_saved(self, attended: bool) -> int:
+        """Bytes per row."""
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or x.dtype != torch.float32 or not ready({"lm_head": self}, x):
+            return super().forward(x)  # type: ignore[misc]
+        return linear(x, self.weight)
