@@ -48,8 +48,8 @@ class PromptModel(nn.Module):
     With a prompt of kind "prepend", row b of a batch enters the encoder as [its prompt | its tokens], which is what HF
     T5 computes on ``inputs_embeds=torch.cat([prompt, embed(input_ids)])``. The embedding table is read directly, so
     hooks on the embedding module do not run. With kinds "cached" and "prefix" the encoder runs the tokens only, and
-    attention layers read the prompts' keys and values beside the tokens' (docs/prompts.md). For these, and in the
-    encoder for packed batches, the model's attention is set to "fastprompt", which computes what its own did.
+    attention layers read the prompts' keys and values beside the tokens' (docs/prompts.md). For these the model's
+    attention is set to "fastprompt", which computes what its own did.
 
     ``.model`` is the model given: frozen in place (``requires_grad_(False)``), nothing added to it. ``.prompts``
     maps names to fp32 Parameters [P, D], or to a PrefixPrompt; casts such as ``.bfloat16()`` reach the model and leave
@@ -61,9 +61,9 @@ class PromptModel(nn.Module):
         config: a PromptConfig, whose prompt is named "default"; or several by name; ``{}`` to load some later.
         tokenizer: the model's HF tokenizer, for prompts that begin from labels or text.
         pack: whether the encoder runs on rows without padding, which changes its time and not its results. None:
-            where there is padding behind tokens and the encoder can be run so; True: always, with a ValueError that
-            says why where it cannot be; False: never. ``torch.compile`` gets padded rows. It is also an attribute,
-            which may be set.
+            where there is padding behind tokens and the model's attention is "fastprompt"; True: always, with a
+            ValueError that says why where it cannot be; False: never. ``torch.compile`` gets padded rows. It is also
+            an attribute, which may be set.
 
     Raises:
         TypeError: ``model`` or ``config`` is something else.
@@ -688,10 +688,7 @@ class PromptModel(nn.Module):
     def _layout(
         self, input_ids: Tensor, mask: Tensor | None, lengths: Sequence[int], flags: dict[str, Any]
     ) -> packed.Layout | None:
-        layout = packed.layout(self.model, mask, input_ids.shape, lengths, self.pack, flags, self.device)
-        if layout is not None:
-            serve(self.model.get_encoder())
-        return layout
+        return packed.layout(self.model, mask, input_ids.shape, lengths, self.pack, flags, self.device)
 
     def _cross_mask(self, hidden: Tensor, attention_mask: Tensor | None, choice: Choice) -> Tensor | None:
         """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]; one of [B, L] stays."""
@@ -784,7 +781,7 @@ class PromptModel(nn.Module):
 
     def _site_keys(self, choice: Choice) -> dict[str, hf_attention.PromptKeys | None]:
         """The prompts' keys for each site, computed or kept."""
-        serve(self.model.get_encoder(), self.model.get_decoder())
+        serve(self.model)
         ids = [0] * len(choice.lengths) if choice.ids is None else choice.ids
         fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
         found = keyed(self.model, choice.prompts) if fresh else self._kept(choice)

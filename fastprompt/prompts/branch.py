@@ -28,8 +28,8 @@ def run_branch(model: Any, prompts: Sequence[Tensor]) -> tuple[list[Tensor], Ten
         What enters each encoder layer, and the encoder's output: [R, P, D] each, P the longest. Rows beyond a prompt's
         own are filling. With gradient, if that is on.
     """
+    serve(model)
     encoder = model.get_encoder()
-    serve(encoder)
     rows = pad_sequence(
         [prompt.to(encoder.embed_tokens.weight.dtype) for prompt in prompts], batch_first=True
     )

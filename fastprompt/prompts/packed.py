@@ -116,13 +116,14 @@ def obstacle(model: Any, flags: Mapping[str, Any]) -> str | None:
     if model.config.model_type not in hf_attention.SERVED:
         return f"needs a model of type {', '.join(hf_attention.SERVED)}, got {model.config.model_type!r}"
     encoder = model.get_encoder()
+    used = encoder.config._attn_implementation_internal
+    if used != hf_attention.NAME:
+        return f'needs the attention "{hf_attention.NAME}", got {used!r}. Call fastprompt.patch(model)'
     for name in ("output_attentions", "output_hidden_states"):
         if flags.get(name, getattr(encoder.config, name, False)):
             return f"does not go with {name}"
     for block in encoder.block:
         attention = block.layer[0].SelfAttention
-        if not type(attention).__module__.startswith("transformers.models."):
-            return f"needs transformers' own attention layers, got a {type(attention).__name__}"
         if attention.key_value_proj_dim not in HEAD_WIDTHS:
             return (
                 f"needs heads of width {', '.join(map(str, HEAD_WIDTHS))}, got {attention.key_value_proj_dim}"

@@ -71,11 +71,11 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
     return tables[0] if len(tables) == 1 else tuple(tables)
 
 
-def serve(*stacks: Any) -> None:
-    """Let them attend by "fastprompt", which knows of prompt keys and packed rows and otherwise computes the same.
+def serve(model: Any) -> None:
+    """Let both stacks attend by "fastprompt", which knows of prompt keys and otherwise computes the same.
 
     Asked before each call: unpatch and set_attn_implementation may have chosen another.
     """
-    for stack in stacks:
+    for stack in (model.get_encoder(), model.get_decoder()):
         if stack.config._attn_implementation_internal != hf_attention.NAME:
             give_config(stack, served_config(stack.config))
