@@ -14,7 +14,7 @@ from fastprompt.modules.lm_loss import FastLoss
 
 def stock_class(cls: Any) -> type:
     """The class that a module had before it was swapped, if it was."""
-    found: type = getattr(cls, "stock_class", cls)
+    found: type = cls.__dict__.get("stock_class", cls)  # not of a class that others make of it
     return found
 
 
