@@ -7,7 +7,7 @@
 
 Backward: dx = dy W. ``frozen_linear_backward`` takes several dy and W, for layers that share their input, and adds the
 products up as it computes them. No weight gradient asks for x, so nothing is saved but W itself. Rows of dy that are
-zero, as at padding, give zeros, and cost the CPU kernel nothing.
+zero, as at padding, give zeros where the weight is finite; several together cost the CPU kernel no products.
 
 The CPU kernel is for fp32, and products of at least 6 rows (per example), 48 columns and a depth of 32; the others are
 PyTorch's. It adds up chains of 128 products in registers, and those in order: a row's result is the same bits whatever
