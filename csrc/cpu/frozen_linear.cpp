@@ -172,6 +172,19 @@ bool skip_tile(const float* x, int64_t x_row, float* y, int64_t y_row, int64_t c
     return true;
 }
 
+// body(std::integral_constant<int, rows>) for 1 to kTileRows rows.
+template <class Body>
+FP_INLINE void with_rows(int64_t rows, const Body& body) {
+    switch (rows) {
+        case 1: return body(std::integral_constant<int, 1>{});
+        case 2: return body(std::integral_constant<int, 2>{});
+        case 3: return body(std::integral_constant<int, 3>{});
+        case 4: return body(std::integral_constant<int, 4>{});
+        case 5: return body(std::integral_constant<int, 5>{});
+        default: return body(std::integral_constant<int, kTileRows>{});
+    }
+}
+
 // Rows [first, first + rows) of y, columns [n, n + kTileColumns): their products with a packed tile.
 void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t depth, const float* packed, int64_t n) {
     const int64_t columns = least(p.N - n, kTileColumns);
@@ -184,15 +197,8 @@ void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t dep
         if (columns == kTileColumns) return tile<kRows>(x, p.K, packed, y, p.N, depth, adds);
         edge_tile<kRows>(x, p.K, packed, y, p.N, columns, depth, adds);
     };
-    int64_t i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows) some(std::integral_constant<int, kTileRows>{}, i);
-    switch (rows - i) {
-        case 5: return some(std::integral_constant<int, 5>{}, i);
-        case 4: return some(std::integral_constant<int, 4>{}, i);
-        case 3: return some(std::integral_constant<int, 3>{}, i);
-        case 2: return some(std::integral_constant<int, 2>{}, i);
-        case 1: return some(std::integral_constant<int, 1>{}, i);
-        default: return;
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+        with_rows(least(rows - i, kTileRows), [&](auto count) { some(count, i); });
     }
 }
 
@@ -204,7 +210,7 @@ int64_t groups_of(int64_t tiles, int64_t blocks) {
     return least(tiles, round_up(jobs, blocks) / blocks);
 }
 
-// Memory for `floats` of the weight, aligned for vectors; null if there is none.
+// Memory for `floats` of what is packed, aligned for vectors; null if there is none.
 float* packing_space(int64_t floats) {
     return static_cast<float*>(allocate_lines(floats * static_cast<int64_t>(sizeof(float))));
 }
@@ -226,14 +232,8 @@ int64_t multiply_turned(const Product& p) {
         }
 #pragma omp for schedule(dynamic, 8)
         for (int64_t n = 0; n < p.N; n += kTileRows) {
-            switch (p.N - n) {
-                case 5: turned_tiles<5>(p, n, packed); break;
-                case 4: turned_tiles<4>(p, n, packed); break;
-                case 3: turned_tiles<3>(p, n, packed); break;
-                case 2: turned_tiles<2>(p, n, packed); break;
-                case 1: turned_tiles<1>(p, n, packed); break;
-                default: turned_tiles<kTileRows>(p, n, packed);
-            }
+            with_rows(least(p.N - n, kTileRows),
+                      [&](auto count) { turned_tiles<decltype(count)::value>(p, n, packed); });
         }
     }
     free(packed);
