@@ -7,6 +7,7 @@ the batch; Hugging Face has to copy them per example. With --results a plot of t
 drawn beside the records.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastprompt.testing import saved_bytes
 
 EAGER, SDPA, FLEX = "HF eager", "HF sdpa", "flex_attention, compiled"
 CEILINGS = {  # on a GPU: the same shape without bias and mask
+    "sdpa without bias": None,  # what PyTorch picks
     "sdpa without bias, flash": SDPBackend.FLASH_ATTENTION,
     "sdpa without bias, cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
@@ -59,8 +61,9 @@ def specs(options: Options) -> list[Spec]:
 
 
 def contenders(spec: Spec, options: Options) -> list[str]:
-    flex = [FLEX] if spec.what == FORWARD and not options.quick else []
     sizes = dict(spec.sizes)
+    middle = options.device == "cuda" and (sizes["P"] + sizes["S"], sizes["K"]) == (2048, 64)
+    flex = [FLEX] if (spec.what == FORWARD or middle) and not options.quick else []
     dense = [EAGER] if sizes["P"] + sizes["S"] < (4096 if options.device == "cpu" else 2048) else []
     bare = options.device == "cuda" and spec.what in (STEP, FULL, UNPADDED) and not spec.dropout_p
     ceilings = [*CEILINGS] if bare and not options.quick else []
@@ -119,9 +122,9 @@ class Inputs:
         bias = self.dense.to(q.dtype)
         return function(self.module, q, k, v, mask, scaling=1.0, dropout=p, position_bias=bias)[0]
 
-    def bare(self, backend: SDPBackend, p: float) -> Tensor:
+    def bare(self, backend: SDPBackend | None, p: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in self.leaves)
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend) if backend else nullcontext():
             return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=1.0).transpose(1, 2)
 
 
@@ -180,7 +183,9 @@ def flex(inputs: Inputs) -> Any:
         return biased if mask is None else torch.where(mask[b, j], biased, -torch.inf)
 
     def run(p: float) -> Tensor:
-        q, k, v = (x.detach().transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v))
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        if not q.is_cuda:
+            q, k, v = (x.detach().contiguous() for x in (q, k, v))
         return compiled(q, k, v, score_mod=score, scale=1.0).transpose(1, 2)
 
     return run

@@ -36,6 +36,7 @@ from ._philox import keep_scale
 PAD = 256  # at least BM + BN of every tile: how far a tile that touches the band reaches out of it
 NO_KEY = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -143,6 +144,18 @@ def _keep(seed, o_query, j_first, pair, threshold: tl.uint32, BM: tl.constexpr, 
 
 
 @triton.jit
+def _add_product(acc, scale, a, b):
+    """acc scale + a b, where a is fp32 and multiplied in b's dtype.
+
+    In float32 the product is a sum of its own. Triton would begin it at a plain addend: one chain through all tiles,
+    each of whose roundings is as large as the whole sum's.
+    """
+    if b.dtype == tl.float32:
+        return tl.fma(acc, scale, tl.dot(a, b, input_precision="ieee"))
+    return tl.dot(a.to(b.dtype), b, acc * scale)
+
+
+@triton.jit
 def _own_mask(key_mask, o_n, m_n):
     return m_n if key_mask is None else tl.load(key_mask + o_n, mask=m_n, other=0) != 0
 
@@ -210,7 +223,7 @@ def _attend_tile(
     if seed is not None:
         b_w = tl.where(_keep(seed, o_i, j_first + i_n, pair, threshold, BM, BN), b_w, 0.0)
     b_v = _load(v, o_n, m_n, vn, K)
-    acc = tl.dot(b_w.to(b_v.dtype), b_v, acc * rescale[:, None], input_precision="ieee")
+    acc = _add_product(acc, rescale[:, None], b_w, b_v)
     return high, total, acc, first_key
 
 
@@ -300,7 +313,7 @@ def t5_attention_kernel(
             b_w = tl.zeros((BM, BN), tl.float32) + tl.where(m_n, 1.0, 0.0)[None, :]
             if seed is not None:
                 b_w = tl.where(_keep(seed, o_i, P_b + i_n, pair, threshold, BM, BN), b_w * scale, 0.0)
-            mean += tl.dot(b_w.to(b_v.dtype), b_v, input_precision="ieee")
+            mean = _add_product(mean, 1.0, b_w, b_v)
         b_out = tl.where(starved[:, None], mean / tl.maximum(keys, 1), b_out)
     b_out = tl.where(valid, b_out, float("nan"))
     rows = begin + o_i
@@ -361,7 +374,7 @@ def _dq_tile(
     if seed is not None:
         b_dw = tl.where(_keep(seed, o_i, j_first + i_n, pair, threshold, BM, BN), b_dw * scale, 0.0)
     b_ds = b_w * (b_dw - delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, acc, input_precision="ieee")
+    return _add_product(acc, 1.0, b_ds, b_k)
 
 
 @triton.jit
@@ -440,7 +453,7 @@ def t5_attention_dq_kernel(
                 if seed is not None:
                     b_dw = tl.where(_keep(seed, o_i, P_b + i_n, pair, threshold, BM, BN), b_dw * scale, 0.0)
                 b_ds = tl.where(starved[:, None] & m_n[None, :], (b_dw - delta[:, None]) / keys, 0.0)
-                acc = tl.dot(b_ds.to(b_k.dtype), b_k, acc, input_precision="ieee")
+                acc = _add_product(acc, 1.0, b_ds, b_k)
     acc = tl.where(valid, acc, float("nan"))
     tl.store(dq + o_out, acc.to(dq.dtype.element_ty), mask=m_i[:, None])
 
@@ -480,9 +493,9 @@ def _dkv_tile(
         keep = tl.trans(_keep(seed, o_i, j_first, pair, threshold, BM, BN))
         b_kept = tl.where(keep, b_w, 0.0)
         b_dw = tl.where(keep, b_dw * scale, 0.0)
-    b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+    b_dv = _add_product(b_dv, 1.0, b_kept, b_dout)
     b_ds = b_w * (b_dw - delta[None, :])
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    b_dk = _add_product(b_dk, 1.0, b_ds, b_q)
     return b_dk, b_dv, hungry
 
 
@@ -518,6 +531,33 @@ def _attend_dkv(
     return b_dk, b_dv, hungry
 
 
+@triton.jit
+def _program_again(AXIS: tl.constexpr):
+    """tl.program_id, read anew: the compiler takes it for another number than the one it knows."""
+    if INTERPRETING:
+        return tl.program_id(AXIS)
+    read: tl.constexpr = "mov.u32 $0, %ctaid.y;" if AXIS else "mov.u32 $0, %ctaid.x;"
+    return tl.inline_asm_elementwise(read, "=r", [], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _key_tile(
+    i_tile, cu_k, prompt_ids, prompt_lens, B, S, P, R, PROMPT: tl.constexpr, MOVED: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Tile i_tile of a prompt's keys or of the example's own: example, rows before it in dk, first key and how many
+    there are, the prompt, its length, whether there is such a prompt; the tile's keys, and which of them are keys."""
+    if PROMPT:
+        b, first, _, size = _find_tile(i_tile, None, P, B, BN)
+        out_row = tl.cast(b, tl.int64) * P
+    else:
+        b, first, out_row, size = _find_tile(i_tile, cu_k, S, B, BN, 7 if MOVED else 0)
+    prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
+    if MOVED:
+        first -= P_b % 8
+    o_n = first + tl.arange(0, BN)
+    return b, out_row, first, size, prompt, P_b, valid, o_n, (o_n >= 0) & (o_n < (P_b if PROMPT else size))
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def t5_attention_dkv_kernel(
     q, k, v, bias, prompt_ids, prompt_lens, key_mask, offsets, cu_q, cu_k, seed, dout, rows, dk, dv,
@@ -528,18 +568,11 @@ def t5_attention_dkv_kernel(
     """With PROMPT, k and v are the prompts', and dk and dv are each example's share [B, P, H, K] of their gradients."""
     h = tl.program_id(1)
     MOVED: tl.constexpr = seed is not None and not PROMPT  # so that a tile begins a Philox block
-    if PROMPT:
-        b, first, _, size = _find_tile(tl.program_id(0), None, P, B, BN)
-        out_row = tl.cast(b, tl.int64) * P
-    else:
-        b, first, out_row, size = _find_tile(tl.program_id(0), cu_k, S, B, BN, 7 if MOVED else 0)
-    prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
-    if MOVED:
-        first -= P_b % 8
+    b, out_row, first, size, prompt, P_b, valid, o_n, real = _key_tile(
+        tl.program_id(0), cu_k, prompt_ids, prompt_lens, B, S, P, R, PROMPT, MOVED, BN
+    )
     if first >= size:
         return
-    o_n = first + tl.arange(0, BN)
-    real = (o_n >= 0) & (o_n < (P_b if PROMPT else size))
     begin, queries = _rows_of(b, cu_q, T)
     at = first - P_b if PROMPT else first  # position of the tile's first key
     query_at = _offset_of(b, offsets, offset)
@@ -561,6 +594,12 @@ def t5_attention_dkv_kernel(
         b_dk, b_dv, hungry, b_k, b_v, base_q, qn, dout, rows, h, H, N, begin, queries, query_at, at, table, M, seed,
         j_first, pair, scale, threshold, LATE, K, BM, BN,
     )  # fmt: skip
+    # Once more: what nothing holds on to while the loops run is as many registers for them.
+    h = _program_again(1)
+    b, out_row, first, size, prompt, P_b, valid, o_n, real = _key_tile(
+        _program_again(0), cu_k, prompt_ids, prompt_lens, B, S, P, R, PROMPT, MOVED, BN
+    )
+    m_n = real if PROMPT or key_mask is None else _own_mask(key_mask + tl.cast(b, tl.int64) * S, o_n, real)
     if seed is not None:
         b_dv *= scale
     b_dk, b_dv = tl.where(m_n[:, None], b_dk, 0.0), tl.where(m_n[:, None], b_dv, 0.0)
@@ -585,8 +624,8 @@ def t5_attention_dkv_kernel(
                         b_dw = tl.where(keep, b_dw * scale, 0.0)
                     b_q = _load(base_q, o_i, m_i, qn, K)
                     b_ds = tl.where(starved[None, :], b_w * (b_dw - delta[None, :]), 0.0)
-                    b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-                    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+                    b_dv = _add_product(b_dv, 1.0, b_kept, b_dout)
+                    b_dk = _add_product(b_dk, 1.0, b_ds, b_q)
     b_dk, b_dv = tl.where(valid, b_dk, float("nan")), tl.where(valid, b_dv, float("nan"))
     o = ((out_row + o_n)[:, None] * H + h) * K + tl.arange(0, K)[None, :]
     m = ((o_n >= 0) & (o_n < size))[:, None]
@@ -617,16 +656,16 @@ class Tile(NamedTuple):
 
 INTERPRETED = Tile(16, 16, 1, 1)  # tests are small, and want several tiles
 
-# Half precision: pass -> K -> a tile that spills nowhere; for Hopper the fastest such one found on an H200.
+# Half precision: pass -> K -> a tile that spills nowhere; for Hopper the fastest such one found there.
 HOPPER = {
     "forward": {64: Tile(128, 32, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(32, 16, 8, 1)},
     "dq": {64: Tile(128, 32, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(32, 16, 8, 1)},
-    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(16, 128, 8, 2), 256: Tile(16, 16, 8, 1)},
+    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(16, 16, 8, 1)},
 }
-HOPPER_BUSY = {  # with dropout, a causal mask or, from K = 128 on, any mask: they take registers
-    "forward": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    "dq": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
-    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+HOPPER_BUSY = {  # with dropout, a causal mask or, for dq from K = 128 on, any mask: they take registers
+    "forward": {64: Tile(64, 32, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(32, 16, 8, 1)},
+    "dq": {64: Tile(64, 32, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(16, 64, 4, 1), 256: Tile(16, 16, 8, 1)},
 }
 OTHERS = {  # not measured
     "forward": {64: Tile(64, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
@@ -636,7 +675,7 @@ OTHERS = {  # not measured
 OTHERS_BUSY = OTHERS | {"dq": OTHERS["dq"] | {128: Tile(32, 32, 8, 1)}}
 # float32's products run on the ordinary units, and take more registers.
 FLOAT32 = {
-    "forward": {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 16, 1), 256: Tile(32, 16, 16, 1)},
+    "forward": {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 16, 1), 256: Tile(16, 16, 8, 1)},
     "dq": {64: Tile(16, 16, 8, 1)},
     "dkv": {64: Tile(16, 16, 8, 1)},
 }
@@ -725,7 +764,8 @@ class _Call:
             bias, M = _padded(a.bias), a.bias.shape[1] // 2
         indices = [None if x is None else x.contiguous() for x in a[6:12]]
         self.seed = a.seed if a.dropout_p > 0.0 else None
-        self.busy = self.seed is not None or a.causal or (a.key_mask is not None and q.shape[-1] > 64)
+        self.busy = self.seed is not None or a.causal
+        self.masked = a.key_mask is not None
         self.tensors = (q, k, v, bias, prompt_k, prompt_v, *indices, self.seed)
         self.H, self.K = q.shape[-2:]
         packed = a.cu_q is not None
@@ -743,7 +783,8 @@ class _Call:
 
     def tile(self, what: str) -> Tile:
         q = self.tensors[0]
-        return tile(what, self.K, q.dtype, q.device, self.N if self.packed else self.T, self.busy)
+        busy = self.busy or (what == "dq" and self.masked and self.K > 64)
+        return tile(what, self.K, q.dtype, q.device, self.N if self.packed else self.T, busy)
 
     def query_grid(self, tile: Tile) -> tuple[int, int]:
         return self._tiles(self.N, self.T, tile.BM), self.H
