@@ -61,7 +61,7 @@ class PromptModel(nn.Module):
         config: a PromptConfig, whose prompt is named "default"; or several by name; ``{}`` to load some later.
         tokenizer: the model's HF tokenizer, for prompts that begin from labels or text.
         pack: whether the encoder runs on rows without padding, which changes its time and not its results. None:
-            where there is padding behind tokens and the model's attention is "fastprompt"; True: always, with a
+            where there is padding behind tokens and the encoder can be run so, patched or stock; True: always, with a
             ValueError that says why where it cannot be; False: never. ``torch.compile`` gets padded rows. It is also
             an attribute, which may be set.
 
@@ -675,7 +675,7 @@ class PromptModel(nn.Module):
         self, rows: Tensor, layout: packed.Layout, prompt: hf_attention.PromptKeys | None
     ) -> BaseModelOutput:
         """The encoder over packed rows [N, D], and its output padded again."""
-        encoder = self.model.get_encoder()
+        encoder = packed.encoder_of(self.model)
         embeds = rows[:, None]
         if torch.is_grad_enabled() and is_reentrant(encoder):
             embeds, (prompt,) = _as_leaves(embeds, prompt)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastprompt import hf_attention
 from fastprompt.modules._bias import has_bias_table
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
+from fastprompt.prompts import stock
 from fastprompt.prompts.sites import bias_tables
 
 
@@ -82,7 +83,7 @@ def layout(
     ragged = mask is not None or min(lengths) < longest
     if pack is False or (pack is None and not ragged) or torch.compiler.is_compiling():
         return None
-    why, tokens, rows = obstacle(model, flags), None, []
+    why, tokens, rows = obstacle(model, flags, device), None, []
     if why is None:
         tokens = [S] * B if mask is None else token_counts(mask)
         if tokens is None:
@@ -111,14 +112,24 @@ def token_counts(mask: Tensor) -> list[int] | None:
     return None if broken else counts
 
 
-def obstacle(model: Any, flags: Mapping[str, Any]) -> str | None:
+def encoder_of(model: Any) -> Any:
+    """The encoder that packed rows enter: the model's, or where that attends in another way, a view that does not."""
+    encoder = model.get_encoder()
+    return encoder if _serves(encoder) else stock.attending(encoder)
+
+
+def _serves(encoder: Any) -> bool:
+    return bool(encoder.config._attn_implementation_internal == hf_attention.NAME)
+
+
+def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str | None:
     """Why this model's encoder cannot run packed rows; None if it can."""
     if model.config.model_type not in hf_attention.SERVED:
         return f"needs a model of type {', '.join(hf_attention.SERVED)}, got {model.config.model_type!r}"
     encoder = model.get_encoder()
-    used = encoder.config._attn_implementation_internal
-    if used != hf_attention.NAME:
-        return f'needs the attention "{hf_attention.NAME}", got {used!r}. Call fastprompt.patch(model)'
+    found = None if _serves(encoder) else stock.obstacle(encoder, device)
+    if found is not None:
+        return found
     for name in ("output_attentions", "output_hidden_states"):
         if flags.get(name, getattr(encoder.config, name, False)):
             return f"does not go with {name}"

@@ -351,7 +351,7 @@ def test_prompt_model(pair, batch, labels, ran):
     """Both doors at once: the prompt in front of the encoder, its gradient through t5_attention."""
     gradients, losses = [], []
     for model in pair():
-        tuned = PromptModel(model, PromptConfig(5, init="uniform"))
+        tuned = PromptModel(model, PromptConfig(5, init="uniform"), pack=False)
         loss = tuned(**batch(), labels=labels).loss
         loss.backward()
         losses.append(loss)

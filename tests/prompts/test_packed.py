@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed execution: the encoder runs fewer rows, and nothing that a user gets is another than padded."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from fastprompt import hf_attention, patch
 from fastprompt.model import PromptModel
-from fastprompt.prompts import PromptConfig
+from fastprompt.prompts import PromptConfig, stock
 
 CONFIGS = {
     "p5": PromptConfig(5, init="uniform"),
@@ -77,6 +84,133 @@ def test_loss_logits_and_gradients_equal_padded(layout, memory, prompts, make_pa
     batch = make_batch(T=6)
     assert_same(results(packed, batch, prompts), results(padded, batch, prompts))
     assert rows[-1] == (ROWS[prompts], 1)
+
+
+@pytest.fixture
+def stock_pair(make_model, monkeypatch):
+    """As make_pair, over models that nobody patched. Their rows are counted without hooks, which packing avoids."""
+
+    def make(layout="v1_1", attention="eager", **special):
+        models = [make_model(layout, attention=attention, **({"d_kv": 16} | special)) for _ in range(2)]
+        padded, packed = (
+            PromptModel(model, CONFIGS, pack=pack) for model, pack in zip(models, (False, None), strict=True)
+        )
+        counted, rows = packed.model.encoder.block[0].layer[-1], []
+        forward = type(counted).forward
+
+        def count(self, hidden, *args, **kwargs):
+            if self is counted:
+                rows.append(tuple(hidden.shape[:2]))
+            return forward(self, hidden, *args, **kwargs)
+
+        monkeypatch.setattr(type(counted), "forward", count)
+        return padded, packed, rows
+
+    return make
+
+
+PREPENDED = [prompts for prompts in ROWS if "p5" in prompts]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("prompts", PREPENDED, ids=str)
+def test_a_stock_model_packs_and_stays_as_it_is(layout, attention, prompts, stock_pair, make_batch):
+    padded, packed, rows = stock_pair(layout, attention)
+    encoder, batch = packed.model.encoder, make_batch(T=6)
+    before = {name: vars(module).copy() for name, module in encoder.named_modules()}
+    assert_same(results(packed, batch, prompts), results(padded, batch, prompts))
+    assert rows == [(ROWS[prompts], 1)]
+    assert {name: vars(module) for name, module in encoder.named_modules()} == before
+    assert encoder.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_a_stock_model(reentrant, stock_pair, make_batch):
+    """They compute the packed layers again in the backward pass, when the call is over."""
+    padded, packed, rows = stock_pair(dropout_rate=0.0, num_layers=3)
+    batch = make_batch()
+    expected = results(padded.train(), batch, "p5")
+    packed.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same(results(packed, batch, "p5"), expected)
+    assert rows == [(ROWS["p5"], 1)] * 2
+
+
+def test_what_transformers_and_peft_add_does_not_matter(stock_pair, make_batch):
+    peft = pytest.importorskip("peft")
+    padded, packed, rows = stock_pair()
+    batch = make_batch()
+    for prompted in (padded, packed):
+        config = peft.LoraConfig(target_modules=["q", "wi_1"], init_lora_weights=False)
+        torch.manual_seed(0)
+        peft.inject_adapter_in_model(config, prompted.model)
+        prompted.model.enable_input_require_grads()
+        prompted(**batch, output_hidden_states=True)  # leaves hooks of transformers' in the model
+    assert rows.pop() == (3, 12)
+    assert_same(results(packed, batch, "p5"), results(padded, batch, "p5"))
+    assert rows == [(ROWS["p5"], 1)]
+
+
+def add(what, encoder, monkeypatch):
+    """Something to the encoder that reads the mask, or may count on the shape of the rows."""
+    layer = encoder.block[1].layer[0]
+    attention = layer.SelfAttention
+    if what == "hook":
+        encoder.block[1].register_forward_hook(lambda *args: None)
+    elif what == "pre-hook":
+        encoder.register_forward_pre_hook(lambda *args: None)
+    elif what == "backward hook":
+        attention.q.register_full_backward_hook(lambda *args: None)
+    elif what == "forward":
+        layer.forward = layer.forward
+    elif what == "compiled":
+        monkeypatch.setattr(attention.o, "_compiled_call_impl", attention.o._call_impl)
+    elif what == "class":
+        attention.__class__ = type("Other", (T5Attention,), {"__module__": "elsewhere"})
+    elif what == "module":
+        encoder.block[1].layer[1] = type("Other", (nn.Sequential,), {"__module__": "elsewhere"})(
+            encoder.block[1].layer[1]
+        )
+    elif what == "config":
+        attention.config = copy.deepcopy(attention.config)
+    elif what == "attention":
+        encoder.config._attn_implementation = "of_a_user"
+    elif what == "sdpa":
+        monkeypatch.setitem(
+            AttentionInterface._global_mapping, "sdpa", lambda *a, **k: sdpa_attention_forward(*a, **k)
+        )
+        encoder.config._attn_implementation = "sdpa"
+    elif what == "reference":
+        monkeypatch.setattr(stock, "backends", lambda *args: ["reference", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("hook", "got a hook in block.1"),
+        ("pre-hook", "got a hook in encoder"),
+        ("backward hook", "got a hook in block.1.layer.0.SelfAttention.q"),
+        ("forward", "got a forward of its own in block.1.layer.0"),
+        ("compiled", "got a compiled call in block.1.layer.0.SelfAttention.o"),
+        ("class", "got a Other in block.1.layer.0.SelfAttention"),
+        ("module", "got a Other in block.1.layer.1"),
+        ("config", "got one of their own"),
+        ("attention", "got 'of_a_user'"),
+        ("sdpa", "got 'sdpa'"),
+        ("reference", "needs a kernel of t5_attention on .*, got its reference alone"),
+    ],
+)
+def test_a_stock_model_with_something_added_runs_padded(what, message, stock_pair, make_batch, monkeypatch):
+    AttentionInterface.register("of_a_user", sdpa_attention_forward)
+    AttentionMaskInterface.register("of_a_user", sdpa_mask)
+    padded, packed, rows = stock_pair()
+    add(what, packed.model.encoder, monkeypatch)
+    batch = make_batch()
+    assert_same(results(packed, batch, "p5"), results(padded, batch, "p5"))
+    assert rows == [(3, 12)]
+    packed.pack = True
+    with pytest.raises(ValueError, match=f"pack=True .*{message}\\. "):
+        packed(**batch)
 
 
 @pytest.mark.parametrize("prompts", ROWS, ids=str)
@@ -237,11 +371,6 @@ def test_output_of_layers_is_padded(make_pair, make_batch):
     ("layout", "special", "message"),
     [
         ("longt5", {}, "needs a model of type t5, mt5, umt5, got 'longt5'"),
-        (
-            "v1_1",
-            {"attention": "eager"},
-            r"needs the attention \"fastprompt\", got 'eager'. Call fastprompt.patch",
-        ),
         ("v1_1", {"d_kv": 12}, "needs heads of width 16, 32, 64, 128, 256, got 12"),
         (
             "v1_1",
