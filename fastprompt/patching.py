@@ -16,7 +16,7 @@ from fastprompt.modules.ff import FastFF
 from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.norm import FastNorm
-from fastprompt.modules.tree import leaves, stacks, stock_class
+from fastprompt.modules.tree import heads, leaves, stacks, stock_class
 from fastprompt.report import NOT_CHOSEN, explain
 
 MEMORY = ("speed", "balanced", "lean", "minimal")
@@ -53,7 +53,7 @@ def patch(
         memory: what is kept for backward, all of it exact: "speed" computes nothing twice; "balanced" computes the
             feed-forward layers' first products and the residual stream inside a block again; "lean" also q, k and v;
             "minimal" also the attention, and keeps nothing but each block's input.
-        on_unsupported: "fallback", "warn" or "error" where a layer cannot be served.
+        on_unsupported: "fallback", "warn" or "error" where a layer cannot be served; a head may always be another's.
 
     Returns:
         ``model``.
@@ -93,7 +93,12 @@ def patch(
     for stack in stacks(model):
         give_config(stack, (served_config if attention else stock_config)(stack.config))
     if on_unsupported != "fallback":
-        missed = [row for row in explain(model) if row.reason is not None and row.reason != NOT_CHOSEN]
+        ignored = list(heads(model))
+        missed = [
+            row
+            for row in explain(model)
+            if row.reason not in (None, NOT_CHOSEN) and model.get_submodule(row.path) not in ignored
+        ]
         if missed:
             listed = "; ".join(f"{row.path}: {row.reason}" for row in missed[:5])
             message = f"fastprompt.patch: {len(missed)} modules stay as in transformers. {listed}"

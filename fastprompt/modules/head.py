@@ -17,13 +17,16 @@ class FastHead:
     weight: Tensor
 
     def fastprompt_obstacle(self) -> str | None:
-        return obstacle({"lm_head": self})
+        found, weight = obstacle({"lm_head": self}), self.weight
+        if found is None and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+            return f"lm_head.weight is {weight.dtype} on {weight.device.type}, which nn.Linear does as fast"
+        return found
 
     def fastprompt_saved(self, attended: bool) -> int:
         """Bytes per row."""
         return 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or x.dtype != torch.float32 or not ready({"lm_head": self}, x):
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not ready({"lm_head": self}, x):
             return super().forward(x)  # type: ignore[misc]
         return linear(x, self.weight)

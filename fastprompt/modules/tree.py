@@ -32,13 +32,21 @@ def leaves(model: nn.Module) -> Iterator[nn.Module]:
         stock = stock_class(type(module))
         if stock not in TORCH and mixin_for(stock) is not None:
             yield module
-        head = getattr(module, "lm_head", None) if is_family_model(module) else None
-        if isinstance(head, nn.Linear) and stock_class(type(head)) is nn.Linear:
+    for head in heads(model):
+        if stock_class(type(head)) is nn.Linear:
             yield head
     for stack in stacks(model):
         dropout = getattr(stack, "dropout", None)
         if dropout is not None and stock_class(type(dropout)) is nn.Dropout:
             yield dropout
+
+
+def heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The language-model heads of the family's models, of any class."""
+    for module in model.modules():
+        head = getattr(module, "lm_head", None) if is_family_model(module) else None
+        if head is not None:
+            yield head
 
 
 def is_family_model(module: nn.Module) -> bool:

@@ -131,7 +131,7 @@ def _place(weight: Tensor) -> tuple[int, ...]:
 
 def _check_status(status: int) -> None:
     if status < 0:
-        fail("frozen_linear", "no memory for a part of the weight", MemoryError)
+        fail("frozen_linear", "no memory for a packed part of its arguments", MemoryError)
 
 
 @op.native
