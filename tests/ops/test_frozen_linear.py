@@ -113,6 +113,14 @@ def test_gradients_that_are_zero_where_an_example_is_padded(backend, M):
         assert not ours[~some].any()
 
 
+@pytest.mark.parametrize("M", [90, 330])
+def test_gradients_that_are_zero_in_some_columns(backend, M):
+    """More columns than are multiplied at a time, and rows with something in the first or the last of them only."""
+    _, weight, dy = draw(M, 1300, 90)
+    dy[5:40, :1000], dy[40:70, 20:] = 0.0, 0.0
+    assert_as_exact(torch.ops.fastprompt.frozen_linear_backward([dy], [weight]), dy, weight)
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns", "part"])
 def test_a_weight_per_example(backend, layout):
     drawn = [draw(20, 50, 140, number) for number in range(3)]
@@ -143,10 +151,13 @@ def native_backend(backend):
 
 @pytest.mark.parametrize(("N", "K"), [(70, 300), (1100, 800)])
 def test_a_row_is_the_same_alone_and_among_others(native_backend, N, K):
-    x, weight, _ = draw(330, N, K)
-    whole = frozen_linear(x, weight)
+    x, weight, dy = draw(330, N, K)
+    backward = torch.ops.fastprompt.frozen_linear_backward
+    y, dx = frozen_linear(x, weight), backward([dy], [weight])
     for first, count in ((0, ROWS), (7, 23), (95, 98), (100, 130), (20, 305)):
-        assert torch.equal(frozen_linear(x[first : first + count], weight), whole[first : first + count])
+        some = slice(first, first + count)
+        assert torch.equal(frozen_linear(x[some], weight), y[some])
+        assert torch.equal(backward([dy[some].contiguous()], [weight]), dx[some])
 
 
 @pytest.mark.parametrize("M", [200, 400])
