@@ -125,6 +125,34 @@ def test_a_stock_model_packs_and_stays_as_it_is(layout, attention, prompts, stoc
     assert encoder.config._attn_implementation == attention
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("memory", [None, "balanced"])
+def test_half_precision_errs_as_padded(layout, memory, make_model, make_batch):
+    """Root mean square errors of ten prompts: one alone has too few elements to tell two orders of rounding apart."""
+    batch, errors = make_batch(B=8), {}
+    for dtype, pack in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, None)):
+        model = make_model(layout, dtype=torch.bfloat16, d_kv=16).to(dtype)
+        prompted = PromptModel(model, CONFIGS["p5"], pack=pack)
+        prompted = prompted if memory is None else patch(prompted, memory=memory)
+        found = []
+        for seed in range(10):
+            prompt = prompted.prompts["default"]
+            prompt.data = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed)).to(prompt.device)
+            prompt.data = prompt.data.bfloat16().float()
+            found.append(results(prompted, batch, "default"))
+        if dtype == torch.float64:
+            truth = found
+            continue
+        for name in ("logits", "default"):
+            pairs = [
+                (ours[name].double(), true[name].double()) for ours, true in zip(found, truth, strict=True)
+            ]
+            squares = sum((ours - true).square().mean() / true.square().mean() for ours, true in pairs)
+            errors.setdefault(name, []).append(float(squares) ** 0.5)
+    for name, (padded, packed) in errors.items():
+        assert 0 < packed <= 1.1 * padded, name
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_of_a_stock_model(reentrant, stock_pair, make_batch):
     """They compute the packed layers again in the backward pass, when the call is over."""
