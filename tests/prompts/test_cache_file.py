@@ -97,7 +97,7 @@ def flip_one(weight):
     """The last bit of one element in the middle."""
     flat = weight.data.view(-1)
     middle = len(flat) // 2 + 1
-    flat[middle] = torch.nextafter(flat[middle], torch.tensor(torch.inf))
+    flat[middle] = torch.nextafter(flat[middle], torch.full_like(flat[middle], torch.inf))
 
 
 WEIGHTS = (

@@ -102,7 +102,7 @@ def change(prompted, how):
     elif how == "load":
         prompted.load_state_dict({**prompted.state_dict(), "prompts.c5": torch.ones(5, 32)})
     elif how == "replace":
-        prompted.prompts["c5"] = torch.ones(5, 32)
+        prompted.prompts["c5"] = torch.ones_like(prompt)
     elif how == "model":
         attention.k.weight.mul_(1.5)
     elif how == "weight":
@@ -114,7 +114,8 @@ def change(prompted, how):
         gc.collect()
         prompted.model.float()
     elif how == "child":
-        attention.k = nn.Sequential(attention.k, nn.Linear(64, 64, bias=False).requires_grad_(False))
+        added = nn.Linear(64, 64, bias=False, device=prompted.device).requires_grad_(False)
+        attention.k = nn.Sequential(attention.k, added)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_autocast_has_keys_of_its_own(served, make_batch):
     prompted, batch = served(), make_batch()
     prompted.cache_prompts()
     plain = logits(prompted, batch, "c5")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(prompted.device.type, torch.bfloat16):
         cast = logits(prompted, batch, "c5")
         prompted.drop_caches()
         torch.testing.assert_close(logits(prompted, batch, "c5"), cast)

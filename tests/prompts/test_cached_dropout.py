@@ -106,7 +106,7 @@ class SharedDropout:
         keep = torch.stack([keep_keys(seed, b * self.H, self.H, own, keys, DROPPED) for b in range(B)])
         for seed, _ in prompt:
             mine = keep_keys(seed, 0, self.H, P, P, DROPPED)
-            beside = torch.ones(self.H, P, keys - P, dtype=torch.bool)  # keys that the prompt does not see
+            beside = mine.new_ones(self.H, P, keys - P)  # keys that the prompt does not see
             keep = torch.cat([torch.cat([mine, beside], 2).expand(B, -1, -1, -1), keep], 2)
         return weights * keep * keep_scale(p)
 

@@ -180,7 +180,7 @@ def test_what_a_given_config_leaves_out_is_the_models(own, tuned, inputs):
         assert torch.equal(found.members[:, number, : alone.shape[1]], alone)
 
 
-def test_the_rules(tuned, inputs, monkeypatch):
+def test_the_rules(tuned, inputs, device, monkeypatch):
     """Scores [B, N, C] as given; three rows, three prompts."""
     scores = torch.tensor(
         [
@@ -191,7 +191,8 @@ def test_the_rules(tuned, inputs, monkeypatch):
                 [-9.0, -1.0, -1.0],
             ],  # all differ; the first of equals in a row
             [[-2.0, -1.0, -9.0], [-4.0, -9.0, -9.0], [-1.0, -6.0, -9.0]],  # the vote and the mean differ
-        ]
+        ],
+        device=device,
     )
     monkeypatch.setattr(
         ensemble, "choice_scores", lambda *_, **__: scores.transpose(0, 1).flatten(0, 1).clone()
@@ -236,14 +237,14 @@ def test_sequences_are_those_of_a_pass_per_prompt(names, rows_per_pass, more, tu
         assert members.index(voted(members)) == found.winners[row]
 
 
-def test_sequences_of_different_lengths_vote(tuned, inputs, monkeypatch):
+def test_sequences_of_different_lengths_vote(tuned, inputs, device, monkeypatch):
     """A pass pads to its own longest sequence; the vote compares what stands before the padding."""
     answers = {"rows": [0, 5, 1], "kv": [0, 6, 7, 8, 1], "cached": [0, 5, 1]}
 
     def generate(prompts, pad_token_id=0, **_):
         rows = [answers[name] for name in prompts]
         longest = max(map(len, rows))
-        return torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows])
+        return torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in rows], device=device)
 
     monkeypatch.setattr(tuned, "generate", generate)
     for rows_per_pass in (1, 2, 64):

@@ -92,7 +92,7 @@ def test_those_loaded_together_are_read_where_they_lie(saved, make_fresh, make_b
 
 def test_the_file_holds_the_prompts_own_rows_in_the_models_dtype(make_keyed, tmp_path):
     tuned = make_keyed(CONFIGS, num_decoder_layers=3, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(tuned.device.type, torch.float16):
         tuned.save_cache("short", tmp_path / "short.safetensors")
     with safe_open(tmp_path / "short.cache.safetensors", "pt") as handle:
         shapes = {name: handle.get_tensor(name).shape for name in handle.keys()}  # noqa: SIM118
@@ -159,7 +159,7 @@ def test_keys_for_other_sites_or_of_another_length_are_refused(name, tuned, save
 
 def test_autocast_computes_its_own(saved, make_fresh, make_batch, computing):
     batch, fresh = make_batch(), make_fresh()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(fresh.device.type, torch.bfloat16):
         expected = fresh(**batch, prompts="cached").logits
         fresh.load_caches(saved)
         computing.clear()

@@ -7,7 +7,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 
 
 @pytest.fixture
-def trainer(make_prompted, tokenizer, tmp_path):
+def trainer(make_prompted, tokenizer, device, tmp_path):
     def make(dropout_rate=0.0, **arguments):
         prompted = make_prompted(dropout_rate=dropout_rate)
         generator = torch.Generator().manual_seed(0)
@@ -29,7 +29,7 @@ def trainer(make_prompted, tokenizer, tmp_path):
             "lr_scheduler_type": "constant",
             "max_grad_norm": 0.0,
             "save_strategy": "no",
-            "use_cpu": True,
+            "use_cpu": device.type == "cpu",
             "predict_with_generate": True,
             "generation_max_length": 5,
         }
@@ -75,7 +75,7 @@ def test_prediction_generates_with_the_prompt(trainer):
     seq2seq = trainer()
     predicted = seq2seq.predict(seq2seq.eval_dataset)
     assert predicted.metrics["test_loss"] > 0
-    batch = seq2seq.data_collator(seq2seq.eval_dataset)
+    batch = seq2seq.data_collator(seq2seq.eval_dataset).to(seq2seq.model.device)
     expected = seq2seq.model.generate(batch["input_ids"], batch["attention_mask"], max_length=5)
     assert predicted.predictions[:, :5].tolist() == expected.tolist()
 

@@ -26,9 +26,9 @@ def concatenated(module, query, key, value, mask, scaling=1.0, dropout=0.0, posi
         key = torch.cat([k.transpose(0, 1).expand(B, -1, -1, -1), key], 2)
         value = torch.cat([v.transpose(0, 1).expand(B, -1, -1, -1), value], 2)
         # With a cache the queries are the last T of the keys; a static one has free slots, and is not tested here.
-        at = torch.arange(S - T, S) if owner is not None else None
         if owner is not None:
-            distance = torch.arange(-P, S)[None, :] - at[:, None]
+            at = torch.arange(S - T, S, device=query.device)
+            distance = torch.arange(-P, S, device=query.device)[None, :] - at[:, None]
             buckets = owner._relative_position_bucket(
                 distance, **({} if "UMT5" in type(owner).__name__ else {
                     "bidirectional": not owner.is_decoder,

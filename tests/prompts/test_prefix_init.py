@@ -108,7 +108,7 @@ def test_from_rows_it_is_what_a_cached_prompt_of_them_is(
     trained = tuned.prompts[name].detach()
     source = {"init": "prompt", "source": name}
     if origin == "array":
-        source = {"init": "array", "source": trained.numpy()}
+        source = {"init": "array", "source": trained.cpu().numpy()}
     elif origin == "file":
         tuned.save_prompt(name, tmp_path / "prompt")
         source = {"init": "file", "source": tmp_path / "prompt"}
