@@ -6,6 +6,7 @@ A bench file offers ``specs(options)``, the tables to make, ``contenders(spec, o
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -218,6 +219,8 @@ def main(
         print(table(case, rows), end="\n\n", flush=True)
         everything += rows
         missed += [f"{case.op} {spec}: {goal}" for goal in missed_goals(rows)]
+        del case
+        gc.collect()  # room for the next one's model
     if options.assert_goals and missed:
         raise SystemExit("goals missed: " + "; ".join(missed))
     return everything, options
@@ -272,10 +275,19 @@ def _cuda_calls(call: Call, count: int, cache: Tensor | None, clock: str) -> lis
 
 
 def _copy(bytes_moved: int, device: str) -> Call:
-    """Half as many bytes are copied: each is read and written."""
-    source = torch.ones(max(bytes_moved // 8, 1), device=device)
+    """Half as many bytes are copied: each is read and written. Many go piece by piece: a large model leaves no room."""
+    elements = max(bytes_moved // 8, 1)
+    source = torch.ones(min(elements, 1 << 28), device=device)
     target = torch.ones_like(source)
-    return lambda: target.copy_(source)
+    pieces, rest = divmod(elements, len(source))
+
+    def run() -> Tensor:
+        for _ in range(pieces):
+            target.copy_(source)
+        target[:rest].copy_(source[:rest])
+        return target
+
+    return run
 
 
 _large_copies: dict[tuple[str, int, str], float] = {}

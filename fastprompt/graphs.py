@@ -28,6 +28,10 @@ class Graphed:
         """How many graphs are kept."""
         return len(self._recorded)
 
+    def __bool__(self) -> bool:
+        """Not whether any graph is kept: ``if step:`` asks whether there is such a function."""
+        return True
+
     def reset(self) -> None:
         """Forget all graphs, and free their memory: after a change that no call can see, such as another patch."""
         self._recorded.clear()

@@ -82,6 +82,7 @@ def test_without_gradients_nothing_is_recorded(prompted, batch, labels):
         expected = step.model(**batch(), labels=labels).loss
         torch.testing.assert_close(step(**batch(), labels=labels), expected)
     assert len(step) == 0
+    assert step, "though it is empty"
 
 
 def test_what_is_refused(make, batch):
