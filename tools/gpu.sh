@@ -2,7 +2,7 @@
 # For a machine with an NVIDIA GPU and no network: builds into build/gpu with the machine's own Python and torch, runs
 # the GPU tests and the benchmarks, and writes logs and JSONL to $OUT. Says what failed.
 #
-#     tools/gpu.sh [tests] [benchmarks]     each takes up to 6 minutes; without arguments, both
+#     tools/gpu.sh [tests] [benchmarks]     they take up to 6 and 11 minutes; without arguments, both
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}") site=$PWD/build/gpu
@@ -25,11 +25,13 @@ parts=${*:-tests benchmarks} failed=0
 if [[ $parts == *tests* ]]; then
     # Compiling takes most of the time.
     "$PYTHON" -c 'import xdist' 2> /dev/null && parallel="-n $(($(nproc) < 14 ? $(nproc) : 14))"
-    step tests 330 "$PYTHON" -m pytest -q -p no:cacheprovider ${parallel:-} tests/models/test_graphed.py \
-        tests/models/test_patching.py tests/triton tests/ops --device cuda || failed=1
+    # Names of tests as they end: a run that is cut off has no summary.
+    step tests 330 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${parallel:-} tests/models/test_graphed.py \
+        tests/models/test_patching.py tests/triton tests/ops tests/prompts --device cuda || failed=1
+    grep -aoE '(FAILED|ERROR) tests/.*' "$OUT/tests.log" | sort -u
 fi
 if [[ $parts == *benchmarks* ]]; then
-    for limit_of in training_step:220 t5_attention:80 prompt_kinds:80 linear_cross_entropy:30 rms_norm:30 gated_act:20 \
+    for limit_of in training_step:240 t5_attention:120 prompt_kinds:150 linear_cross_entropy:60 rms_norm:30 gated_act:20 \
         dropout_add:20 relu_dropout:20 prompt_embed:20; do
         name=${limit_of%:*}
         step "$name" "${limit_of#*:}" "$PYTHON" "benchmarks/bench_$name.py" --device cuda --seconds 0.3 --results "$OUT" || failed=1
