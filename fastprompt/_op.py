@@ -23,6 +23,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
 
@@ -213,12 +215,18 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
     differentiable: Any = type(f"fastprompt_{member}", (torch.autograd.Function,), functions)
 
     def run(keys: Any, *inputs: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, tree_leaves(inputs))):
+            raise NotImplementedError(f"fastprompt::{member}: has no forward-mode derivative: use backward")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return differentiable.apply(*inputs, keys)
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keys & after, *inputs)
 
     return run
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _bind(launcher: Function, kernels: SimpleNamespace) -> Function:

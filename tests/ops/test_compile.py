@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastprompt import use_backend
 from fastprompt._op import OPS
@@ -146,6 +147,22 @@ def test_a_second_derivative_is_refused(name):
     loss = (result if isinstance(result, torch.Tensor) else result[0]).sum()
     with pytest.raises(RuntimeError, match=f"^fastprompt::{member}: has no second derivative: call backward"):
         torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_a_forward_mode_derivative_is_refused(name, grad):
+    """It would be left out without a word."""
+    member, arguments = next(iter(SAMPLES[name]()))
+    place = next(i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.is_floating_point())
+    x = arguments[place].detach().requires_grad_(grad)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(
+            NotImplementedError, match=f"^fastprompt::{member}: has no forward-mode derivative"
+        ):
+            getattr(torch.ops.fastprompt, member)(*arguments[:place], dual, *arguments[place + 1 :])
+        getattr(torch.ops.fastprompt, member)(*arguments)  # without tangents
 
 
 def embed_and_norm(ids, weight, prompt, w, p, seed):
