@@ -62,8 +62,8 @@ class PromptModel(nn.Module):
         tokenizer: the model's HF tokenizer, for prompts that begin from labels or text.
         pack: whether the encoder runs on rows without padding, which changes its time and not its results. None:
             where there is padding behind tokens and the encoder can be run so, patched or stock; True: always, with a
-            ValueError that says why where it cannot be; False: never. ``torch.compile`` gets padded rows. It is also
-            an attribute, which may be set.
+            ValueError that says why where it cannot be; False: never. ``torch.compile`` and ``torch.jit.trace`` get
+            padded rows. It is also an attribute, which may be set.
 
     Raises:
         TypeError: ``model`` or ``config`` is something else.

@@ -77,11 +77,11 @@ def layout(
         pack: None: if that saves rows and is possible; True: ValueError if it is not.
         flags: output_attentions, output_hidden_states, where given.
 
-    The compiler gets no layout: shapes would depend on data.
+    A compiler and a tracer get no layout: shapes would depend on data.
     """
     (B, S), longest = shape, max(lengths)
     ragged = mask is not None or min(lengths) < longest
-    if pack is False or (pack is None and not ragged) or torch.compiler.is_compiling():
+    if pack is False or (pack is None and not ragged) or _is_traced():
         return None
     why, tokens, rows = obstacle(model, flags, device), None, []
     if why is None:
@@ -102,6 +102,10 @@ def layout(
     if pack is None and sum(rows) == B * (longest + S):
         return None
     return Layout(tokens, rows, S, longest + S, device)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def token_counts(mask: Tensor) -> list[int] | None:

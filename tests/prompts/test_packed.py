@@ -437,6 +437,26 @@ def test_a_compiled_forward_is_one_graph(prompts, make_pair, make_batch):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_traced_forward_serves_other_masks(make_pair, make_batch):
+    """What is real in the batch that was traced is not written into the trace."""
+    padded, packed, _ = make_pair()
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prompted = packed
+
+        def forward(self, ids, mask, labels):
+            return self.prompted(ids, mask, labels=labels, use_cache=False, prompts="p5").logits
+
+    batch, other = make_batch(), make_batch()
+    other["attention_mask"] = other["attention_mask"].flip(0)
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(), tuple(batch.values()), check_trace=False)
+        found, expected = traced(*other.values()), padded(**other, prompts="p5").logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_packed_keys_without_a_bias_are_refused(make_model):
     """Not given distances they do not have."""
     encoder = make_model(d_kv=16, attention="fastprompt").requires_grad_(False).get_encoder()
