@@ -23,6 +23,7 @@ from fastprompt.ops import t5_attention, t5_bias_table
 from fastprompt.testing import saved_bytes
 
 EAGER, SDPA, FLEX = "HF eager", "HF sdpa", "flex_attention, compiled"
+CUDNN = "HF sdpa, by cuDNN"  # on a GPU, where cuDNN takes the dense bias as a mask
 CEILINGS = {  # on a GPU: the same shape without bias and mask
     "sdpa without bias": None,  # what PyTorch picks
     "sdpa without bias, flash": SDPBackend.FLASH_ATTENTION,
@@ -66,7 +67,7 @@ def contenders(spec: Spec, options: Options) -> list[str]:
     flex = [FLEX] if (spec.what == FORWARD or middle) and not options.quick else []
     dense = [EAGER] if sizes["P"] + sizes["S"] < (4096 if options.device == "cpu" else 2048) else []
     bare = options.device == "cuda" and spec.what in (STEP, FULL, UNPADDED) and not spec.dropout_p
-    ceilings = [*CEILINGS] if bare and not options.quick else []
+    ceilings = [CUDNN, *CEILINGS] if bare and not options.quick else []
     return [OURS, *dense, SDPA, *flex, *ceilings]
 
 
@@ -122,6 +123,10 @@ class Inputs:
         bias = self.dense.to(q.dtype)
         return function(self.module, q, k, v, mask, scaling=1.0, dropout=p, position_bias=bias)[0]
 
+    def by_cudnn(self, p: float) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return self.hf(sdpa_attention_forward, p)
+
     def bare(self, backend: SDPBackend | None, p: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in self.leaves)
         with sdpa_kernel(backend) if backend else nullcontext():
@@ -134,6 +139,7 @@ def build(spec: Spec, options: Options) -> Case:
         OURS: inputs.ours,
         EAGER: partial(inputs.hf, eager_attention_forward),
         SDPA: partial(inputs.hf, sdpa_attention_forward),
+        CUDNN: inputs.by_cudnn,
     }
     forwards |= {name: partial(inputs.bare, backend) for name, backend in CEILINGS.items()}
     names = contenders(spec, options)
@@ -143,8 +149,13 @@ def build(spec: Spec, options: Options) -> Case:
     calls: dict[str, Contender] = {}
     for name in names:
         forward = partial(forwards[name], spec.dropout_p)
-        with saved_bytes(exclude=(inputs.table, inputs.dense)) as saved:
-            kept = forward()
+        try:
+            with saved_bytes(exclude=(inputs.table, inputs.dense)) as saved:
+                kept = forward()
+        except RuntimeError:  # no such kernel for this shape
+            if name != CUDNN:
+                raise
+            continue
         del kept
         call = step(forward, inputs.leaves, inputs.dout) if backward else forward_only(forward)
         held = saved.bytes if backward else None
