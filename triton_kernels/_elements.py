@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import cdiv, launch
 from ._philox import keep_mask
 
 BD = 1024
@@ -31,7 +31,7 @@ def kept(seed, threshold, BD: tl.constexpr):
 def launch_elements(kernel: Any, x: Tensor, *arguments: Any, **options: Any) -> None:
     """kernel(*arguments, N, **options) over the N elements of x."""
     N = x.numel()
-    launch(kernel, (triton.cdiv(N, BD),), x.device, *arguments, N, BD=BD, num_warps=4, **options)
+    launch(kernel, (cdiv(N, BD),), x.device, *arguments, N, BD=BD, num_warps=4, **options)
 
 
 def aot_tensors() -> list[tuple[Tensor, Tensor]]:

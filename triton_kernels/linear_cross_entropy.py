@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import launch, next_power_of_2
 from ._math import exp
 
 # Of a tile: many programs fit on a multiprocessor, so a short tile leaves enough loads in flight.
@@ -85,7 +85,7 @@ def linear_cross_entropy(
     launch(
         linear_cross_entropy_kernel, (N,), logits.device,
         logits, labels, top, total, picked, others, C, first,
-        D=D, BC=COLUMNS, BD=min(max(triton.next_power_of_2(D), 16), COLUMNS), num_warps=4,
+        D=D, BC=COLUMNS, BD=min(max(next_power_of_2(D), 16), COLUMNS), num_warps=4,
     )  # fmt: skip
 
 

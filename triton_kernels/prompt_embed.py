@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, row_tile
+from ._launch import cdiv, launch, next_power_of_2, row_tile
 from ._philox import drop_threshold, dropout, keep_scale
 
 BACKWARD_BD = 256  # columns of a backward program, one warp: P * D / 256 programs fill a GPU at P = 100
@@ -137,11 +137,11 @@ def prompt_embed(
     if cu_rows is None:
         B, L, S = out.shape[0], out.shape[1], input_ids.shape[1]
         tile = row_tile(B * L, D, out.device)
-        programs = B * triton.cdiv(L, tile.BN)  # of one sequence each
+        programs = B * cdiv(L, tile.BN)  # of one sequence each
     else:
         B, L, S = cu_rows.shape[0] - 1, 0, 0
         tile = row_tile(out.shape[0], D, out.device)
-        programs = triton.cdiv(out.shape[0], tile.BN)
+        programs = cdiv(out.shape[0], tile.BN)
     launch(
         prompt_embed_kernel, (programs,), out.device,
         input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed if dropout_p > 0.0 else None, out,
@@ -157,9 +157,9 @@ def prompt_embed_backward(
     """Fill dprompts [R, D] from dout [B, L, D] with rows = L, or from packed dout [N, D] with rows = N."""
     R, D = dprompts.shape
     N, L = (B * rows, rows) if cu_rows is None else (rows, 0)
-    BD = min(max(triton.next_power_of_2(D), 16), BACKWARD_BD)
+    BD = min(max(next_power_of_2(D), 16), BACKWARD_BD)
     launch(
-        prompt_embed_backward_kernel, (R, triton.cdiv(D, BD)), dout.device,
+        prompt_embed_backward_kernel, (R, cdiv(D, BD)), dout.device,
         dout, starts, lens, cu_rows, seed if dropout_p > 0.0 else None, dprompts, N, B, L,
         keep_scale(dropout_p), drop_threshold(dropout_p), D=D, BD=BD, STAGES=BACKWARD_STAGES, num_warps=1,
     )  # fmt: skip

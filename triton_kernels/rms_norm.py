@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, row_tile
+from ._launch import cdiv, launch, row_tile
 from ._philox import drop_threshold, dropout, keep_scale
 
 
@@ -147,7 +147,7 @@ def _forward(
     N, D = rstd.numel(), x.shape[-1]
     tile = row_tile(N, D, x.device)
     launch(
-        rms_norm_kernel, (triton.cdiv(N, tile.BN),), x.device,
+        rms_norm_kernel, (cdiv(N, tile.BN),), x.device,
         x, residual, w, seed if dropout_p > 0.0 else None, h, y, rstd, N, eps,
         keep_scale(dropout_p), drop_threshold(dropout_p), D=D, **tile._asdict(),
     )  # fmt: skip
@@ -160,7 +160,7 @@ def _backward(
     N, D = rstd.numel(), h.shape[-1]
     tile = row_tile(N, D, h.device)
     launch(
-        rms_norm_backward_kernel, (triton.cdiv(N, tile.BN),), h.device,
+        rms_norm_backward_kernel, (cdiv(N, tile.BN),), h.device,
         dy, dh, h, w, rstd, seed if dropout_p > 0.0 else None, dresidual, dx, N,
         keep_scale(dropout_p), drop_threshold(dropout_p), D=D, **tile._asdict(),
     )  # fmt: skip

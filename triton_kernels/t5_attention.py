@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from fastprompt.ops._dropout import half_threshold
 
-from ._launch import architecture, generation, launch
+from ._launch import architecture, cdiv, generation, launch, next_power_of_2
 from ._math import LOG2E, exp
 from ._philox import keep_scale
 
@@ -693,7 +693,7 @@ def tile(what: str, K: int, dtype: torch.dtype, device: torch.device, T: int, bu
     else:
         tiles = OTHERS_BUSY if busy else OTHERS
     found = tiles[what][max(K, 64)]
-    rows = max(triton.next_power_of_2(T), 16)
+    rows = max(next_power_of_2(T), 16)
     return found if rows >= found.BM else found._replace(BM=rows, num_warps=4)
 
 
@@ -720,7 +720,7 @@ def t5_attention_backward(
     call = _Call(a)
     rows = stats.new_empty((3, *stats.shape[1:]))
     launch(
-        t5_attention_rows_kernel, (triton.cdiv(call.N, 32), call.H), a.q.device, dout, out, stats, rows, call.N,
+        t5_attention_rows_kernel, (cdiv(call.N, 32), call.H), a.q.device, dout, out, stats, rows, call.N,
         H=call.H, K=call.K, BM=32, num_warps=4,
     )  # fmt: skip
     tile = call.tile("dq")
@@ -748,7 +748,7 @@ def t5_attention_prompt_sum(share: Tensor, prompt_ids: Tensor | None, total: Ten
     """share [B, P, H, K] -> total [R, P, H, K], filled."""
     E = total[0].numel()
     launch(
-        t5_attention_prompt_sum_kernel, (triton.cdiv(E, 1024), total.shape[0]), share.device,
+        t5_attention_prompt_sum_kernel, (cdiv(E, 1024), total.shape[0]), share.device,
         share, prompt_ids, total, share.shape[0], E, BE=1024, num_warps=4,
     )  # fmt: skip
 
@@ -791,13 +791,13 @@ class _Call:
 
     def key_grid(self, tile: Tile, prompt: bool) -> tuple[int, int]:
         if prompt:
-            return self.B * triton.cdiv(self.P, tile.BN), self.H
+            return self.B * cdiv(self.P, tile.BN), self.H
         lead = 0 if self.seed is None else 7  # the kernel moves its tiles by so much
         return self._tiles(self.Nk + lead * self.B, self.S + lead, tile.BN), self.H
 
     def _tiles(self, rows: int, each: int, block: int) -> int:
         """Packed, no host knows the examples' lengths: at most one tile of each is not full."""
-        return triton.cdiv(rows, block) + self.B if self.packed else self.B * triton.cdiv(each, block)
+        return cdiv(rows, block) + self.B if self.packed else self.B * cdiv(each, block)
 
 
 def _padded(bias: Tensor) -> Tensor:
