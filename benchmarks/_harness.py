@@ -284,7 +284,8 @@ def _copy(bytes_moved: int, device: str) -> Call:
     def run() -> Tensor:
         for _ in range(pieces):
             target.copy_(source)
-        target[:rest].copy_(source[:rest])
+        if rest:
+            target[:rest].copy_(source[:rest])
         return target
 
     return run

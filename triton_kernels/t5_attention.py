@@ -18,7 +18,6 @@ The page fastprompt/ops/t5_attention.py has the semantics.
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -664,7 +663,7 @@ HOPPER = {
 }
 HOPPER_BUSY = {  # with dropout, a causal mask or, for dq from K = 128 on, any mask: they take registers
     "forward": {64: Tile(64, 32, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(32, 16, 8, 1)},
-    "dq": {64: Tile(64, 32, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    "dq": {64: Tile(64, 32, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(16, 16, 8, 1)},
     "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(16, 64, 4, 1), 256: Tile(16, 16, 8, 1)},
 }
 OTHERS = {  # not measured
@@ -672,7 +671,7 @@ OTHERS = {  # not measured
     "dq": {64: Tile(32, 32, 8, 1), 128: Tile(64, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
     "dkv": {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
-OTHERS_BUSY = OTHERS | {"dq": OTHERS["dq"] | {128: Tile(32, 32, 8, 1)}}
+OTHERS_BUSY = OTHERS | {"dq": OTHERS["dq"] | {128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}}
 # float32's products run on the ordinary units, and take more registers.
 FLOAT32 = {
     "forward": {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 16, 1), 256: Tile(16, 16, 8, 1)},
@@ -694,7 +693,11 @@ def tile(what: str, K: int, dtype: torch.dtype, device: torch.device, T: int, bu
         tiles = OTHERS_BUSY if busy else OTHERS
     found = tiles[what][max(K, 64)]
     rows = max(next_power_of_2(T), 16)
-    return found if rows >= found.BM else found._replace(BM=rows, num_warps=4)
+    if rows >= found.BM:
+        return found
+    columns = found.BN if what == "dkv" else min(found.BN, 32)
+    stages = 1 if what == "dq" and rows == 16 else found.num_stages
+    return Tile(rows, columns, 8 if rows == 64 else 4, stages)
 
 
 def covers_backward(K: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -817,7 +820,7 @@ def _unit_stride(x: Tensor | None) -> Tensor | None:
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
     """Launcher calls for tests/triton_aot: every head width and dtype, with everything on and with everything off, for
-    few and for many rows."""
+    few and for many rows; packed rows."""
     from fastprompt.ops._t5_attention_reference import Inputs
 
     meta = partial(torch.empty, device="meta")
@@ -826,7 +829,9 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
     widths = [(torch.bfloat16, K) for K in (16, 32, 64, 128, 256)] + [
         (torch.float32, K) for K in (64, 128, 256)
     ]
-    for (dtype, K), T in product(widths, (512, 2048)):  # tiles depend on the length
+    lengths = [(dtype, K, T) for dtype, K in widths for T in (512, 2048)]  # tiles depend on them
+    lengths += [(torch.bfloat16, K, T) for K in (64, 128) for T in (16, 64)]
+    for dtype, K, T in lengths:
         q, k, prompt = (meta(*shape, H, K, dtype=dtype) for shape in ((B, T), (B, T), (R, P)))
         stats, share, bias = meta(2, H, B * T), meta(B, P, H, K), meta(H, 257)
         mask = meta(B, T, dtype=torch.bool)
@@ -840,8 +845,13 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
             offsets=index(B),
         )
         full = dry._replace(seed=index(1), causal=True, dropout_p=0.1)
-        for a in (dry, plain) if T > 512 else (full, dry, plain):
-            yield t5_attention, a, q, stats
+        rows, cu = meta(B * T, H, K, dtype=dtype), index(B + 1)
+        packed = full._replace(
+            q=rows, k=rows, v=rows, key_mask=None, offsets=None, cu_q=cu, cu_k=cu, causal=False
+        )
+        half = dtype != torch.float32
+        for a in (full,) if T < 512 else (full, dry, plain, *[packed] * half) if T == 512 else (dry, plain):
+            yield t5_attention, a, a.q, stats
             if covers_backward(K, dtype, q.device):
-                yield t5_attention_backward, q, q, stats, a, q, k, k, share, share
+                yield t5_attention_backward, a.q, a.q, stats, a, a.q, a.k, a.k, share, share
     yield t5_attention_prompt_sum, meta(B, P, H, 64), index(B), meta(R, P, H, 64, dtype=torch.bfloat16)

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
@@ -26,3 +26,10 @@ def has_bias_table(attention: Any) -> bool:
         attention.relative_attention_max_distance,
         bidirectional=not attention.is_decoder,
     )
+
+
+def is_plain_bias(attention: Any) -> bool:
+    """Is the bias its embedding's weight and no more, as with LoRA, a norm of the rows, or hooks?"""
+    embedding = attention.relative_attention_bias
+    changed = embedding._forward_hooks or embedding._forward_pre_hooks or "forward" in vars(embedding)
+    return type(embedding) is nn.Embedding and embedding.max_norm is None and not changed

@@ -29,7 +29,7 @@ from transformers import EncoderDecoderCache
 from fastprompt import hf_attention
 from fastprompt.modules import _absorbed, _direct
 from fastprompt.modules._attend import Attend, Options
-from fastprompt.modules._bias import bias_table, has_bias_table
+from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
 from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obstacle, products, rate, ready
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
@@ -104,11 +104,16 @@ class FastAttention:
         return {**{name: getattr(attention, name) for name in "qkvo"}, "layer_norm": self.layer_norm}
 
     def fastprompt_obstacle(self) -> str | None:
+        return self._other_scores() or obstacle(self._children())
+
+    def _other_scores(self) -> str | None:
+        """Why kernels do not compute its scores; None if they do."""
         attention = getattr(self, self.attention_name)
         if attention.key_value_proj_dim not in HEAD_WIDTHS:
             widths = ", ".join(map(str, HEAD_WIDTHS))
             return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
-        return obstacle(self._children())
+        scaling = getattr(attention, "scaling", 1.0)
+        return None if scaling == 1.0 else f"its scores are scaled by {scaling}"
 
     def fastprompt_saved(self, attended: bool) -> int | None:
         """Bytes per row; of cross-attention with few queries. attended: there is one before it in this block."""
@@ -129,7 +134,7 @@ class FastAttention:
             and isinstance(allowed.offset, int)
             and allowed.offset == 0
             and not hf_attention.wants_weights(getattr(self, self.attention_name), kwargs)
-            and getattr(self, self.attention_name).key_value_proj_dim in HEAD_WIDTHS
+            and self._other_scores() is None
             and ready(self._children(), *inputs)
         )
 
@@ -243,12 +248,15 @@ class FastSelfAttention(FastAttention):
     def fastprompt_obstacle(self) -> str | None:
         if self._bias_is_trained():
             return "relative_attention_bias.weight is trained"
+        if not all(map(is_plain_bias, self.fastprompt_bias)):
+            return "relative_attention_bias is more than its weight"
         if not all(map(has_bias_table, self.fastprompt_bias)):
             return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
         return super().fastprompt_obstacle()
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
-        known = len(self.fastprompt_bias) > 0 and all(map(has_bias_table, self.fastprompt_bias))
+        owners = self.fastprompt_bias
+        known = len(owners) > 0 and all(map(has_bias_table, owners)) and all(map(is_plain_bias, owners))
         return known and not self._bias_is_trained() and super()._covers(allowed, past, inputs, kwargs)
 
     def _bias_is_trained(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import hf_attention
-from fastprompt.modules._bias import has_bias_table
+from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
 from fastprompt.prompts.sites import bias_tables
@@ -81,7 +81,7 @@ def layout(
     """
     (B, S), longest = shape, max(lengths)
     ragged = mask is not None or min(lengths) < longest
-    if pack is False or (pack is None and not ragged) or _is_traced():
+    if pack is False or (pack is None and not ragged) or _is_traced(device):
         return None
     why, tokens, rows = obstacle(model, flags, device), None, []
     if why is None:
@@ -104,8 +104,9 @@ def layout(
     return Layout(tokens, rows, S, longest + S, device)
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _is_traced(device: torch.device) -> bool:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or capturing
 
 
 def token_counts(mask: Tensor) -> list[int] | None:
@@ -117,7 +118,7 @@ def token_counts(mask: Tensor) -> list[int] | None:
 
 
 def encoder_of(model: Any) -> Any:
-    """The encoder that packed rows enter: the model's, or where that attends in another way, a view that does not."""
+    """The encoder that packed rows enter: the model's, or a view of it where it attends by another function."""
     encoder = model.get_encoder()
     return encoder if _serves(encoder) else stock.attending(encoder)
 
@@ -137,8 +138,13 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
     for name in ("output_attentions", "output_hidden_states"):
         if flags.get(name, getattr(encoder.config, name, False)):
             return f"does not go with {name}"
-    for block in encoder.block:
+    each_its_own = model.config.model_type == "umt5"
+    for i, block in enumerate(encoder.block):
         attention = block.layer[0].SelfAttention
+        if attention.layer_idx != i or attention.has_relative_attention_bias != (i == 0 or each_its_own):
+            return "needs the blocks that transformers made, in that order"
+        if getattr(attention, "scaling", 1.0) != 1.0:
+            return f"needs scores as they are, got scaling={attention.scaling} in block.{i}"
         if attention.key_value_proj_dim not in HEAD_WIDTHS:
             return (
                 f"needs heads of width {', '.join(map(str, HEAD_WIDTHS))}, got {attention.key_value_proj_dim}"
@@ -148,6 +154,8 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
             if weight.requires_grad or weight.is_meta:
                 got = "it offloaded" if weight.is_meta else "requires_grad=True"
                 return f"needs a frozen relative_attention_bias.weight, got {got}"
+            if not is_plain_bias(attention):
+                return "needs a relative_attention_bias that is its weight and no more"
             if not has_bias_table(attention):
                 buckets, distance = (
                     attention.relative_attention_num_buckets,

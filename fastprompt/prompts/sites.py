@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastprompt import hf_attention
-from fastprompt.modules._bias import bias_table
+from fastprompt.modules._bias import bias_table, is_plain_bias
 from fastprompt.modules.config import give_config, served_config
 
 
@@ -66,6 +66,11 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
                 raise ValueError(
                     f"PromptModel: the {site}'s relative_attention_bias.weight must be frozen, got requires_grad=True. "
                     "Call model.requires_grad_(False)"
+                )
+            if not is_plain_bias(attention):
+                raise ValueError(
+                    f"PromptModel: the {site}'s relative_attention_bias must be its weight and no more, got a"
+                    f" {type(attention.relative_attention_bias).__name__} that is adapted, hooked or has a max_norm"
                 )
             tables.append(bias_table(attention))
     return tables[0] if len(tables) == 1 else tuple(tables)

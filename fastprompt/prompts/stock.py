@@ -8,39 +8,39 @@ with another configuration, and all else (parameters, norms, projections, feed-f
 Whatever somebody has added to the encoder may read the mask or count on [B, L, D], and is not given packed rows.
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch.nn.modules import module as torch_module
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprompt._op import backends
 from fastprompt.modules.config import served_config
 
-# Where the classes are defined whose modules do to a row what they would do to it in any other batch.
-ROW_BY_ROW = (
-    "transformers.",
-    "torch.nn.modules.activation",
-    "torch.nn.modules.container",
-    "torch.nn.modules.dropout",
-    "torch.nn.modules.linear",
-    "torch.nn.modules.sparse",
-    "peft.tuners.lora.",
-    "bitsandbytes.nn.",
-)
-STOCK = {"eager": None, "sdpa": sdpa_attention_forward}  # what transformers has by these names
-REMEDY = "Call fastprompt.patch(model), which packs all the same"
+# Modules that treat a row alike in every batch: these of torch's, and all of transformers' and of LoRA's.
+TORCH = {
+    nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleDict, nn.ModuleList, nn.ParameterDict,
+    nn.ReLU, nn.Sequential, nn.SiLU,
+}  # fmt: skip
+FOREIGN = ("transformers.", "peft.tuners.lora.")
+OWN = ("transformers.", "torch.", "peft.tuners.lora.")  # where the methods of such modules are defined
+METHODS = {"forward", "compute_bias", "_relative_position_bucket"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+REMEDY = "If what was added works row by row, call fastprompt.patch(model)"
 
 
 def obstacle(encoder: Any, device: torch.device) -> str | None:
     """Why this encoder cannot be run so; None if it can. It is of a type in hf_attention.SERVED."""
     used = encoder.config._attn_implementation_internal
-    if used not in STOCK or ALL_ATTENTION_FUNCTIONS.get(used) is not STOCK[used]:
-        return f'needs transformers\' own "eager" or "sdpa" as attention, got {used!r}. {REMEDY}'
+    if not _attends_as_transformers(encoder, used):
+        return f'needs transformers\' own "eager" or "sdpa" as attention, got {used!r}. Call fastprompt.patch(model)'
     if backends("t5_attention", device.type)[0] == "reference":
         return f"needs a kernel of t5_attention on {device.type}, got its reference alone"
+    if any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS):
+        return "needs modules without global hooks, got some"
     modules, lookup = [encoder], encoder.embed_tokens  # which sees tokens before they are rows
     for module in modules:
         found = _added(module)
@@ -48,29 +48,44 @@ def obstacle(encoder: Any, device: torch.device) -> str | None:
             name = next(name for name, each in encoder.named_modules() if each is module) or "encoder"
             return f"needs the encoder as transformers made it, got {found} in {name}. {REMEDY}"
         modules += [each for each in module._modules.values() if each not in (None, lookup)]
+    for kind in set(map(type, modules)):
+        for name in METHODS:
+            if not getattr(kind, name, kind).__module__.startswith(OWN):
+                return (
+                    f"needs the encoder as transformers made it, got another {kind.__name__}.{name}. {REMEDY}"
+                )
     for block in encoder.block:
         if block.layer[0].SelfAttention.config is not encoder.config:
             return f"needs attention layers that read the encoder's configuration, got one of their own. {REMEDY}"
     return None
 
 
+def _attends_as_transformers(encoder: Any, used: Any) -> bool:
+    eager = getattr(sys.modules[type(encoder).__module__], "eager_attention_forward", None)
+    functions = (ALL_ATTENTION_FUNCTIONS.get(used), ALL_MASK_ATTENTION_FUNCTIONS.get(used), eager)
+    return used in ("eager", "sdpa") and all(
+        each is None or each.__module__.startswith(OWN) for each in functions
+    )
+
+
 def _added(module: nn.Module) -> str | None:
     kind, state = type(module), vars(module)
-    if not kind.__module__.startswith(ROW_BY_ROW):
+    if kind not in TORCH and not kind.__module__.startswith(FOREIGN):
         return f"a {kind.__name__}"
-    if "forward" in state:
-        return "a forward of its own"
+    shadowed = METHODS & state.keys()
+    if shadowed:
+        return f"a {shadowed.pop()} of its own"
     if module._compiled_call_impl is not None:
         return "a compiled call"
     for hooks in HOOKS:
-        if state[hooks] and not all(map(_is_transformers, state[hooks].values())):
+        if state[hooks] and not all(map(_collects_outputs, state[hooks].values())):
             return "a hook"
     return None
 
 
-def _is_transformers(hook: Any) -> bool:
-    """Its own hooks collect outputs, which nobody asks for in a packed call."""
-    return getattr(hook, "__module__", "").startswith("transformers.")
+def _collects_outputs(hook: Any) -> bool:
+    """transformers leaves such hooks in a model; in a packed call nobody asks for what they collect."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def attending(encoder: Any) -> Any:

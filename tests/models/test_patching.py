@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 from layouts import FULL, LAYOUTS, MEMORY, TINY, VOCAB, as_close, close, no_further, step
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import (
     Pop2PianoConfig,
@@ -465,6 +465,35 @@ def test_errors(make):
     assert not any(hasattr(cls, "stock_class") for cls in classes(model))
     with pytest.warns(UserWarning, match="heads are 24 wide"):
         patch(model, on_unsupported="warn")
+
+
+@pytest.mark.parametrize("what", ["scaling", "cross scaling", "LoRA", "max_norm"])
+def test_attention_that_is_no_longer_t5s(make, batch, labels, what):
+    def changed():
+        model = make()
+        own, cross = (
+            model.encoder.block[0].layer[0].SelfAttention,
+            model.decoder.block[1].layer[1].EncDecAttention,
+        )
+        if what == "LoRA":
+            torch.manual_seed(0)
+            config = LoraConfig(target_modules=["relative_attention_bias"], init_lora_weights=False)
+            inject_adapter_in_model(config, model)
+        elif what == "max_norm":
+            own.relative_attention_bias.max_norm = 0.01
+        else:
+            (cross if what.startswith("cross") else own).scaling = 0.25
+        return model
+
+    expected, plain = step(changed(), batch(), labels), step(make(), batch(), labels)
+    model = patch(changed())
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    assert not torch.allclose(expected[0], plain[0], rtol=1e-3)
+    assert any(
+        "scaled by 0.25" in (row.reason or "") or "more than its weight" in (row.reason or "")
+        for row in explain(model)
+    )
 
 
 def test_public_names():

@@ -2,14 +2,17 @@
 """Packed execution: the encoder runs fewer rows, and nothing that a user gets is another than padded."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.t5 import modeling_t5
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from fastprompt import hf_attention, patch
@@ -98,6 +101,7 @@ def stock_pair(make_model, monkeypatch):
         counted, rows = packed.model.encoder.block[0].layer[-1], []
         forward = type(counted).forward
 
+        @functools.wraps(forward)  # so that it passes for transformers' own
         def count(self, hidden, *args, **kwargs):
             if self is counted:
                 rows.append(tuple(hidden.shape[:2]))
@@ -109,6 +113,16 @@ def stock_pair(make_model, monkeypatch):
     return make
 
 
+def state(encoder):
+    """What its modules hold, and what the dicts among it do."""
+    return {
+        (name, key): list(value.items()) if isinstance(value, dict) else value
+        for name, module in encoder.named_modules()
+        for key, value in vars(module).items()
+        if key != "_parameters"  # tensors have no truth
+    }
+
+
 PREPENDED = [prompts for prompts in ROWS if "p5" in prompts]
 
 
@@ -118,10 +132,10 @@ PREPENDED = [prompts for prompts in ROWS if "p5" in prompts]
 def test_a_stock_model_packs_and_stays_as_it_is(layout, attention, prompts, stock_pair, make_batch):
     padded, packed, rows = stock_pair(layout, attention)
     encoder, batch = packed.model.encoder, make_batch(T=6)
-    before = {name: vars(module).copy() for name, module in encoder.named_modules()}
+    before = state(encoder)
     assert_same(results(packed, batch, prompts), results(padded, batch, prompts))
     assert rows == [(ROWS[prompts], 1)]
-    assert {name: vars(module) for name, module in encoder.named_modules()} == before
+    assert state(encoder) == before
     assert encoder.config._attn_implementation == attention
 
 
@@ -191,6 +205,25 @@ def add(what, encoder, monkeypatch):
         attention.q.register_full_backward_hook(lambda *args: None)
     elif what == "forward":
         layer.forward = layer.forward
+    elif what == "method":
+        attention.compute_bias = attention.compute_bias
+    elif what == "patched class":
+        compute = T5Attention.compute_bias
+        monkeypatch.setattr(T5Attention, "compute_bias", lambda *args, **kwargs: compute(*args, **kwargs))
+    elif what == "eager":
+        eager = modeling_t5.eager_attention_forward
+        monkeypatch.setattr(
+            modeling_t5, "eager_attention_forward", lambda *args, **kwargs: eager(*args, **kwargs)
+        )
+    elif what == "mask":
+        monkeypatch.setitem(
+            AttentionMaskInterface._global_mapping, "sdpa", lambda *args, **kw: sdpa_mask(*args, **kw)
+        )
+        encoder.config._attn_implementation = "sdpa"
+    elif what == "global hook":
+        monkeypatch.setitem(torch_module._global_forward_hooks, 0, lambda *args: None)
+    elif what == "activation":
+        encoder.block[1].layer[1].DenseReluDense.act = nn.Softmax(-1)
     elif what == "compiled":
         monkeypatch.setattr(attention.o, "_compiled_call_impl", attention.o._call_impl)
     elif what == "class":
@@ -219,6 +252,12 @@ def add(what, encoder, monkeypatch):
         ("pre-hook", "got a hook in encoder"),
         ("backward hook", "got a hook in block.1.layer.0.SelfAttention.q"),
         ("forward", "got a forward of its own in block.1.layer.0"),
+        ("method", "got a compute_bias of its own in block.1.layer.0.SelfAttention"),
+        ("patched class", "got another T5Attention.compute_bias"),
+        ("eager", "got 'eager'"),
+        ("mask", "got 'sdpa'"),
+        ("global hook", "needs modules without global hooks, got some"),
+        ("activation", "got a Softmax in block.1.layer.1.DenseReluDense.act"),
         ("compiled", "got a compiled call in block.1.layer.0.SelfAttention.o"),
         ("class", "got a Other in block.1.layer.0.SelfAttention"),
         ("module", "got a Other in block.1.layer.1"),
@@ -234,11 +273,68 @@ def test_a_stock_model_with_something_added_runs_padded(what, message, stock_pai
     padded, packed, rows = stock_pair()
     add(what, packed.model.encoder, monkeypatch)
     batch = make_batch()
+    if what == "activation":
+        add(what, padded.model.encoder, monkeypatch)
     assert_same(results(packed, batch, "p5"), results(padded, batch, "p5"))
     assert rows == [(3, 12)]
     packed.pack = True
     with pytest.raises(ValueError, match=f"pack=True .*{message}\\. "):
         packed(**batch)
+
+
+def lora_on_the_bias(encoder):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["relative_attention_bias"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, encoder)
+
+
+def scaled(encoder):
+    encoder.block[1].layer[0].SelfAttention.scaling = 0.25
+
+
+def reversed_blocks(encoder):
+    encoder.block = nn.ModuleList(reversed(encoder.block))
+
+
+def repeated_blocks(encoder):
+    encoder.block = nn.ModuleList([*encoder.block, *encoder.block])
+
+
+def without_the_first(encoder):
+    encoder.block = encoder.block[1:]
+
+
+def with_a_norm(encoder):
+    encoder.block[0].layer[0].SelfAttention.relative_attention_bias.max_norm = 0.1
+
+
+@pytest.mark.parametrize("layout", ["t5", "umt5"])
+@pytest.mark.parametrize("memory", [None, "balanced"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lora_on_the_bias, "needs a relative_attention_bias that is its weight and no more"),
+        (with_a_norm, "needs a relative_attention_bias that is its weight and no more"),
+        (scaled, "needs scores as they are, got scaling=0.25 in block.1"),
+        (reversed_blocks, "needs the blocks that transformers made, in that order"),
+        (repeated_blocks, "needs the blocks that transformers made, in that order"),
+        (without_the_first, "needs the blocks that transformers made, in that order"),
+    ],
+)
+def test_changed_encoders_run_padded(layout, memory, change, message, make_model, make_batch):
+    outputs, batch = [], make_batch()
+    for pack in (False, None):
+        model = make_model(layout, d_kv=16)
+        change(model.encoder)
+        prompted = PromptModel(model, CONFIGS["p5"], pack=pack)
+        outputs.append(
+            (prompted if memory is None or pack is False else patch(prompted, memory=memory))(**batch).logits
+        )
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-4)
+    prompted.pack = True
+    with pytest.raises(ValueError, match=f"pack=True {message}"):
+        prompted(**batch)
 
 
 @pytest.mark.parametrize("prompts", ROWS, ids=str)
