@@ -50,10 +50,8 @@ def obstacle(encoder: Any, device: torch.device) -> str | None:
         modules += [each for each in module._modules.values() if each not in (None, lookup)]
     for kind in set(map(type, modules)):
         for name in METHODS:
-            if not getattr(kind, name, kind).__module__.startswith(OWN):
-                return (
-                    f"needs the encoder as transformers made it, got another {kind.__name__}.{name}. {REMEDY}"
-                )
+            if not _is_own(getattr(kind, name, None)):
+                return f"needs the encoder as transformers made it, got a changed {kind.__name__}.{name}. {REMEDY}"
     for block in encoder.block:
         if block.layer[0].SelfAttention.config is not encoder.config:
             return f"needs attention layers that read the encoder's configuration, got one of their own. {REMEDY}"
@@ -63,9 +61,11 @@ def obstacle(encoder: Any, device: torch.device) -> str | None:
 def _attends_as_transformers(encoder: Any, used: Any) -> bool:
     eager = getattr(sys.modules[type(encoder).__module__], "eager_attention_forward", None)
     functions = (ALL_ATTENTION_FUNCTIONS.get(used), ALL_MASK_ATTENTION_FUNCTIONS.get(used), eager)
-    return used in ("eager", "sdpa") and all(
-        each is None or each.__module__.startswith(OWN) for each in functions
-    )
+    return used in ("eager", "sdpa") and all(map(_is_own, functions))
+
+
+def _is_own(function: Any) -> bool:
+    return function is None or (getattr(function, "__module__", None) or "").startswith(OWN)
 
 
 def _added(module: nn.Module) -> str | None:

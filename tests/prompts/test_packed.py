@@ -253,7 +253,7 @@ def add(what, encoder, monkeypatch):
         ("backward hook", "got a hook in block.1.layer.0.SelfAttention.q"),
         ("forward", "got a forward of its own in block.1.layer.0"),
         ("method", "got a compute_bias of its own in block.1.layer.0.SelfAttention"),
-        ("patched class", "got another T5Attention.compute_bias"),
+        ("patched class", "got a changed T5Attention.compute_bias"),
         ("eager", "got 'eager'"),
         ("mask", "got 'sdpa'"),
         ("global hook", "needs modules without global hooks, got some"),
