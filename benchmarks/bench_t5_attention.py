@@ -63,7 +63,11 @@ def specs(options: Options) -> list[Spec]:
 
 def contenders(spec: Spec, options: Options) -> list[str]:
     sizes = dict(spec.sizes)
-    middle = options.device == "cuda" and (sizes["P"] + sizes["S"], sizes["K"]) == (2048, 64) and not spec.dropout_p
+    middle = (
+        options.device == "cuda"
+        and (sizes["P"] + sizes["S"], sizes["K"]) == (2048, 64)
+        and not spec.dropout_p
+    )
     flex = [FLEX] if (spec.what == FORWARD or middle) and not options.quick else []
     dense = [EAGER] if sizes["P"] + sizes["S"] < (4096 if options.device == "cpu" else 2048) else []
     bare = options.device == "cuda" and spec.what in (STEP, FULL, UNPADDED) and not spec.dropout_p
