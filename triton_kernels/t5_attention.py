@@ -695,9 +695,9 @@ def tile(what: str, K: int, dtype: torch.dtype, device: torch.device, T: int, bu
     rows = max(next_power_of_2(T), 16)
     if rows >= found.BM:
         return found
-    columns = found.BN if what == "dkv" else min(found.BN, 32)
-    stages = 1 if what == "dq" and rows == 16 else found.num_stages
-    return Tile(rows, columns, 8 if rows == 64 else 4, stages)
+    few = rows == 16 and (what == "dq" or K > 64)  # which leave a thread of four warps fewer registers
+    columns = found.BN if what == "dkv" else min(found.BN, 16 if few else 32)
+    return Tile(rows, columns, 8 if rows == 64 else 4, 1 if few else found.num_stages)
 
 
 def covers_backward(K: int, dtype: torch.dtype, device: torch.device) -> bool:
