@@ -31,7 +31,7 @@ def obstacle(children: Mapping[str, Any]) -> str | None:
             return f"{name} has a bias"
         if weight.requires_grad:
             return f"{name}.weight is trained"
-        if weight.is_meta or "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+        if weight.is_meta or is_hooked(child):
             return f"{name} has hooks"
         if weight.dtype not in FLOATS:
             return f"{name}.weight is {weight.dtype}"
@@ -39,6 +39,11 @@ def obstacle(children: Mapping[str, Any]) -> str | None:
             return f"{name}.weight is {weight.dtype}, others are {dtype}"
         dtype = weight.dtype
     return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Is something else called with it than its class's forward?"""
+    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
 def ready(children: Mapping[str, Any], *inputs: Tensor) -> bool:

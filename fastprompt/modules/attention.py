@@ -245,23 +245,19 @@ class FastSelfAttention(FastAttention):
             hidden_states, attention_mask, position_bias, past_key_values, **kwargs
         )
 
-    def fastprompt_obstacle(self) -> str | None:
-        if self._bias_is_trained():
+    def _other_scores(self) -> str | None:
+        owners = self.fastprompt_bias
+        # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
+        if any(each.relative_attention_bias.weight.requires_grad for each in owners):
             return "relative_attention_bias.weight is trained"
-        if not all(map(is_plain_bias, self.fastprompt_bias)):
+        if not all(map(is_plain_bias, owners)):
             return "relative_attention_bias is more than its weight"
-        if not all(map(has_bias_table, self.fastprompt_bias)):
+        if not all(map(has_bias_table, owners)):
             return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
-        return super().fastprompt_obstacle()
+        return super()._other_scores()
 
     def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
-        owners = self.fastprompt_bias
-        known = len(owners) > 0 and all(map(has_bias_table, owners)) and all(map(is_plain_bias, owners))
-        return known and not self._bias_is_trained() and super()._covers(allowed, past, inputs, kwargs)
-
-    def _bias_is_trained(self) -> bool:
-        """Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads."""
-        return any(each.relative_attention_bias.weight.requires_grad for each in self.fastprompt_bias)
+        return len(self.fastprompt_bias) > 0 and super()._covers(allowed, past, inputs, kwargs)
 
 
 class FastCrossAttention(FastAttention):
