@@ -19,17 +19,19 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
 
 LIBRARY = torch.library.Library("fastprompt", "DEF")
 OPS: dict[str, "Op"] = {}
+direct = SimpleNamespace()  # the schemas by name, as fused layers call them: see _direct
 
 Function = Callable[..., Any]
 
@@ -47,6 +49,7 @@ class Op:
         self._native: dict[str, Function] = {}
         self._triton: dict[str, Function] = {}
         self._extra: dict[str, tuple[SimpleNamespace, str]] = {}  # backend -> native kernels, dispatch key
+        self._running: dict[tuple[str, str], Function] = {}  # what is registered: (schema name, dispatch key)
         OPS[name] = self
 
     def define(self, schema: str, fake: Function) -> Callable[[Function], Function]:
@@ -61,6 +64,7 @@ class Op:
                 member, self._recorded(member, ("reference", reference)), "CompositeExplicitAutograd"
             )
             torch.library.register_fake(f"fastprompt::{member}", fake, lib=LIBRARY)
+            setattr(direct, member, _direct(member, self._running))
             return reference
 
         return register
@@ -91,7 +95,8 @@ class Op:
             functions = {name: self._implementation(name) for name in chosen}
             for member in self.members if chosen else ():
                 found = [(name, functions[name][member]) for name in chosen if member in functions[name]]
-                LIBRARY.impl(member, self._recorded(member, *found), device.upper())
+                self._running[member, device.upper()] = self._recorded(member, *found)
+                LIBRARY.impl(member, self._running[member, device.upper()], device.upper())
 
     def backends(self, device: str = "cpu") -> list[str]:
         """The backends that can run on ``device`` ("cpu" or "cuda") here, the default one first."""
@@ -119,17 +124,18 @@ class Op:
             raise ValueError(
                 f"fastprompt::{self.name}: backend must be one of {', '.join(available)} here, got {backend!r}"
             )
-        scope = torch.library.Library("fastprompt", "IMPL")
+        scope, before = torch.library.Library("fastprompt", "IMPL"), dict(self._running)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
                 for member, function in self._implementation(backend).items():
                     for key in keys:
-                        scope.impl(
-                            member, self._recorded(member, (backend, function)), key, allow_override=True
-                        )
+                        self._running[member, key] = self._recorded(member, (backend, function))
+                        scope.impl(member, self._running[member, key], key, allow_override=True)
             yield
         finally:
+            self._running.clear()
+            self._running.update(before)
             scope._destroy()
 
     def _implementation(self, backend: str) -> dict[str, Function]:
@@ -223,6 +229,52 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
             return overload.redispatch(keys & after, *inputs)
 
     return run
+
+
+def _direct(member: str, running: dict[tuple[str, str], Function]) -> Function:
+    """The schema for callers that record no gradient: an autograd function's forward and backward.
+
+    Where the device alone decides what runs, that is called without the dispatcher, which keeps the host busy for as
+    long as a small kernel takes. The first tensor stands for the others.
+    """
+    overload = getattr(torch.ops.fastprompt, member).default
+
+    def call(*args: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        found = running.get((member, "CUDA" if first.is_cuda else "CPU"))
+        return found(*args) if found and is_plain(first) else overload(*args)
+
+    return call
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Would the dispatcher look at nothing but the device: no subclass, mode, transform, tracer or profiler?"""
+    return (
+        not torch.compiler.is_compiling()
+        and not profiler._is_profiler_enabled
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_CALLS
+        and torch._C._dispatch_keys(x).raw_repr() in _plain_keys(x.device.type)
+    )
+
+
+def _plain_calls() -> frozenset[int]:
+    """The dispatch keys that every call includes, inside torch.inference_mode and outside."""
+    inside = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    return frozenset((inside.raw_repr(), inside.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()))
+
+
+_PLAIN_CALLS = _plain_calls()
+
+
+@cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """The dispatch keys of a tensor made inside torch.inference_mode and of one made outside."""
+    found = []
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            found.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
 
 
 def _has_tangent(x: Any) -> bool:

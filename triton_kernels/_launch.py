@@ -79,4 +79,68 @@ def launch(
         return
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[grid](*args, **constants, enable_fp_fusion=fuse)
+        if device.type == "cuda":
+            _launch_compiled(kernel, grid, device.index, args, fuse, constants)
+        else:  # interpreted, or compiled for a GPU that is not here
+            kernel[grid](*args, **constants, enable_fp_fusion=fuse)
+
+
+# What Triton compiled, by variant: it would look for that at every launch, for longer than a small kernel takes.
+_compiled: dict[tuple[Any, ...], Any] = {}
+MAX_COMPILED = 4096
+
+
+def _launch_compiled(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: int,
+    args: tuple[Any, ...],
+    fuse: bool,
+    constants: dict[str, Any],
+) -> None:
+    variant, pointers = specialize(kernel, args)
+    variant = (device, fuse, *constants.values(), *variant)
+    compiled = _compiled.get(variant)
+    if compiled is None:
+        if len(_compiled) >= MAX_COMPILED:
+            _compiled.clear()
+        _compiled[variant] = kernel[grid](*args, **constants, enable_fp_fusion=fuse)
+    else:
+        last = [constants[name] for name in kernel.arg_names[len(args) :]]
+        compiled[(*grid, 1, 1)[:3]](*pointers, *args[len(pointers) :], *last)
+
+
+def specialize(kernel: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
+    """What, of a kernel and its arguments, decides which machine code runs; the addresses of its tensors.
+
+    Told apart as finely as Triton does or finer: the tensors' dtypes and addresses modulo 16, and the numbers, but of
+    those that the kernel does not specialise only whether they want 64 bits.
+    """
+    shape = _shapes.get(kernel.fn)
+    if shape is None:
+        shape = _shapes[kernel.fn] = _shape(kernel, args)
+    tensors, loose, strict = shape
+    found = args[:tensors]
+    pointers = [None if x is None else x.data_ptr() for x in found]
+    dtypes = [None if x is None else x.dtype for x in found]
+    remainders = [None if address is None else address % 16 for address in pointers]
+    large = [args[i] >> 31 for i in loose]
+    return (kernel.fn, *dtypes, *remainders, *large, *[args[i] for i in strict]), pointers
+
+
+class _Shape(NamedTuple):
+    """How a kernel's arguments are ordered: tensors or None, then numbers."""
+
+    tensors: int
+    loose: tuple[int, ...]  # where the integers are that are not specialised
+    strict: tuple[int, ...]  # and the other numbers
+
+
+_shapes: dict[Any, _Shape] = {}
+
+
+def _shape(kernel: Any, args: tuple[Any, ...]) -> _Shape:
+    tensors = next((i for i, x in enumerate(args) if isinstance(x, int | float)), len(args))
+    numbers = range(tensors, len(args))
+    loose = tuple(i for i in numbers if kernel.params[i].do_not_specialize)
+    return _Shape(tensors, loose, tuple(i for i in numbers if i not in loose))

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprompt._op import direct as ops
 from fastprompt.ops._checks import FLOATS
-from fastprompt.ops.frozen_linear import frozen_linear_backward_reference, frozen_linear_reference
-
-ops = torch.ops.fastprompt
+from fastprompt.ops.frozen_linear import product, product_sum
 
 
 def obstacle(children: Mapping[str, Any]) -> str | None:
@@ -70,18 +69,15 @@ def dropped(dy: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T. A GPU runs the op's reference in any case: without the dispatcher, which would keep the host busy."""
-    y: Tensor = (frozen_linear_reference if x.is_cuda else ops.frozen_linear)(x, weight)
+    """x weight^T. A GPU runs the op's reference in any case: without the op, which would keep the host busy."""
+    y: Tensor = (product if x.is_cuda else ops.frozen_linear)(x, weight)
     return y
 
 
 def products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of grad @ weight over the pairs, accumulated in the products: [..., N], [N, K] -> [..., K]."""
     grads, weights = (list(each) for each in zip(*pairs, strict=True))
-    on_gpu = grads[0].is_cuda
-    total: Tensor = (frozen_linear_backward_reference if on_gpu else ops.frozen_linear_backward)(
-        grads, weights
-    )
+    total: Tensor = (product_sum if grads[0].is_cuda else ops.frozen_linear_backward)(grads, weights)
     return total
 
 

@@ -20,6 +20,7 @@ No triton_kernels/frozen_linear.py: for the same reason.
 Source: torch.nn.Linear without bias; Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +69,32 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.fastprompt.frozen_linear(x, weight)
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """The reference, for arguments that need no checks."""
+    with _without_autocast(x.device.type):
+        if weight.dim() == 3:
+            return torch.bmm(x, weight.transpose(1, 2))
+        return torch.nn.functional.linear(x, weight).contiguous()
+
+
+def product_sum(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
+    """The reference of the backward pass, the same way."""
+    with _without_autocast(dy[0].device.type):
+        dx = torch.matmul(dy[0], weight[0]).contiguous()
+        rows = dx.shape[:-1].numel()
+        for each, w in zip(dy[1:], weight[1:], strict=True):
+            if w.dim() == 3:
+                dx.baddbmm_(each, w)
+            else:
+                dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
+        return dx
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """torch.autocast takes the host as long to turn off as a product to launch: only where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _check(name: str, x_name: str, x: Tensor, weight: Tensor, dim: int) -> None:
     """The last dimension of x must be weight's ``dim``, -2 or -1."""
     check_tensor(name, x_name, x, FLOATS)
@@ -105,10 +132,7 @@ def _fake(x: Tensor, weight: Tensor) -> Tensor:
 @op.define("frozen_linear(Tensor x, Tensor weight) -> Tensor", fake=_fake)
 def frozen_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     _check("frozen_linear", "x", x, weight, -1)
-    with torch.autocast(x.device.type, enabled=False):
-        if weight.dim() == 3:
-            return torch.bmm(x, weight.transpose(1, 2))
-        return torch.nn.functional.linear(x, weight).contiguous()
+    return product(x, weight)
 
 
 def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -156,15 +180,7 @@ def _fake_backward(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
 @op.define("frozen_linear_backward(Tensor[] dy, Tensor[] weight) -> Tensor", fake=_fake_backward)
 def frozen_linear_backward_reference(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
     _check_backward(dy, weight)
-    with torch.autocast(dy[0].device.type, enabled=False):
-        dx = (dy[0] @ weight[0]).contiguous()
-        rows = dx.shape[:-1].numel()
-        for each, w in zip(dy[1:], weight[1:], strict=True):
-            if w.dim() == 3:
-                dx.baddbmm_(each, w)
-            else:
-                dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
-        return dx
+    return product_sum(dy, weight)
 
 
 @op.native
