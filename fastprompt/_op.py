@@ -232,10 +232,10 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
 
 
 def _direct(member: str, running: dict[tuple[str, str], Function]) -> Function:
-    """The schema for callers that record no gradient: an autograd function's forward and backward.
+    """The schema as fused layers call it, in their autograd functions: where the device alone decides what runs,
+    without the dispatcher, which keeps the host busy for as long as a small kernel takes.
 
-    Where the device alone decides what runs, that is called without the dispatcher, which keeps the host busy for as
-    long as a small kernel takes. The first tensor stands for the others.
+    The first tensor stands for the others.
     """
     overload = getattr(torch.ops.fastprompt, member).default
 
@@ -248,9 +248,11 @@ def _direct(member: str, running: dict[tuple[str, str], Function]) -> Function:
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Would the dispatcher look at nothing but the device: no subclass, mode, transform, tracer or profiler?"""
+    """Would the dispatcher look at nothing but the device: no gradient, subclass, mode, transform, tracer, profiler?"""
     return (
         not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and not profiler._is_profiler_enabled
         and torch._C._len_torch_function_stack() == 0
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_CALLS
