@@ -113,7 +113,7 @@ def forward(a: "Attend", n: Tensor) -> tuple[Tensor, Kept]:
     before, weights = _dropped(a, kept[1], n.dtype)
     out = _release(a, products((weights, a.states)), a.wv)
     if a.prompt_v is not None:
-        out += _of_prompt(a, before, a.prompt_v)
+        out = out + _of_prompt(a, before, a.prompt_v)
     return out, kept
 
 

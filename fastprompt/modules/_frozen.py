@@ -59,8 +59,13 @@ def rate(dropout: nn.Dropout) -> float:
 
 
 def add(x: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """residual + dropout(x); x is given up."""
-    return ops.dropout_add(x, residual, seed, p) if p > 0.0 else x.add_(residual)
+    """residual + dropout(x); x is given up.
+
+    The compiler gets no x in two states: PyTorch 2.11's returns both, and the gradient to the wrong one.
+    """
+    if p > 0.0:
+        return ops.dropout_add(x, residual, seed, p)
+    return x + residual if torch.compiler.is_compiling() else x.add_(residual)
 
 
 def dropped(dy: Tensor, seed: Tensor | None, p: float) -> Tensor:

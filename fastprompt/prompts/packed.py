@@ -105,8 +105,9 @@ def layout(
 
 
 def _is_traced(device: torch.device) -> bool:
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or capturing
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: torch.compile cannot ask what follows
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def token_counts(mask: Tensor) -> list[int] | None:

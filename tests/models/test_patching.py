@@ -78,7 +78,8 @@ def test_buckets_that_make_no_table_fall_back(make, batch, labels, device, bucke
 @pytest.mark.parametrize("layout", FULL)
 def test_every_layer_is_served(make, batch, labels, ran, layout):
     model = patch(make(layout))
-    assert all(row.reason is None for row in explain(model))
+    others = {row.cls for row in explain(model) if row.reason is not None}
+    assert others == ({"Linear"} if labels.is_cuda else set()), "a GPU's library does the head as fast"
     step(model, batch(), labels)
     encoder, decoder = len(model.encoder.block), len(model.decoder.block)
     assert ran == {"FrozenFF": encoder + decoder, "FrozenAttention": encoder + 2 * decoder}
@@ -110,6 +111,8 @@ def test_only_what_is_asked_for(make):
     model = make()
     suffixes = {"attention": "Attention", "norm": "LayerNorm", "ff": "LayerFF", "head": "Linear"}
     for option, suffix in suffixes.items():
+        if option == "head" and model.device.type != "cpu":
+            continue  # nn.Linear is as fast there
         chosen = dict.fromkeys(suffixes, False) | {option: True}
         served = {row.cls for row in explain(patch(model, **chosen)) if row.reason is None}
         assert served
@@ -307,6 +310,26 @@ def test_fullgraph_compile(make, batch, labels):
     torch._dynamo.reset()
     compiled = torch.compile(patch(stock, memory="balanced"), fullgraph=True, backend="aot_eager")
     no_further(step(compiled, inputs, labels, use_cache=False), expected, truth)
+
+
+def test_compiled_layers_write_to_nothing_that_they_return(make, labels, device):
+    """PyTorch 2.11's compiler gives a layer that does a gradient of zero."""
+    graphs = []
+
+    def collect(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model, embeds = patch(make()), torch.randn(3, 17, 48, device=device, requires_grad=True)
+    torch.compile(model, fullgraph=True, backend=collect)(
+        inputs_embeds=embeds, labels=labels, use_cache=False
+    )
+    layers = [each for graph in graphs for name, each in graph.named_modules() if name.startswith("fwd_body")]
+    calls = {str(node.target) for each in layers for node in each.graph.nodes if node.op.startswith("call")}
+    assert layers
+    assert calls
+    assert not {call for call in calls if call.endswith("_")}
 
 
 def test_autocast_runs_the_stock_layers(make, batch, labels, ran):

@@ -53,10 +53,10 @@ def test_unpatched_rows_have_a_reason(make):
     assert {row.saved for row in explain(make())} == {None}
 
 
-def test_text(make):
+def test_text(make, device):
     text = str(explain(patch(make(), lm_loss=True)))
     assert "T5LayerFF " in text
-    assert "frozen_ff: rms_norm, gated_act or relu_dropout, dropout_add (cpu" in text
+    assert f"frozen_ff: rms_norm, gated_act or relu_dropout, dropout_add ({device.type}" in text
     assert "encoder.block.0.layer.1 and 4 more; memory=balanced, saves 4 bytes per token" in text
     assert "the model; memory=balanced, saves 192 bytes per token" in text
     assert text.endswith("modules run fastprompt's kernels")
@@ -65,7 +65,8 @@ def test_text(make):
 def test_the_backend_named_is_the_one_that_runs(make, batch):
     model = patch(make())
     model(**batch(), decoder_input_ids=batch()["input_ids"])
-    assert {row.backend for row in explain(model)} == {backend_used("rms_norm")}
+    backends = {row.backend for row in explain(model) if row.reason is None}
+    assert backends == {backend_used("rms_norm")}
 
 
 def test_what_falls_back_says_why(make):

@@ -137,4 +137,4 @@ def test_the_same_masks_give_the_same_step(
     assert_exact(ours.logits, expected.logits)
     assert_exact(ours.loss, expected.loss)
     assert_exact(prompted.prompts["p"].grad, prompt.grad)
-    assert (plain - ours.loss).abs() > 1e-2, "dropout was on"
+    assert (plain - ours.loss).abs() > 1e-3, "dropout was on"

@@ -18,6 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from fastprompt import hf_attention, patch
 from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptConfig, stock
+from fastprompt.prompts.packed import _is_traced
 
 CONFIGS = {
     "p5": PromptConfig(5, init="uniform"),
@@ -533,6 +534,12 @@ def test_a_compiled_forward_is_one_graph(prompts, make_pair, make_batch):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_torch_compile_asks_for_no_stream():
+    """Of a GPU's tensors neither: a call that it cannot trace."""
+    is_traced = torch.compile(lambda: _is_traced(torch.device("cuda")), backend="eager", fullgraph=True)
+    assert is_traced()
+
+
 def test_a_traced_forward_serves_other_masks(make_pair, make_batch):
     """What is real in the batch that was traced is not written into the trace."""
     padded, packed, _ = make_pair()
@@ -553,9 +560,9 @@ def test_a_traced_forward_serves_other_masks(make_pair, make_batch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_keys_without_a_bias_are_refused(make_model):
+def test_packed_keys_without_a_bias_are_refused(make_model, device):
     """Not given distances they do not have."""
     encoder = make_model(d_kv=16, attention="fastprompt").requires_grad_(False).get_encoder()
-    keys = hf_attention.Keys(None, 0, False, cu=torch.tensor([0, 3, 5]))
+    keys = hf_attention.Keys(None, 0, False, cu=torch.tensor([0, 3, 5], device=device))
     with pytest.raises(ValueError, match=r"packed rows do not go with .*pack=False"):
-        encoder(inputs_embeds=torch.randn(5, 1, 32), attention_mask=keys)
+        encoder(inputs_embeds=torch.randn(5, 1, 32, device=device), attention_mask=keys)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops as fused layers call them: without the dispatcher, where it would look at nothing but the device."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastprompt import backend_used, backends, use_backend
+from fastprompt._op import direct, is_plain
+
+
+@pytest.fixture
+def hidden(device):
+    return torch.randn(3, 8, device=device), torch.rand(8, device=device)
+
+
+def test_direct_calls_run_the_backend_in_use(hidden):
+    x, w = hidden
+    with torch.no_grad():
+        for backend in reversed(backends("rms_norm", x.device.type)):
+            with use_backend("rms_norm", backend):
+                expected = torch.ops.fastprompt.rms_norm(x, w, 1e-6)
+                found = direct.rms_norm(x, w, 1e-6)
+                assert backend_used("rms_norm") == backend
+            assert all(map(torch.equal, found, expected))
+        direct.rms_norm(x, w, 1e-6)
+        assert backend_used("rms_norm") == backends("rms_norm", x.device.type)[0]
+
+
+def test_direct_calls_do_without_the_dispatcher_where_nothing_else_decides(hidden, monkeypatch):
+    x, w = hidden
+    with torch.no_grad():
+        assert is_plain(x)
+        assert is_plain(torch.nn.Parameter(x))
+        with torch.inference_mode():
+            assert is_plain(x)
+            assert is_plain(x + 1)
+        overload = torch.ops.fastprompt.rms_norm.default
+        monkeypatch.setattr(type(overload), "__call__", lambda *args: pytest.fail("dispatched"))
+        direct.rms_norm(x, w, 1e-6)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_direct_calls_are_seen_by_what_sees_other_ops(hidden):
+    x, w = hidden
+    name = "fastprompt::rms_norm"
+    with torch.no_grad():
+        with Seen() as seen:
+            direct.rms_norm(x, w, 1e-6)
+        assert name in seen.names
+        with torch.profiler.profile() as profile:
+            direct.rms_norm(x, w, 1e-6)
+        assert name in {event.key for event in profile.key_averages()}
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert isinstance(direct.rms_norm(mode.from_tensor(x), w, 1e-6)[0], FakeTensor)
+        assert torch.func.functionalize(lambda x: direct.rms_norm(x, w, 1e-6)[0])(x).shape == x.shape
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            direct.rms_norm(forward_ad.make_dual(x, x), w, 1e-6)
+    y, _ = direct.rms_norm(x.requires_grad_(), w, 1e-6)
+    assert y.requires_grad
