@@ -31,7 +31,7 @@ from fastprompt import _native
 
 LIBRARY = torch.library.Library("fastprompt", "DEF")
 OPS: dict[str, "Op"] = {}
-direct = SimpleNamespace()  # the schemas by name, as fused layers call them: see _direct
+direct = SimpleNamespace()  # the schemas by name, as this package calls them: see _direct
 
 Function = Callable[..., Any]
 
@@ -232,26 +232,29 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
 
 
 def _direct(member: str, running: dict[tuple[str, str], Function]) -> Function:
-    """The schema as fused layers call it, in their autograd functions: where the device alone decides what runs,
-    without the dispatcher, which keeps the host busy for as long as a small kernel takes.
-
-    The first tensor stands for the others.
+    """The schema as this package calls it: where the device alone decides what runs, without the dispatcher, which
+    keeps the host busy for as long as a small kernel takes. The first tensor stands for the others.
     """
     overload = getattr(torch.ops.fastprompt, member).default
 
     def call(*args: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], list) else args[0]
+        first = args[0] if args[0] is not None else next(each for each in args if each is not None)
+        first = first[0] if isinstance(first, list) else first
         found = running.get((member, "CUDA" if first.is_cuda else "CPU"))
-        return found(*args) if found and is_plain(first) else overload(*args)
+        if found is None or torch.is_grad_enabled() or not is_plain(first):
+            found = overload
+        return found(*args)
 
     return call
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Would the dispatcher look at nothing but the device: no gradient, subclass, mode, transform, tracer, profiler?"""
+    """Where no gradient is recorded, would the dispatcher look at nothing but the device?
+
+    So it is without a subclass, mode, transform, tangent, tracer or profiler.
+    """
     return (
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
         and forward_ad._current_level < 0
         and not profiler._is_profiler_enabled
         and torch._C._len_torch_function_stack() == 0

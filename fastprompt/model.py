@@ -211,7 +211,9 @@ class PromptModel(nn.Module):
         input_ids = checks.check_input_ids(input_ids, self._table())
         choice = self._choose(prompts, len(input_ids))
         if self._is_keyed(choice):
-            return self._encode_tokens(input_ids, attention_mask, self._site_keys(choice)["encoder"], {})
+            return self._encode_tokens(
+                input_ids, attention_mask, self._site_keys(choice, ["encoder"])["encoder"], {}
+            )
         return self._encode_rows(input_ids, attention_mask, choice, {})
 
     @torch.no_grad()
@@ -779,13 +781,15 @@ class PromptModel(nn.Module):
         mask = hf_attention.Keys(_as_bool(attention_mask), 0, False, prompt)
         return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
 
-    def _site_keys(self, choice: Choice) -> dict[str, hf_attention.PromptKeys | None]:
-        """The prompts' keys for each site, computed or kept."""
+    def _site_keys(
+        self, choice: Choice, sites: Sequence[str] = SITES
+    ) -> dict[str, hf_attention.PromptKeys | None]:
+        """The prompts' keys for these sites, computed or kept."""
         serve(self.model)
         ids = [0] * len(choice.lengths) if choice.ids is None else choice.ids
         fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
         found = keyed(self.model, choice.prompts) if fresh else self._kept(choice)
-        return {site: prompt_keys(self.model, site, found.get(site), ids) for site in SITES}
+        return {site: prompt_keys(self.model, site, found.get(site), ids) for site in sites}
 
     def _kept(self, choice: Choice) -> Keyed:
         """What ``cache_prompts`` keeps, and what it does not computed now."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops as fused layers call them: without the dispatcher, where it would look at nothing but the device."""
+"""Ops as this package calls them: without the dispatcher, where it would look at nothing but the device."""
 
 import pytest
 import torch

@@ -20,13 +20,13 @@ def obstacle(children: Mapping[str, Any]) -> str | None:
     """
     dtype = None
     for name, child in children.items():
-        cls, weight = type(child), getattr(child, "weight", None)
+        cls, weight = type(child), _tensor(child, "weight")
         stock = cls is nn.Linear or hasattr(cls, "stock_class") or cls.__name__.endswith("LayerNorm")
         if not stock:
             return f"{name} is a {cls.__name__}"
         if type(weight) not in (nn.Parameter, Tensor) or weight is None:
             return f"{name}.weight is a {type(weight).__name__}"
-        if getattr(child, "bias", None) is not None:
+        if _tensor(child, "bias") is not None:
             return f"{name} has a bias"
         if weight.requires_grad:
             return f"{name}.weight is trained"
@@ -37,6 +37,15 @@ def obstacle(children: Mapping[str, Any]) -> str | None:
         if dtype is not None and weight.dtype != dtype:
             return f"{name}.weight is {weight.dtype}, others are {dtype}"
         dtype = weight.dtype
+    return None
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """Its parameter, buffer or attribute; None if it has none. nn.Module's own lookup takes longer than all else here."""
+    for group in (module._parameters, module._buffers, module.__dict__):
+        found = group.get(name)
+        if found is not None:
+            return found
     return None
 
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5's relative position bias as what it is: one number per head and distance."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastprompt._op import is_plain
 from fastprompt.ops._checks import FLOATS, check_tensor, fail
 
 
@@ -27,8 +31,6 @@ def t5_bias_table(
     Raises:
         TypeError, ValueError: the weight has another dtype or shape.
     """
-    from transformers.models.t5.modeling_t5 import T5Attention
-
     check_tensor("t5_bias_table", "weight", weight, FLOATS)
     if weight.dim() != 2 or weight.shape[0] != num_buckets:
         fail(
@@ -41,11 +43,30 @@ def t5_bias_table(
             "t5_bias_table",
             f"max_distance must exceed the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance}",
         )
-    distance = torch.arange(-max_distance, max_distance + 1, device=weight.device)
-    buckets = T5Attention._relative_position_bucket(
-        distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
-    )
+    buckets = _buckets_of(weight, bidirectional, num_buckets, max_distance)
     return weight.detach()[buckets].T.float().contiguous()
+
+
+_known: dict[tuple[Any, ...], Tensor] = {}  # a dozen small operations for each stack of each call
+
+
+def _buckets_of(weight: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Buckets [2M + 1] of the distances, made once for each device: not as a fake tensor, nor in a graph's memory."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    device = weight.device
+    lasting = is_plain(weight) and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    key = (device, bidirectional, num_buckets, max_distance)
+    if lasting and key in _known:
+        return _known[key]
+    with torch.inference_mode(False) if lasting else nullcontext():
+        distance = torch.arange(-max_distance, max_distance + 1, device=device)
+        buckets = T5Attention._relative_position_bucket(
+            distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
+        )
+    if lasting:
+        _known[key] = buckets
+    return buckets
 
 
 def makes_table(num_buckets: int, max_distance: int, bidirectional: bool) -> bool:

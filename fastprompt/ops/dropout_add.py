@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import Op
+from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, dropout, new_seed
 
@@ -42,7 +42,7 @@ def dropout_add(
     """
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(x.device)
-    return torch.ops.fastprompt.dropout_add(x, residual, seed, dropout_p)
+    return direct.dropout_add(x, residual, seed, dropout_p)
 
 
 def _check(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float) -> None:
@@ -107,7 +107,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
 def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     dx = dh
     if ctx.dropout_p > 0.0 and ctx.needs_input_grad[0]:
-        dx = torch.ops.fastprompt.dropout_add(dh, None, ctx.saved_tensors[0], ctx.dropout_p)
+        dx = direct.dropout_add(dh, None, ctx.saved_tensors[0], ctx.dropout_p)
     needs_x, needs_residual = ctx.needs_input_grad[:2]
     return dx if needs_x else None, dh if needs_residual else None, None, None
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastprompt import _native
 from fastprompt._native import stream
-from fastprompt._op import Op
+from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,
@@ -66,7 +66,7 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     _check("frozen_linear", "x", x, weight, -1)
     check_frozen("frozen_linear", "weight", weight)
-    return torch.ops.fastprompt.frozen_linear(x, weight)
+    return direct.frozen_linear(x, weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.fastprompt.frozen_linear_backward([dy], list(ctx.saved_tensors)), None
+    return direct.frozen_linear_backward([dy], list(ctx.saved_tensors)), None
 
 
 op.autograd("frozen_linear", setup_context=_setup_context, backward=_backward)

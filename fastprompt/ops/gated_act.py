@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import Op
+from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor, fail
 from fastprompt.ops._dropout import check_dropout, dropout, new_seed
 
@@ -50,7 +50,7 @@ def gated_act(
     """
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(a.device)
-    return torch.ops.fastprompt.gated_act(a, b, seed, act, dropout_p)
+    return direct.gated_act(a, b, seed, act, dropout_p)
 
 
 def _check(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float) -> None:
@@ -187,7 +187,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     a, b, seed = ctx.saved_tensors
-    da, db = torch.ops.fastprompt.gated_act_backward(dy, a, b, seed, ctx.act, ctx.dropout_p)
+    da, db = direct.gated_act_backward(dy, a, b, seed, ctx.act, ctx.dropout_p)
     needs_a, needs_b = ctx.needs_input_grad[:2]
     return da if needs_a else None, db if needs_b else None, None, None, None
 

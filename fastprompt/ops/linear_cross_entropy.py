@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import OPS, Op
+from fastprompt._op import OPS, Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,
@@ -91,7 +91,7 @@ def linear_cross_entropy(
             fail("linear_cross_entropy", f"num_items must be positive, got {num_items}")
         num_items = labels.new_full((), num_items)
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad
-    loss, _, _ = torch.ops.fastprompt.linear_cross_entropy(
+    loss, _, _ = direct.linear_cross_entropy(
         hidden, weight, labels, num_items, scale, ignore_index, chunk, needs_grad
     )
     return loss
@@ -255,7 +255,7 @@ def _in_chunks(
     for first in range(0, V if N else 0, chunk):
         w = weight[first : first + chunk].to(rows.dtype)
         if own:
-            part = torch.ops.fastprompt.frozen_linear(rows, w)
+            part = direct.frozen_linear(rows, w)
         else:
             part = torch.mm(rows, w.t(), out=logits[: N * w.shape[0]].view(N, w.shape[0]))
         step(part, labels, top, total, picked, others, first)
@@ -273,7 +273,7 @@ def _in_chunks(
 def _add_product(total: Tensor, a: Tensor, b: Tensor, own: bool) -> None:
     """total [N, D] fp32 += a [N, C] @ b [C, D]."""
     if own:
-        total.add_(torch.ops.fastprompt.frozen_linear_backward([a], [b]))
+        total.add_(direct.frozen_linear_backward([a], [b]))
     elif a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import Op
+from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,
@@ -79,13 +79,13 @@ def prompt_embed(
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(weight.device)
     if cu_seqlens is None:
-        return torch.ops.fastprompt.prompt_embed(
+        return direct.prompt_embed(
             input_ids, weight, table, starts, lens, None, None, seed, longest + input_ids.shape[1], dropout_p
         )
     cu_tokens = _check_cu_seqlens(cu_seqlens, input_ids)
     row_lens = cu_tokens.diff() + (lengths[0] if lens is None else lens)
     cu_rows = torch.cat((cu_tokens.new_zeros(1), row_lens.cumsum(0)))
-    rows = torch.ops.fastprompt.prompt_embed(
+    rows = direct.prompt_embed(
         input_ids,
         weight,
         table,
@@ -462,9 +462,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     dprompts = None
     if ctx.needs_input_grad[2]:
         prompts, starts, lens, cu_rows, seed = ctx.saved_tensors
-        dprompts = torch.ops.fastprompt.prompt_embed_backward(
-            dout, prompts, starts, lens, cu_rows, seed, ctx.dropout_p
-        )
+        dprompts = direct.prompt_embed_backward(dout, prompts, starts, lens, cu_rows, seed, ctx.dropout_p)
     return None, None, dprompts, None, None, None, None, None, None, None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import Op
+from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, dropout, keep_mask, keep_scale, new_seed
 
@@ -40,7 +40,7 @@ def relu_dropout(x: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = Non
     """
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(x.device)
-    return torch.ops.fastprompt.relu_dropout(x, seed, dropout_p)[0]
+    return direct.relu_dropout(x, seed, dropout_p)[0]
 
 
 def _check(x: Tensor, seed: Tensor | None, dropout_p: float) -> None:
@@ -150,7 +150,7 @@ def _backward(ctx: Any, dy: Tensor | None, _dkept: None) -> tuple[Tensor | None,
     if dy is None:
         return None, None, None
     (kept,) = ctx.saved_tensors
-    return torch.ops.fastprompt.relu_dropout_backward(dy, kept, ctx.dropout_p), None, None
+    return direct.relu_dropout_backward(dy, kept, ctx.dropout_p), None, None
 
 
 op.autograd("relu_dropout", setup_context=_setup_context, backward=_backward)

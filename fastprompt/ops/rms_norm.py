@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import Op
+from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,
@@ -67,11 +67,11 @@ def rms_norm(
                 "rms_norm",
                 f"dropout_p={dropout_p} needs a residual: T5 drops the sublayer's output, not the norm's input",
             )
-        return torch.ops.fastprompt.rms_norm(x, w, eps)[0]
+        return direct.rms_norm(x, w, eps)[0]
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(x.device)
     _check_residual(x, residual, w, seed, eps, dropout_p)
-    y, h, _ = torch.ops.fastprompt.rms_norm_residual(x, residual, w, seed, eps, dropout_p)
+    y, h, _ = direct.rms_norm_residual(x, residual, w, seed, eps, dropout_p)
     return y, h
 
 
@@ -239,7 +239,7 @@ def _backward_rms_norm(
     if dy is None or not ctx.needs_input_grad[0]:
         return None, None, None
     x, w, rstd = ctx.saved_tensors
-    return torch.ops.fastprompt.rms_norm_backward(dy, x, w, rstd), None, None
+    return direct.rms_norm_backward(dy, x, w, rstd), None, None
 
 
 op.autograd("rms_norm", setup_context=_setup_rms_norm, backward=_backward_rms_norm)
@@ -408,9 +408,7 @@ def _backward_rms_norm_residual(
     if dy is None and dh is None:
         return (None,) * 6
     h, w, rstd, seed = ctx.saved_tensors
-    dresidual, dx = torch.ops.fastprompt.rms_norm_residual_backward(
-        dy, dh, h, w, rstd, seed, ctx.dropout_p, *ctx.dtypes
-    )
+    dresidual, dx = direct.rms_norm_residual_backward(dy, dh, h, w, rstd, seed, ctx.dropout_p, *ctx.dtypes)
     dx = dx if dx.numel() else dresidual
     needs_x, needs_residual = ctx.needs_input_grad[:2]
     return dx if needs_x else None, dresidual if needs_residual else None, None, None, None, None

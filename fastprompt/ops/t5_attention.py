@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import Op
+from fastprompt._op import Op, direct
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
     FLOATS,
@@ -124,7 +124,7 @@ def t5_attention(
         offset, causal, dropout_p,
     )  # fmt: skip
     _check(arguments)
-    return torch.ops.fastprompt.t5_attention(*arguments)[0]
+    return direct.t5_attention(*arguments)[0]
 
 
 def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
@@ -462,14 +462,14 @@ def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tens
         return nothing
     out, stats, *tensors = ctx.saved_tensors
     a = reference.Inputs(*tensors, *ctx.scalars)
-    dq, dk, dv, share_k, share_v = torch.ops.fastprompt.t5_attention_backward(dout, out, stats, *a)
+    dq, dk, dv, share_k, share_v = direct.t5_attention_backward(dout, out, stats, *a)
     needs = ctx.needs_input_grad
     gradients = [d if need else None for d, need in zip((dq, dk, dv), needs[:3], strict=True)]
     prompts = []
     for share, prompt, need in ((share_k, a.prompt_k, needs[4]), (share_v, a.prompt_v, needs[5])):
         wanted = need and prompt is not None
         prompts.append(
-            torch.ops.fastprompt.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
+            direct.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
             if wanted and prompt is not None
             else None
         )

@@ -105,7 +105,9 @@ def layout(
 
 
 def _is_traced(device: torch.device) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: torch.compile cannot ask what follows
+    if (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+    ):  # first: torch.compile cannot ask what follows
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 

@@ -24,7 +24,10 @@ class State(NamedTuple):
     @classmethod
     def of(cls, owner: Tensor | nn.Module) -> Self:
         """Of a tensor, or of a module's parameters, buffers and adapters."""
-        return cls([owner], []) if isinstance(owner, Tensor) else cls(_tensors_of(owner), adapters_of(owner))
+        if isinstance(owner, Tensor):
+            return cls([owner], [])
+        modules = _modules_of(owner)
+        return cls(_tensors_of(modules), _adapters_of(modules))
 
 
 class Trace(NamedTuple):
@@ -74,18 +77,34 @@ class Stamp:
 
 def adapters_of(model: nn.Module) -> list[str]:
     """What decides, beside their weights, what PEFT's adapter layers in ``model`` compute: one entry for each."""
+    return _adapters_of(_modules_of(model))
+
+
+def _modules_of(owner: nn.Module) -> list[nn.Module]:
+    """As ``owner.modules()`` gives them, whose nested generators take milliseconds over a large model."""
+    found: dict[nn.Module, None] = {}
+    waiting = [owner]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [each for each in reversed(module._modules.values()) if each is not None]
+    return list(found)
+
+
+def _adapters_of(modules: list[nn.Module]) -> list[str]:
     parts = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
     return [
         repr([getattr(each, part, None) for part in parts])
-        for each in model.modules()
+        for each in modules
         if hasattr(type(each), parts[0]) or parts[0] in vars(each)
     ]
 
 
-def _tensors_of(module: nn.Module) -> list[Tensor]:
+def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     return [
         tensor
-        for each in module.modules()
+        for each in modules
         for group in (each._parameters, each._buffers)
         for tensor in group.values()
         if tensor is not None
