@@ -19,7 +19,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,7 +148,7 @@ class Op:
         else:
             device, _, isa = backend.partition(":")
             kernels = _native.TARGETS[isa or (_native.CPU_TARGETS[0] if device == "cpu" else "cuda")]
-        return {member: _bind(launcher, kernels) for member, launcher in self._native.items()}
+        return {member: partial(launcher, kernels) for member, launcher in self._native.items()}
 
     def _recorded(self, member: str, *choices: tuple[str, Function]) -> Function:
         """The first of the (backend, function) pairs that covers the arguments, else the reference."""
@@ -284,10 +284,6 @@ def _plain_keys(device: str) -> frozenset[int]:
 
 def _has_tangent(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _bind(launcher: Function, kernels: SimpleNamespace) -> Function:
-    return lambda *args, **kwargs: launcher(kernels, *args, **kwargs)
 
 
 def _has_triton() -> bool:

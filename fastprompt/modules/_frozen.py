@@ -41,7 +41,7 @@ def obstacle(children: Mapping[str, Any]) -> str | None:
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
-    """Its parameter, buffer or attribute; None if it has none. nn.Module's own lookup takes longer than all else here."""
+    """Its parameter, buffer or attribute, or None. nn.Module's own lookup would take longer than all else here."""
     for group in (module._parameters, module._buffers, module.__dict__):
         found = group.get(name)
         if found is not None:
