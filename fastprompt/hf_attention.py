@@ -33,6 +33,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
+from fastprompt._note import leave_note, note_on
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
@@ -264,11 +265,22 @@ def table(bias: Tensor, allowed: Keys, layer: Any) -> Tensor | None:
     """What t5_attention is told of a bias [1, H, T, S], a function of j - i: [H, 2M + 1] by key - query.
 
     A table, which fused layers hand on in place of that bias, stays as it is; one that comes with the keys goes before.
+    All layers of a stack ask for that of one bias.
     """
     if allowed.brings_bias():
         return allowed.bias_of(layer)
     if bias.dim() == 2:
         return bias
+    if isinstance(allowed.offset, Tensor):
+        return _table(bias, allowed)
+    causal, offset, found = note_on(bias, "fastprompt_table") or (None, None, None)
+    if (causal, offset) != (allowed.causal, allowed.offset):
+        found = _table(bias, allowed)
+        leave_note(bias, "fastprompt_table", (allowed.causal, allowed.offset, found))
+    return found
+
+
+def _table(bias: Tensor, allowed: Keys) -> Tensor:
     T, S = bias.shape[2:]  # key - query = j - i - offset
     diagonals = torch.cat((bias[0, :, :, 0].flip(1), bias[0, :, 0, 1:]), 1)  # entry T - 1 + j - i
     if diagonals.dtype != torch.float64:

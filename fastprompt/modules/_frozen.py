@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastprompt._op import direct as ops
 from fastprompt.ops._checks import FLOATS
-from fastprompt.ops.frozen_linear import product, product_sum
+from fastprompt.ops.frozen_linear import ROWS, product, product_sum
 
 
 def obstacle(children: Mapping[str, Any]) -> str | None:
@@ -82,9 +82,17 @@ def dropped(dy: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return ops.dropout_add(dy, None, seed, p) if p > 0.0 else dy
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply; where nothing can want a gradient its forward alone, for a layer's tenth of the host's time."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function.apply(*args)
+    return function.forward(None, *args)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T. A GPU runs the op's reference in any case: without the op, which would keep the host busy."""
-    y: Tensor = (product if x.is_cuda else ops.frozen_linear)(x, weight)
+    """x weight^T. A GPU and a few rows run the reference in any case: without the op, which keeps the host busy."""
+    few = x.numel() < ROWS * x.shape[-1]
+    y: Tensor = (product if x.is_cuda or few else ops.frozen_linear)(x, weight)
     return y
 
 

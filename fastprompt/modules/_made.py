@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastprompt._note import leave_note, note_on
 from fastprompt.modules._frozen import ops
-from fastprompt.modules._note import leave_note, note_on
 
 
 class Made(NamedTuple):

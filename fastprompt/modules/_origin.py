@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastprompt._note import leave_note, note_on
 from fastprompt.modules._attend import Attend
 from fastprompt.modules._frozen import add, linear
-from fastprompt.modules._note import leave_note, note_on
 
 
 class Origin(NamedTuple):

@@ -30,7 +30,17 @@ from fastprompt import hf_attention
 from fastprompt.modules import _absorbed, _direct
 from fastprompt.modules._attend import Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
-from fastprompt.modules._frozen import add, dropped, linear, norm_gradient, obstacle, products, rate, ready
+from fastprompt.modules._frozen import (
+    add,
+    apply,
+    dropped,
+    linear,
+    norm_gradient,
+    obstacle,
+    products,
+    rate,
+    ready,
+)
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
 from fastprompt.ops._dropout import new_seed
@@ -59,8 +69,9 @@ class FrozenAttention(torch.autograd.Function):
             tensors = (*lasting._replace(out=out).tensors(), *a.kernel.kept_by(o, kept))
             save(ctx, origin, rstd, *(tensors if ctx.kept else lasting.tensors()))
         keys_and_values = () if o.absorbed else kept[-2:]
-        ctx.set_materialize_grads(False)  # of what has no gradient: they would be zeros as large
-        ctx.mark_non_differentiable(out, *keys_and_values)
+        if ctx is not None:
+            ctx.set_materialize_grads(False)  # of what has no gradient: they would be zeros as large
+            ctx.mark_non_differentiable(out, *keys_and_values)
         return add(linear(out, a.wo), x, a.outer_seed, o.outer_p), out, *keys_and_values
 
     @staticmethod
@@ -203,7 +214,7 @@ class FastAttention:
             options=options,
             slot=[] if memory == "minimal" and not torch.compiler.is_compiling() else None,
         )
-        y, out, *keys_and_values = FrozenAttention.apply(x, states, *prompts, a, origin_of(x, memory))
+        y, out, *keys_and_values = apply(FrozenAttention, x, states, *prompts, a, origin_of(x, memory))
         if past is not None:
             k, v = (each.transpose(1, 2) for each in keys_and_values)
             self._cache(past).update(k, v, layer)

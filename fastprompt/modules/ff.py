@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from fastprompt.modules._frozen import (
     add,
+    apply,
     dropped,
     linear,
     norm_gradient,
@@ -133,4 +134,4 @@ class FastFF:
         save = torch.is_grad_enabled() and x.requires_grad
         seeds = [new_seed(x.device) if p > 0.0 else None for p in (inner_p, outer_p)]
         options = Options(self.layer_norm.variance_epsilon, act, inner_p, outer_p, memory, save)
-        return FrozenFF.apply(x, origin_of(x, memory), w, tuple(wi), wo, *seeds, options)
+        return apply(FrozenFF, x, origin_of(x, memory), w, tuple(wi), wo, *seeds, options)
