@@ -233,34 +233,43 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
 
 def _direct(member: str, running: dict[tuple[str, str], Function]) -> Function:
     """The schema as this package calls it: where the device alone decides what runs, without the dispatcher, which
-    keeps the host busy for as long as a small kernel takes. The first tensor stands for the others.
+    keeps the host busy for as long as a small kernel takes.
     """
     overload = getattr(torch.ops.fastprompt, member).default
 
     def call(*args: Any) -> Any:
-        first = args[0] if args[0] is not None else next(each for each in args if each is not None)
-        first = first[0] if isinstance(first, list) else first
-        found = running.get((member, "CUDA" if first.is_cuda else "CPU"))
-        if found is None or torch.is_grad_enabled() or not is_plain(first):
-            found = overload
-        return found(*args)
+        if torch.is_grad_enabled() or not _is_plain_call():
+            return overload(*args)
+        flat = [*args[0], *args[1]] if isinstance(args[0], list) else args
+        tensors = [each for each in flat if isinstance(each, torch.Tensor)]
+        if not tensors or not all(map(_is_plain_tensor, tensors)):
+            return overload(*args)
+        return running.get((member, "CUDA" if tensors[0].is_cuda else "CPU"), overload)(*args)
 
     return call
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Where no gradient is recorded, would the dispatcher look at nothing but the device?
+    """Where no gradient is recorded, would the dispatcher look at nothing but x's device?
 
     So it is without a subclass, mode, transform, tangent, tracer or profiler.
     """
+    return _is_plain_call() and _is_plain_tensor(x)
+
+
+def _is_plain_call() -> bool:
     return (
         not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
         and not profiler._is_profiler_enabled
         and torch._C._len_torch_function_stack() == 0
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_CALLS
-        and torch._C._dispatch_keys(x).raw_repr() in _plain_keys(x.device.type)
     )
+
+
+def _is_plain_tensor(x: torch.Tensor) -> bool:
+    plain_type = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+    return plain_type and torch._C._dispatch_keys(x).raw_repr() in _plain_keys(x.device.type)
 
 
 def _plain_calls() -> frozenset[int]:

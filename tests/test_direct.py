@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt import backend_used, backends, use_backend
 from fastprompt._op import direct, is_plain
+from fastprompt.ops import rms_norm
 
 
 @pytest.fixture
@@ -40,6 +41,21 @@ def test_direct_calls_do_without_the_dispatcher_where_nothing_else_decides(hidde
         overload = torch.ops.fastprompt.rms_norm.default
         monkeypatch.setattr(type(overload), "__call__", lambda *args: pytest.fail("dispatched"))
         direct.rms_norm(x, w, 1e-6)
+
+
+class Own(torch.Tensor):
+    """A subclass that computes nothing itself."""
+
+
+def test_any_tensor_that_is_not_plain_takes_the_call_to_the_dispatcher(hidden):
+    x, w = hidden
+    negative = torch.complex(w, -w).conj().imag.detach()  # minus -w, in a bit of the tensor
+    assert negative.is_neg()
+    with torch.no_grad():
+        assert torch.equal(direct.rms_norm(x, negative, 1e-6)[0], direct.rms_norm(x, w, 1e-6)[0])
+        assert isinstance(direct.rms_norm(x, w.as_subclass(Own), 1e-6)[0], Own)
+        with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got list"):
+            rms_norm([1.0], w)
 
 
 class Seen(TorchDispatchMode):
