@@ -49,7 +49,8 @@ class Op:
         self._native: dict[str, Function] = {}
         self._triton: dict[str, Function] = {}
         self._extra: dict[str, tuple[SimpleNamespace, str]] = {}  # backend -> native kernels, dispatch key
-        self._running: dict[tuple[str, str], Function] = {}  # what is registered: (schema name, dispatch key)
+        # What is registered, the last one on top: (schema name, dispatch key).
+        self._running: dict[tuple[str, str], list[Function]] = {}
         OPS[name] = self
 
     def define(self, schema: str, fake: Function) -> Callable[[Function], Function]:
@@ -95,8 +96,9 @@ class Op:
             functions = {name: self._implementation(name) for name in chosen}
             for member in self.members if chosen else ():
                 found = [(name, functions[name][member]) for name in chosen if member in functions[name]]
-                self._running[member, device.upper()] = self._recorded(member, *found)
-                LIBRARY.impl(member, self._running[member, device.upper()], device.upper())
+                function = self._recorded(member, *found)
+                self._running[member, device.upper()] = [function]
+                LIBRARY.impl(member, function, device.upper())
 
     def backends(self, device: str = "cpu") -> list[str]:
         """The backends that can run on ``device`` ("cpu" or "cuda") here, the default one first."""
@@ -124,18 +126,21 @@ class Op:
             raise ValueError(
                 f"fastprompt::{self.name}: backend must be one of {', '.join(available)} here, got {backend!r}"
             )
-        scope, before = torch.library.Library("fastprompt", "IMPL"), dict(self._running)
+        scope = torch.library.Library("fastprompt", "IMPL")
+        entries: list[tuple[list[Function], Function]] = []
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
                 for member, function in self._implementation(backend).items():
                     for key in keys:
-                        self._running[member, key] = self._recorded(member, (backend, function))
-                        scope.impl(member, self._running[member, key], key, allow_override=True)
+                        recorded = self._recorded(member, (backend, function))
+                        scope.impl(member, recorded, key, allow_override=True)
+                        entries.append((self._running.setdefault((member, key), []), recorded))
+                        entries[-1][0].append(recorded)
             yield
         finally:
-            self._running.clear()
-            self._running.update(before)
+            for running, recorded in entries:
+                running.remove(recorded)
             scope._destroy()
 
     def _implementation(self, backend: str) -> dict[str, Function]:
@@ -231,7 +236,7 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
     return run
 
 
-def _direct(member: str, running: dict[tuple[str, str], Function]) -> Function:
+def _direct(member: str, running: dict[tuple[str, str], list[Function]]) -> Function:
     """The schema as this package calls it: where the device alone decides what runs, without the dispatcher, which
     keeps the host busy for as long as a small kernel takes.
     """
@@ -244,7 +249,8 @@ def _direct(member: str, running: dict[tuple[str, str], Function]) -> Function:
         tensors = [each for each in flat if isinstance(each, torch.Tensor)]
         if not tensors or not all(map(_is_plain_tensor, tensors)):
             return overload(*args)
-        return running.get((member, "CUDA" if tensors[0].is_cuda else "CPU"), overload)(*args)
+        found = running.get((member, tensors[0].device.type.upper()))
+        return (found[-1] if found else overload)(*args)
 
     return call
 
@@ -255,6 +261,12 @@ def is_plain(x: torch.Tensor) -> bool:
     So it is without a subclass, mode, transform, tangent, tracer or profiler.
     """
     return _is_plain_call() and _is_plain_tensor(x)
+
+
+def may_keep(x: torch.Tensor) -> bool:
+    """May what is made of x now be kept for other calls? Nothing of a transform or a mode, nor in a graph's memory."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_plain(x) and not torch.is_inference_mode_enabled() and not capturing
 
 
 def _is_plain_call() -> bool:

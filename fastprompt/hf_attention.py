@@ -34,6 +34,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from fastprompt._note import leave_note, note_on
+from fastprompt._op import may_keep
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
@@ -271,7 +272,7 @@ def table(bias: Tensor, allowed: Keys, layer: Any) -> Tensor | None:
         return allowed.bias_of(layer)
     if bias.dim() == 2:
         return bias
-    if isinstance(allowed.offset, Tensor):
+    if isinstance(allowed.offset, Tensor) or not may_keep(bias):
         return _table(bias, allowed)
     causal, offset, found = note_on(bias, "fastprompt_table") or (None, None, None)
     if (causal, offset) != (allowed.causal, allowed.offset):

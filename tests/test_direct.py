@@ -43,6 +43,27 @@ def test_direct_calls_do_without_the_dispatcher_where_nothing_else_decides(hidde
         direct.rms_norm(x, w, 1e-6)
 
 
+def test_scopes_may_end_in_any_order(hidden):
+    x, w = hidden
+    first, second = (use_backend("rms_norm", each) for each in backends("rms_norm", x.device.type)[-2:])
+    with torch.no_grad():
+        used = []
+        for step in (first.__enter__, second.__enter__, first.__exit__, second.__exit__):
+            step(*([None] * 3 if step.__name__ == "__exit__" else []))
+            torch.ops.fastprompt.rms_norm(x, w, 1e-6)
+            dispatched = backend_used("rms_norm")
+            direct.rms_norm(x, w, 1e-6)
+            used.append(backend_used("rms_norm"))
+            assert used[-1] == dispatched
+    assert len(set(used)) == 3
+
+
+def test_other_devices_are_the_dispatchers():
+    x, w = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
+    with torch.no_grad():
+        assert direct.rms_norm(x, w, 1e-6)[0].is_meta
+
+
 class Own(torch.Tensor):
     """A subclass that computes nothing itself."""
 

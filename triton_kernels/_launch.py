@@ -79,7 +79,7 @@ def launch(
         return
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        if device.type == "cuda":
+        if device.type == "cuda" and hasattr(kernel, "params"):
             _launch_compiled(kernel, grid, device.index, args, fuse, constants)
         else:  # interpreted, or compiled for a GPU that is not here
             kernel[grid](*args, **constants, enable_fp_fusion=fuse)
@@ -99,7 +99,7 @@ def _launch_compiled(
     constants: dict[str, Any],
 ) -> None:
     variant, pointers = specialize(kernel, args)
-    variant = (device, fuse, *constants.values(), *variant)
+    variant = (device, fuse, *constants.items(), *variant)
     compiled = _compiled.get(variant)
     if compiled is None:
         if len(_compiled) >= MAX_COMPILED:
@@ -113,8 +113,8 @@ def _launch_compiled(
 def specialize(kernel: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
     """What, of a kernel and its arguments, decides which machine code runs; the addresses of its tensors.
 
-    Told apart as finely as Triton does or finer: the tensors' dtypes and addresses modulo 16, and the numbers, but of
-    those that the kernel does not specialise only whether they want 64 bits.
+    Told apart as finely as Triton does or finer: the tensors' dtypes and addresses modulo 16, the numbers and their
+    types, but of those that the kernel does not specialise only whether they want 64 bits.
     """
     shape = _shapes.get(kernel.fn)
     if shape is None:
@@ -125,7 +125,8 @@ def specialize(kernel: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], lis
     dtypes = [None if x is None else x.dtype for x in found]
     remainders = [None if address is None else address % 16 for address in pointers]
     large = [args[i] >> 31 for i in loose]
-    return (kernel.fn, *dtypes, *remainders, *large, *[args[i] for i in strict]), pointers
+    numbers = [args[i] for i in strict]
+    return (kernel.fn, *dtypes, *remainders, *large, *numbers, *map(type, numbers)), pointers
 
 
 class _Shape(NamedTuple):

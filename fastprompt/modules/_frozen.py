@@ -20,10 +20,11 @@ def obstacle(children: Mapping[str, Any]) -> str | None:
     """
     dtype = None
     for name, child in children.items():
-        cls, weight = type(child), _tensor(child, "weight")
+        cls = type(child)
         stock = cls is nn.Linear or hasattr(cls, "stock_class") or cls.__name__.endswith("LayerNorm")
         if not stock:
             return f"{name} is a {cls.__name__}"
+        weight = _tensor(child, "weight")
         if type(weight) not in (nn.Parameter, Tensor) or weight is None:
             return f"{name}.weight is a {type(weight).__name__}"
         if _tensor(child, "bias") is not None:
@@ -42,6 +43,8 @@ def obstacle(children: Mapping[str, Any]) -> str | None:
 
 def _tensor(module: nn.Module, name: str) -> Any:
     """Its parameter, buffer or attribute, or None. nn.Module's own lookup would take longer than all else here."""
+    if hasattr(type(module), name):  # a property
+        return getattr(module, name)
     for group in (module._parameters, module._buffers, module.__dict__):
         found = group.get(name)
         if found is not None:
@@ -68,12 +71,10 @@ def rate(dropout: nn.Dropout) -> float:
 
 
 def add(x: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """residual + dropout(x); x is given up.
-
-    The compiler gets no x in two states: PyTorch 2.11's returns both, and the gradient to the wrong one.
-    """
+    """residual + dropout(x); x is given up."""
     if p > 0.0:
         return ops.dropout_add(x, residual, seed, p)
+    # Under PyTorch 2.11's compiler what a layer writes to and returns gets a gradient of zero.
     return x + residual if torch.compiler.is_compiling() else x.add_(residual)
 
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5's relative position bias as what it is: one number per head and distance."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprompt._op import is_plain
+from fastprompt._op import may_keep
 from fastprompt.ops._checks import FLOATS, check_tensor, fail
 
 
@@ -47,24 +46,23 @@ def t5_bias_table(
     return weight.detach()[buckets].T.float().contiguous()
 
 
-_known: dict[tuple[Any, ...], Tensor] = {}  # a dozen small operations for each stack of each call
+# Buckets [2M + 1] by device and settings: to make them takes a dozen small operations, for each stack of each call.
+_known: dict[tuple[Any, ...], Tensor] = {}
 
 
 def _buckets_of(weight: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
-    """Buckets [2M + 1] of the distances, made once for each device: not as a fake tensor, nor in a graph's memory."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    device = weight.device
-    lasting = is_plain(weight) and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-    key = (device, bidirectional, num_buckets, max_distance)
-    if lasting and key in _known:
+    key, keep = (weight.device, bidirectional, num_buckets, max_distance), may_keep(weight)
+    if keep and key in _known:
         return _known[key]
-    with torch.inference_mode(False) if lasting else nullcontext():
-        distance = torch.arange(-max_distance, max_distance + 1, device=device)
-        buckets = T5Attention._relative_position_bucket(
-            distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
-        )
-    if lasting:
+    distance = torch.arange(-max_distance, max_distance + 1, device=weight.device)
+    buckets = T5Attention._relative_position_bucket(
+        distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
+    )
+    if keep:
+        if weight.is_cuda:
+            torch.cuda.current_stream(weight.device).synchronize()  # other streams will read them
         _known[key] = buckets
     return buckets
 

@@ -255,6 +255,7 @@ def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, stats: Tenso
         check_same_device(name, what, x, "q", a.q)
     check_tensor(name, "stats", stats, (reference.wide_dtype(a.q),))
     check_shape(name, "stats", stats, _stats_shape(a), "[2, H, N]")
+    check_same_device(name, "stats", stats, "q", a.q)
 
 
 def _stats_shape(a: reference.Inputs) -> tuple[int, int, int]:

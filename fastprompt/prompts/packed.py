@@ -105,9 +105,8 @@ def layout(
 
 
 def _is_traced(device: torch.device) -> bool:
-    if (
-        torch.compiler.is_compiling() or torch.jit.is_tracing()
-    ):  # first: torch.compile cannot ask what follows
+    # In this order: torch.compile cannot ask for the stream.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 

@@ -332,6 +332,23 @@ def test_compiled_layers_write_to_nothing_that_they_return(make, labels, device)
     assert not {call for call in calls if call.endswith("_")}
 
 
+def test_a_model_without_memory_says_what_shapes_come_out(make):
+    """As when a model is planned before it is loaded."""
+    model, ids = patch(make()).to("meta"), torch.zeros(2, 7, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        assert model.encoder(ids).last_hidden_state.shape == (2, 7, model.config.d_model)
+
+
+def test_a_scripted_layer_runs_as_it_is(make, batch, labels):
+    model = patch(make())
+    expected = step(make(), batch(), labels)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    attention.q = torch.jit.script(attention.q)
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    assert "q is a RecursiveScriptModule" in str(explain(model))
+
+
 def test_autocast_runs_the_stock_layers(make, batch, labels, ran):
     model, batches = make(), [batch(S=S) for S in range(14, 22)]
     exact = copy.deepcopy(model).double()

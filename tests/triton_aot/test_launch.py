@@ -35,7 +35,7 @@ def _changed(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     for i, x in enumerate(args):
         others: list[Any] = [None, memory, memory.half(), memory[1:], memory[4:]]
         if isinstance(x, int | float):
-            others = [0.25] if isinstance(x, float) else [1, 16, 17, 33, 2**31, 2**31 + 16]
+            others = [0.25, 0.0, 0, 1.0, 1] if isinstance(x, float) else [1, 16, 17, 33, 2**31, 2**31 + 16]
         found += [(*args[:i], other, *args[i + 1 :]) for other in others]
     return found
 
