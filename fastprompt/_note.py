@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes that a layer leaves on its output for the layers behind it; void once that tensor was written to.
+"""Notes on a tensor for the layers that are given it next; void once it was written to.
 
 They are attributes of the tensor object, so that a tensor in its place has none. The compiler gets none, nor do tensors
 made in torch.inference_mode, of which nobody can say whether they were written to.

@@ -135,8 +135,9 @@ class Op:
                     for key in keys:
                         recorded = self._recorded(member, (backend, function))
                         scope.impl(member, recorded, key, allow_override=True)
-                        entries.append((self._running.setdefault((member, key), []), recorded))
-                        entries[-1][0].append(recorded)
+                        running = self._running.setdefault((member, key), [])
+                        running.append(recorded)
+                        entries.append((running, recorded))
             yield
         finally:
             for running, recorded in entries:
@@ -265,8 +266,13 @@ def is_plain(x: torch.Tensor) -> bool:
 
 def may_keep(x: torch.Tensor) -> bool:
     """May what is made of x now be kept for other calls? Nothing of a transform or a mode, nor in a graph's memory."""
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return is_plain(x) and not torch.is_inference_mode_enabled() and not capturing
+    return is_plain(x) and not torch.is_inference_mode_enabled() and not is_capturing(x.device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Is a CUDA graph being recorded? torch.compile cannot trace the question, and gets no for an answer."""
+    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def _is_plain_call() -> bool:

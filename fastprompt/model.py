@@ -788,10 +788,10 @@ class PromptModel(nn.Module):
         serve(self.model)
         ids = [0] * len(choice.lengths) if choice.ids is None else choice.ids
         fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
-        found = keyed(self.model, choice.prompts) if fresh else self._kept(choice)
+        found = keyed(self.model, choice.prompts) if fresh else self._kept(choice, sites)
         return {site: prompt_keys(self.model, site, found.get(site), ids) for site in sites}
 
-    def _kept(self, choice: Choice) -> Keyed:
+    def _kept(self, choice: Choice, sites: Sequence[str]) -> Keyed:
         """What ``cache_prompts`` keeps, and what it does not computed now."""
         stale = self._caches.stale(dict(zip(choice.names, choice.prompts, strict=True)), self.model)
         self._caches.drop(stale)
@@ -801,7 +801,7 @@ class PromptModel(nn.Module):
             prompts = [choice.prompts[i] for i in missing]
             for site, (keys, rows) in keyed(self.model, prompts).items():
                 parts[site].append((keys, dict(zip(missing, rows, strict=True))))
-        return {site: joined(each, len(choice.names)) for site, each in parts.items() if each}
+        return {site: joined(parts[site], len(choice.names)) for site in sites if parts[site]}
 
     def _generation_flag(self, name: str, kwargs: dict[str, Any]) -> bool:
         """As HF resolves it: the keyword, else the given generation config, else the model's own."""

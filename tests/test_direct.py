@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt import backend_used, backends, use_backend
-from fastprompt._op import direct, is_plain
+from fastprompt._op import direct, is_capturing, is_plain
 from fastprompt.ops import rms_norm
 
 
@@ -56,6 +56,12 @@ def test_scopes_may_end_in_any_order(hidden):
             used.append(backend_used("rms_norm"))
             assert used[-1] == dispatched
     assert len(set(used)) == 3
+
+
+def test_torch_compile_asks_for_no_stream():
+    """Of a GPU's tensors neither: a question that it cannot trace."""
+    capturing = torch.compile(lambda: is_capturing(torch.device("cuda")), backend="eager", fullgraph=True)
+    assert not capturing()
 
 
 def test_other_devices_are_the_dispatchers():

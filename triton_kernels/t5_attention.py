@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from fastprompt._note import leave_note, note_on
+from fastprompt._op import is_capturing
 from fastprompt.ops._dropout import half_threshold
 
 from ._launch import architecture, cdiv, generation, launch, next_power_of_2
@@ -805,12 +807,11 @@ class _Call:
 
 def _padded(bias: Tensor) -> Tensor:
     """bias [H, 2M + 1] as fp32 with its ends repeated. It stays with the tensor, for all layers of a stack read one."""
-    version = None if bias.is_inference() else bias._version
-    known_version, padded = getattr(bias, "fastprompt_padded", (None, bias))
-    if version is None or known_version != version:
+    padded: Tensor | None = note_on(bias, "fastprompt_padded")
+    if padded is None:
         padded = functional.pad(bias.float(), (PAD, PAD), mode="replicate")
-        if not (bias.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
-            bias.fastprompt_padded = version, padded  # type: ignore[attr-defined]
+        if not is_capturing(bias.device):  # a graph's memory is its own
+            leave_note(bias, "fastprompt_padded", padded)
     return padded
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import hf_attention
+from fastprompt._op import is_capturing
 from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
@@ -105,10 +106,7 @@ def layout(
 
 
 def _is_traced(device: torch.device) -> bool:
-    # In this order: torch.compile cannot ask for the stream.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_capturing(device)
 
 
 def token_counts(mask: Tensor) -> list[int] | None:

@@ -120,7 +120,7 @@ def test_the_same_masks_give_the_same_step(
     batch = make_batch("left", T=16)
     configs = {"p": PromptConfig(P, "cached", init="uniform")}
     prompted = make_keyed(configs, layout, memory, dropout_rate=DROPPED)
-    plain = prompted(**batch).loss
+    plain = prompted(**batch).logits
     torch.manual_seed(3)
     ours, drawn = draws(prompted.train(), batch, calls, monkeypatch)
 
@@ -137,4 +137,4 @@ def test_the_same_masks_give_the_same_step(
     assert_exact(ours.logits, expected.logits)
     assert_exact(ours.loss, expected.loss)
     assert_exact(prompted.prompts["p"].grad, prompt.grad)
-    assert (plain - ours.loss).abs() > 1e-3, "dropout was on"
+    assert (plain - ours.logits).abs().max() > 1e-2, "dropout was on"

@@ -135,7 +135,7 @@ def test_gradients_are_those_of_a_forward_per_choice(names, tuned, inputs):
     found = gradients(choice_scores(tuned, *inputs.values(), CHOICES, prompts=names))
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
-        close(one, other, 1e-6 * max(1.0, float(other.abs().max())))  # prompts are fp32
+        close(one, other, 1e-6)  # prompts are fp32
 
 
 def test_strings_are_encoded_as_targets(tuned, inputs, tokenizer):
