@@ -246,11 +246,14 @@ def _direct(member: str, running: dict[tuple[str, str], list[Function]]) -> Func
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled() or not _is_plain_call():
             return overload(*args)
-        flat = [*args[0], *args[1]] if isinstance(args[0], list) else args
-        tensors = [each for each in flat if isinstance(each, torch.Tensor)]
-        if not tensors or not all(map(_is_plain_tensor, tensors)):
-            return overload(*args)
-        found = running.get((member, tensors[0].device.type.upper()))
+        key = ""
+        for each in [*args[0], *args[1]] if isinstance(args[0], list) else args:
+            if isinstance(each, torch.Tensor):
+                own = _plain_key(each)
+                if own is None:
+                    return overload(*args)
+                key = key or own
+        found = running.get((member, key))
         return (found[-1] if found else overload)(*args)
 
     return call
@@ -261,7 +264,7 @@ def is_plain(x: torch.Tensor) -> bool:
 
     So it is without a subclass, mode, transform, tangent, tracer or profiler.
     """
-    return _is_plain_call() and _is_plain_tensor(x)
+    return _is_plain_call() and _plain_key(x) is not None
 
 
 def may_keep(x: torch.Tensor) -> bool:
@@ -285,9 +288,17 @@ def _is_plain_call() -> bool:
     )
 
 
-def _is_plain_tensor(x: torch.Tensor) -> bool:
-    plain_type = type(x) is torch.Tensor or type(x) is torch.nn.Parameter
-    return plain_type and torch._C._dispatch_keys(x).raw_repr() in _plain_keys(x.device.type)
+def _plain_key(x: torch.Tensor) -> str | None:
+    """The dispatch key of x's device ("CPU", "CUDA"), if x has no other that matters."""
+    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+        return None
+    keys = torch._C._dispatch_keys(x).raw_repr()
+    if keys not in _PLAIN_TENSORS:
+        _PLAIN_TENSORS.update(dict.fromkeys(_plain_keys(x.device.type), x.device.type.upper()))
+    return _PLAIN_TENSORS.get(keys)
+
+
+_PLAIN_TENSORS: dict[int, str] = {}  # the dispatch keys of plain tensors
 
 
 def _plain_calls() -> frozenset[int]:

@@ -31,5 +31,5 @@ def has_bias_table(attention: Any) -> bool:
 
 def is_plain_bias(attention: Any) -> bool:
     """Is the bias its embedding's weight and no more, as with LoRA, a norm of the rows, or hooks?"""
-    embedding = attention.relative_attention_bias
+    embedding = attention._modules["relative_attention_bias"]
     return type(embedding) is nn.Embedding and embedding.max_norm is None and not is_hooked(embedding)

@@ -2,6 +2,8 @@
 """What the sublayers share: when a layer's tensors can be read directly, and the pieces of its backward."""
 
 from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,58 +13,89 @@ from fastprompt._op import direct as ops
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.frozen_linear import ROWS, product, product_sum
 
+Modules = Mapping[str, Any]
 
-def obstacle(children: Mapping[str, Any]) -> str | None:
-    """Why these linear layers and norms cannot be computed from their weights alone; None if they can.
+
+def obstacle(children: Modules, others: Modules = MappingProxyType({})) -> str | None:
+    """Why the linear layers and norms ``children`` cannot be computed from their weights alone; None if they can.
 
     A LoRA or quantised layer is another class or weight, an offloaded one has hooks or a meta weight; a weight that
-    trains needs a gradient that the fused layers do not compute.
+    trains needs a gradient that the fused layers do not compute. ``others`` are modules without weights of their own
+    that are not called either: dropout, activation, what holds the children.
     """
+    return _examine(children, others)[1]
+
+
+def ready(children: Modules, others: Modules, *inputs: Tensor) -> dict[str, Tensor] | None:
+    """The children's weights, if the fused layer may run on these inputs."""
+    weights, found = _examine(children, others)
+    if found is not None or torch.is_autocast_enabled(inputs[0].device.type):
+        return None
+    weight = next(iter(weights.values()))
+    fits = all(x.dtype == weight.dtype and x.device == weight.device for x in inputs)
+    return weights if fits else None
+
+
+def _examine(children: Modules, others: Modules) -> tuple[dict[str, Tensor], str | None]:
+    """Asked by every fused layer at every call: of dictionaries, as nn.Module's own lookup would take the longest."""
+    weights: dict[str, Tensor] = {}
     dtype = None
     for name, child in children.items():
-        cls = type(child)
-        stock = cls is nn.Linear or hasattr(cls, "stock_class") or cls.__name__.endswith("LayerNorm")
-        if not stock:
-            return f"{name} is a {cls.__name__}"
+        cls = child.__class__
+        if not _has_stock_weight(cls):
+            return weights, f"{name} is a {cls.__name__}"
         weight = _tensor(child, "weight")
-        if type(weight) not in (nn.Parameter, Tensor) or weight is None:
-            return f"{name}.weight is a {type(weight).__name__}"
+        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+            return weights, f"{name}.weight is a {type(weight).__name__}"
         if _tensor(child, "bias") is not None:
-            return f"{name} has a bias"
+            return weights, f"{name} has a bias"
         if weight.requires_grad:
-            return f"{name}.weight is trained"
+            return weights, f"{name}.weight is trained"
         if weight.is_meta or is_hooked(child):
-            return f"{name} has hooks"
+            return weights, f"{name} has hooks"
         if weight.dtype not in FLOATS:
-            return f"{name}.weight is {weight.dtype}"
+            return weights, f"{name}.weight is {weight.dtype}"
         if dtype is not None and weight.dtype != dtype:
-            return f"{name}.weight is {weight.dtype}, others are {dtype}"
-        dtype = weight.dtype
-    return None
+            return weights, f"{name}.weight is {weight.dtype}, others are {dtype}"
+        dtype, weights[name] = weight.dtype, weight
+    for name, child in others.items():
+        cls = child.__class__
+        if not _is_stock(cls):
+            return weights, f"{name} is a {cls.__name__}"
+        if is_hooked(child):
+            return weights, f"{name} has hooks"
+    return weights, None
+
+
+@cache
+def _has_stock_weight(cls: type) -> bool:
+    return cls is nn.Linear or hasattr(cls, "stock_class") or cls.__name__.endswith("LayerNorm")
+
+
+@cache
+def _is_stock(cls: type) -> bool:
+    stock = ("transformers.models.", "transformers.activations", "torch.nn.modules.activation")
+    return cls is nn.Dropout or hasattr(cls, "stock_class") or cls.__module__.startswith(stock)
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
-    """Its parameter, buffer or attribute, or None. nn.Module's own lookup would take longer than all else here."""
-    if hasattr(type(module), name):  # a property
-        return getattr(module, name)
+    """Its parameter, buffer or attribute, or None."""
     for group in (module._parameters, module._buffers, module.__dict__):
         found = group.get(name)
         if found is not None:
             return found
-    return None
+    return getattr(module, name) if hasattr(type(module), name) else None  # a property
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Is something else called with it than its class's forward?"""
-    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
-
-
-def ready(children: Mapping[str, Any], *inputs: Tensor) -> bool:
-    """May the fused layer run on these inputs?"""
-    if obstacle(children) is not None or torch.is_autocast_enabled(inputs[0].device.type):
-        return False
-    weight = next(iter(children.values())).weight
-    return all(x.dtype == weight.dtype and x.device == weight.device for x in inputs)
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def rate(dropout: nn.Dropout) -> float:

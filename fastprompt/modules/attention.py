@@ -13,8 +13,9 @@ and of a cross-attention layer the encoder's output, which all layers share, in 
 what that is made of (_made.py). With few queries it needs neither (_absorbed.py); statistics are computed again.
 
 A call that leaves use_cache on gets its cache filled, as from transformers but without gradient; turn it off in
-training to save that memory. With a cache that holds something (generation), with attention weights as output, or with
-a mask of the user's own, the stock layer runs; its attention function is fastprompt's (hf_attention) where it can be.
+training to save that memory. With a cache that holds something it is a step of generation (_step.py). With attention
+weights as output, with another cache or with a mask of the user's own, the stock layer runs; its attention function is
+fastprompt's (hf_attention) where it can be.
 
 Source: transformers T5LayerSelfAttention, T5LayerCrossAttention.
 """
@@ -43,6 +44,7 @@ from fastprompt.modules._frozen import (
 )
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
+from fastprompt.modules._step import step
 from fastprompt.ops._dropout import new_seed
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
@@ -103,23 +105,30 @@ class FastAttention:
 
     kernel = "frozen_attention: rms_norm, t5_attention, dropout_add"
     attention_name: str
+    _modules: dict[str, Any]
     layer_norm: Any
-    dropout: Any
     fastprompt_memory: str
     fastprompt_bias: tuple[
         Any, ...
     ] = ()  # the attention that computes the stack's bias; in a tuple it is no child
 
-    def _children(self) -> dict[str, Any]:
-        attention = getattr(self, self.attention_name)
-        return {**{name: getattr(attention, name) for name in "qkvo"}, "layer_norm": self.layer_norm}
+    @property
+    def _attention(self) -> Any:
+        """The T5Attention, looked up for less than nn.Module's own lookup takes."""
+        return self._modules[self.attention_name]
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The modules whose weights it reads, and the others that it does not call."""
+        attention, own = self._attention, self._modules
+        children = {**{name: attention._modules[name] for name in "qkvo"}, "layer_norm": own["layer_norm"]}
+        return children, {self.attention_name: attention, "dropout": own["dropout"]}
 
     def fastprompt_obstacle(self) -> str | None:
-        return self._other_scores() or obstacle(self._children())
+        return self._other_scores() or obstacle(*self._parts())
 
     def _other_scores(self) -> str | None:
         """Why kernels do not compute its scores; None if they do."""
-        attention = getattr(self, self.attention_name)
+        attention = self._attention
         if attention.key_value_proj_dim not in HEAD_WIDTHS:
             widths = ", ".join(map(str, HEAD_WIDTHS))
             return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
@@ -128,7 +137,7 @@ class FastAttention:
 
     def fastprompt_saved(self, attended: bool) -> int | None:
         """Bytes per row; of cross-attention with few queries. attended: there is one before it in this block."""
-        attention, memory = getattr(self, self.attention_name), self.fastprompt_memory
+        attention, memory = self._attention, self.fastprompt_memory
         x = 0 if attended and memory != "speed" else self.layer_norm.weight.nbytes
         out = attention.q.weight[:, 0].nbytes
         if memory == "minimal":
@@ -138,24 +147,49 @@ class FastAttention:
             return int(4 + x + out + 8 * attention.n_heads + projections)
         return None if memory == "speed" else int(4 + x + out)
 
-    def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
-        return (
+    def _weights(
+        self, allowed: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor] | None:
+        """Those of q, k, v, o and layer_norm, if the fused layer covers the call."""
+        covers = (
             isinstance(allowed, hf_attention.Keys)
-            and (past is None or self._is_fresh(past))
             and isinstance(allowed.offset, int)
-            and allowed.offset == 0
-            and not hf_attention.wants_weights(getattr(self, self.attention_name), kwargs)
+            and not hf_attention.wants_weights(self._attention, kwargs)
             and self._other_scores() is None
-            and ready(self._children(), *inputs)
+        )
+        return ready(*self._parts(), *inputs) if covers else None
+
+    def _held(self, past: Any) -> int | None:
+        """The number of keys that a cache holds for this layer; None of a cache that the fused layers leave alone."""
+        if past is None:
+            return 0
+        if not isinstance(past, EncoderDecoderCache):
+            return None
+        length = self._cache(past).get_seq_length(self._attention.layer_idx)
+        return length if isinstance(length, int) else None  # a static cache counts on its device
+
+    def _steps(self, allowed: hf_attention.Keys, held: int | None) -> bool:
+        """Is it a step of generation?"""
+        return (
+            bool(held)
+            and not torch.is_grad_enabled()
+            and not self._attention.training
+            and rate(self._modules["dropout"]) == 0.0
+            and not torch.compiler.is_compiling()
+            and allowed.cu is None
         )
 
-    def _is_fresh(self, past: Any) -> bool:
-        """Is the cache still to be filled?"""
-        attention = getattr(self, self.attention_name)
-        if not isinstance(past, EncoderDecoderCache):
-            return False
-        length = self._cache(past).get_seq_length(attention.layer_idx)
-        return isinstance(length, int) and length == 0
+    def _step(
+        self,
+        weights: dict[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None,
+        allowed: hf_attention.Keys,
+        past: Any,
+    ) -> Tensor:
+        attention = self._attention
+        eps = self._modules["layer_norm"].variance_epsilon
+        return step(weights, eps, attention.n_heads, attention.layer_idx, x, bias, allowed, past)
 
     def _cache(self, past: Any) -> Any:
         return (
@@ -165,11 +199,16 @@ class FastAttention:
         )
 
     def _run(
-        self, x: Tensor, states: Tensor | None, bias: Tensor | None, allowed: hf_attention.Keys, past: Any
+        self,
+        weights: dict[str, Tensor],
+        x: Tensor,
+        states: Tensor | None,
+        bias: Tensor | None,
+        allowed: hf_attention.Keys,
+        past: Any,
     ) -> Tensor:
-        attention, memory = getattr(self, self.attention_name), self.fastprompt_memory
-        children = self._children()
-        weight_p, outer_p = attention.dropout if attention.training else 0.0, rate(self.dropout)
+        attention, memory = self._attention, self.fastprompt_memory
+        weight_p, outer_p = attention.dropout if attention.training else 0.0, rate(self._modules["dropout"])
         seeds = [new_seed(x.device) if p > 0.0 else None for p in (weight_p, outer_p)]
         prompt, layer = allowed.prompt, attention.layer_idx
         prompts = (None, None) if prompt is None else (prompt.keys[layer], prompt.values[layer])
@@ -180,7 +219,7 @@ class FastAttention:
         absorbed = states is not None and past is None and shared and _absorbed.pays(T, K, save)
         made = made_of(states) if memory != "speed" else None
         options = Options(
-            eps=self.layer_norm.variance_epsilon,
+            eps=self._modules["layer_norm"].variance_epsilon,
             heads=attention.n_heads,
             causal=allowed.causal,
             weight_p=weight_p,
@@ -193,11 +232,11 @@ class FastAttention:
             rows=getattr(x, "fastprompt_rows", None) if states is None else None,
         )
         a = Attend(
-            self.layer_norm.weight,
-            wq=children["q"].weight,
-            wk=children["k"].weight,
-            wv=children["v"].weight,
-            wo=children["o"].weight,
+            weights["layer_norm"],
+            wq=weights["q"],
+            wk=weights["k"],
+            wv=weights["v"],
+            wo=weights["o"],
             states=states,
             made_x=None if made is None else made.x,
             made_w=None if made is None else made.w,
@@ -230,7 +269,6 @@ class FastSelfAttention(FastAttention):
     """Mixin for T5LayerSelfAttention."""
 
     attention_name = "SelfAttention"
-    SelfAttention: Any
 
     def forward(
         self,
@@ -240,18 +278,26 @@ class FastSelfAttention(FastAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        if self._covers(attention_mask, past_key_values, (hidden_states,), kwargs):
-            T, bias = hidden_states.shape[1], position_bias
-            if bias is None and self.SelfAttention.has_relative_attention_bias:
-                bias = bias_table(self.SelfAttention)
-            if bias is None or bias.dim() == 2 or bias.shape == (1, self.SelfAttention.n_heads, T, T):
-                table = (
-                    None
-                    if bias is None
-                    else hf_attention.table(bias.detach(), attention_mask, self.SelfAttention.layer_idx)
-                )
-                # The bias goes on to the next layers as the table that it is.
-                return self._run(hidden_states, None, table, attention_mask, past_key_values), bias, None
+        attention, past, bias = self._attention, past_key_values, position_bias
+        weights = self._weights(attention_mask, (hidden_states,), kwargs)
+        if weights is not None:
+            held, T = self._held(past), hidden_states.shape[1]
+            steps = self._steps(attention_mask, held)
+            if held is not None and held == attention_mask.offset and (held == 0 or steps):
+                if bias is None and attention.has_relative_attention_bias:
+                    bias = bias_table(attention)
+                if bias is None or bias.dim() == 2 or bias.shape == (1, attention.n_heads, T, held + T):
+                    table = (
+                        None
+                        if bias is None
+                        else hf_attention.table(bias.detach(), attention_mask, attention.layer_idx)
+                    )
+                    y = (
+                        self._step(weights, hidden_states, table, attention_mask, past)
+                        if steps
+                        else self._run(weights, hidden_states, None, table, attention_mask, past)
+                    )
+                    return y, bias, None  # the bias goes on to the next layers as the table that it is
         return super().forward(  # type: ignore[misc]
             hidden_states, attention_mask, position_bias, past_key_values, **kwargs
         )
@@ -259,7 +305,7 @@ class FastSelfAttention(FastAttention):
     def _other_scores(self) -> str | None:
         owners = self.fastprompt_bias
         # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
-        if any(each.relative_attention_bias.weight.requires_grad for each in owners):
+        if any(each._modules["relative_attention_bias"].weight.requires_grad for each in owners):
             return "relative_attention_bias.weight is trained"
         if not all(map(is_plain_bias, owners)):
             return "relative_attention_bias is more than its weight"
@@ -267,8 +313,10 @@ class FastSelfAttention(FastAttention):
             return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
         return super()._other_scores()
 
-    def _covers(self, allowed: Any, past: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]) -> bool:
-        return len(self.fastprompt_bias) > 0 and super()._covers(allowed, past, inputs, kwargs)
+    def _weights(
+        self, allowed: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor] | None:
+        return super()._weights(allowed, inputs, kwargs) if self.fastprompt_bias else None
 
 
 class FastCrossAttention(FastAttention):
@@ -285,10 +333,15 @@ class FastCrossAttention(FastAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        inputs = (hidden_states, key_value_states)
-        if self._covers(attention_mask, past_key_values, inputs, kwargs) and not attention_mask.causal:
-            y = self._run(hidden_states, key_value_states, None, attention_mask, past_key_values)
-            return y, position_bias, None
+        weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
+        if weights is not None and not attention_mask.causal:
+            held = self._held(past_key_values)
+            if self._steps(attention_mask, held):
+                y = self._step(weights, hidden_states, None, attention_mask, past_key_values)
+                return y, position_bias, None
+            if held == 0:
+                y = self._run(weights, hidden_states, key_value_states, None, attention_mask, past_key_values)
+                return y, position_bias, None
         return super().forward(  # type: ignore[misc]
             hidden_states, key_value_states, attention_mask, position_bias, past_key_values, **kwargs
         )

@@ -97,40 +97,46 @@ class FastFF:
     """Mixin for T5LayerFF."""
 
     kernel = "frozen_ff: rms_norm, gated_act or relu_dropout, dropout_add"
+    _modules: dict[str, Any]
     DenseReluDense: Any
     layer_norm: Any
-    dropout: Any
     fastprompt_memory: str
 
-    def _children(self) -> dict[str, Any]:
-        dense = self.DenseReluDense
-        wi = ("wi_0", "wi_1") if hasattr(dense, "wi_0") else ("wi",)
-        return {**{name: getattr(dense, name) for name in (*wi, "wo")}, "layer_norm": self.layer_norm}
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The modules whose weights it reads, and the others that it does not call."""
+        dense, outer = self._modules["DenseReluDense"], self._modules
+        inner = dense._modules
+        names = ("wi_0", "wi_1", "wo") if "wi_0" in inner else ("wi", "wo")
+        children = {**{name: inner[name] for name in names}, "layer_norm": outer["layer_norm"]}
+        others = {"DenseReluDense": dense, "act": inner["act"], "dropout": inner["dropout"]}
+        return children, {**others, "the layer's dropout": outer["dropout"]}
 
     def _act(self) -> str | None:
-        act = ACTS.get(type(self.DenseReluDense.act))
-        return act if (act == "relu") != hasattr(self.DenseReluDense, "wi_0") else None
+        inner = self._modules["DenseReluDense"]._modules
+        act = ACTS.get(type(inner["act"]))
+        return act if (act == "relu") != ("wi_0" in inner) else None
 
     def fastprompt_obstacle(self) -> str | None:
         if self._act() is None:
             return f"its activation is a {type(self.DenseReluDense.act).__name__}"
-        return obstacle(self._children())
+        return obstacle(*self._parts())
 
     def fastprompt_saved(self, attended: bool) -> int:
         """Bytes per row. attended: a fused attention layer of this block has saved the input, or what it came from."""
-        wi, *_, w = (child.weight for child in self._children().values())
+        wi, *_, w = (child.weight for child in self._parts()[0].values())
         F, size, speed = wi.shape[0], wi.element_size(), self.fastprompt_memory == "speed"
         x = 0 if attended and not speed else w.nbytes
         inner = F // 8 if self._act() == "relu" else 2 * F * size * speed
         return int(4 + x + inner)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        children, act = self._children(), self._act()
-        if act is None or not ready(children, hidden_states):
+        (children, others), act = self._parts(), self._act()
+        weights = ready(children, others, hidden_states)
+        if act is None or weights is None:
             return super().forward(hidden_states)  # type: ignore[misc]
         x, memory = hidden_states, self.fastprompt_memory
-        *wi, wo, w = (child.weight for child in children.values())
-        inner_p, outer_p = rate(self.DenseReluDense.dropout), rate(self.dropout)
+        *wi, wo, w = weights.values()
+        inner_p, outer_p = rate(others["dropout"]), rate(others["the layer's dropout"])
         save = torch.is_grad_enabled() and x.requires_grad
         seeds = [new_seed(x.device) if p > 0.0 else None for p in (inner_p, outer_p)]
         options = Options(self.layer_norm.variance_epsilon, act, inner_p, outer_p, memory, save)

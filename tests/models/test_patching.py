@@ -18,6 +18,7 @@ from transformers import (
     UdopConfig,
     UdopForConditionalGeneration,
 )
+from transformers.models.t5.modeling_t5 import T5Attention
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel, backend_used, explain, patch, patched, unpatch
@@ -244,6 +245,39 @@ def test_generate(make, batch, layout, options):
     assert torch.equal(*outputs)
 
 
+def test_a_step_of_generation_calls_no_stock_attention(make, batch, monkeypatch):
+    model, options = make(), {"max_new_tokens": 6, "min_new_tokens": 6}
+    logits = {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**batch(), **options, **logits).logits
+    monkeypatch.setattr(T5Attention, "forward", lambda *_args, **_kwargs: pytest.fail("stock attention"))
+    for ours, theirs in zip(
+        patch(model).generate(**batch(), **options, **logits).logits, expected, strict=True
+    ):
+        close(ours, theirs)
+
+
+def continued(model, inputs, embeds):
+    """Logits of one more token behind two that a cache holds."""
+    start = torch.zeros(3, 2, dtype=torch.int64, device=embeds.device)
+    past = model(**inputs, decoder_input_ids=start, use_cache=True).past_key_values
+    return model(**inputs, decoder_inputs_embeds=embeds, past_key_values=past).logits
+
+
+def test_a_step_of_generation_has_gradients_and_dropout(make, batch):
+    model, gradients = make(), []
+    embeds = torch.randn(3, 1, model.config.d_model, device=model.device, requires_grad=True)
+    for run in (model, patch(model)):
+        gradients += torch.autograd.grad(continued(run, batch(), embeds).square().sum(), embeds)
+    close(*reversed(gradients))
+    with torch.no_grad():
+        one = continued(model.train(), batch(), embeds)
+        assert not torch.equal(one, continued(model, batch(), embeds))
+        expected = continued(model.eval(), batch(), embeds)
+        for module in model.decoder.modules():  # a layer's own dropout alone
+            module.train("Dropout" in type(module).__name__)
+        assert not torch.equal(continued(model, batch(), embeds), expected)
+
+
 def test_training_fills_the_cache_as_before(make, batch, labels):
     model = make()
     expected = model(**batch(), labels=labels).past_key_values
@@ -465,6 +499,39 @@ def test_hooks_on_a_child_still_run(make, batch, labels):
     step(model, batch(), labels)
     assert sorted(seen) == [1, 2]
     assert sum("has hooks" in (row.reason or "") for row in explain(model)) == 2
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_inside_a_layer_still_run(make, batch, labels, register):
+    """Also on what a fused layer does not call because it has no weight of its own."""
+    model, seen = patch(make()), []
+    attention, ff = model.encoder.block[1].layer
+    inside = {"attention": attention.SelfAttention, "ff": ff.DenseReluDense, "act": ff.DenseReluDense.act}
+    inside |= {
+        "dropout": attention.dropout,
+        "inner dropout": ff.DenseReluDense.dropout,
+        "q": attention.SelfAttention.q,
+    }
+    for name, module in inside.items():
+        getattr(module, register)(lambda *_, name=name: seen.append(name))
+    step(model, batch(), labels)
+    assert sorted(seen) == sorted(inside)
+    assert sum("has hooks" in (row.reason or "") for row in explain(model)) == 2
+
+
+def test_a_replaced_module_inside_a_layer_runs(make, batch, labels):
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = make()
+    attention, ff = model.encoder.block[1].layer
+    attention.dropout, ff.DenseReluDense.dropout = Doubled(), nn.Identity()
+    expected = step(model, batch(), labels)
+    for ours, theirs in zip(step(patch(model), batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    reasons = {row.reason for row in explain(model)}
+    assert {"dropout is a Doubled", "dropout is a Identity"} <= reasons
 
 
 def test_quantised_child_falls_back(make, batch, labels):

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step of generation: an attention layer over what a cache holds, without gradient.
+
+Where one token is computed the host decides, so there is as little as can be between the kernels: no module is called,
+and the bias is a table by distance, where the stock layer computes a dense one for every token.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import EncoderDecoderCache
+
+from fastprompt.hf_attention import Keys
+from fastprompt.modules._frozen import add, linear, ops
+
+
+def step(
+    weights: dict[str, Tensor],
+    eps: float,
+    heads: int,
+    layer: int,
+    x: Tensor,
+    bias: Tensor | None,
+    allowed: Keys,
+    past: EncoderDecoderCache,
+) -> Tensor:
+    """x [B, T, D] -> y [B, T, D]; self-attention adds its keys and values to the cache.
+
+    ``weights`` of layer_norm, q, k, v, o; ``bias`` fp32 [H, 2M + 1], None in cross-attention.
+    """
+    shape, prompt = (*x.shape[:2], heads, -1), allowed.prompt
+    n, _ = ops.rms_norm(x, weights["layer_norm"], eps)
+    q = linear(n, weights["q"]).view(shape)
+    if allowed.causal:
+        k, v = (linear(n, weights[name]).view(shape).transpose(1, 2) for name in "kv")
+        k, v = past.self_attention_cache.update(k, v, layer)  # [B, H, S, K]
+    else:
+        held: Any = past.cross_attention_cache.layers[layer]
+        k, v = held.keys, held.values
+    out, _ = ops.t5_attention(
+        q,
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        bias,
+        *((None, None) if prompt is None else (prompt.keys[layer], prompt.values[layer])),
+        *((None, None) if prompt is None else (prompt.ids, prompt.lens)),
+        allowed.mask,
+        *(None, None, None, None),  # offsets, cu_q, cu_k, seed
+        allowed.offset if allowed.causal else 0,
+        allowed.causal,
+        0.0,
+    )
+    return add(linear(out.view(*x.shape[:2], -1), weights["o"]), x, None, 0.0)
