@@ -9,6 +9,8 @@ state instead: what is set on one is read from the other.
 from functools import cache
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from fastprompt import hf_attention
 
 
@@ -59,8 +61,14 @@ def stock_config(config: Any) -> Any:
 
 
 def give_config(stack: Any, config: Any) -> None:
-    """To the stack, which makes the masks, and to all in it that read the same one: its attention layers."""
-    before = stack.config
+    """To the stack, which makes the masks, and to all in it that read the same one: its attention layers.
+
+    Layers with a configuration of their own, as copies of a block have, read a view of that, or that itself again.
+    """
+    before, given = stack.config, served_config if isinstance(config, Served) else stock_config
     for module in stack.modules():
-        if module.__dict__.get("config") is before:
+        own = module.__dict__.get("config")
+        if own is before:
             module.config = config
+        elif isinstance(own, PreTrainedConfig):
+            module.config = given(own)

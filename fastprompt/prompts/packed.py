@@ -21,7 +21,7 @@ from fastprompt._op import is_capturing
 from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
-from fastprompt.prompts.sites import bias_tables
+from fastprompt.prompts.sites import bias_tables, disorder
 
 
 class Layout(NamedTuple):
@@ -138,11 +138,11 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
     for name in ("output_attentions", "output_hidden_states"):
         if flags.get(name, getattr(encoder.config, name, False)):
             return f"does not go with {name}"
-    each_its_own = model.config.model_type == "umt5"
+    found = disorder(model, "encoder")
+    if found is not None:
+        return f"needs {found}"
     for i, block in enumerate(encoder.block):
         attention = block.layer[0].SelfAttention
-        if attention.layer_idx != i or attention.has_relative_attention_bias != (i == 0 or each_its_own):
-            return "needs the blocks that transformers made, in that order"
         if getattr(attention, "scaling", 1.0) != 1.0:
             return f"needs scores as they are, got scaling={attention.scaling} in block.{i}"
         if attention.key_value_proj_dim not in HEAD_WIDTHS:

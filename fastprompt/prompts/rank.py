@@ -186,8 +186,12 @@ def _repeated_cache(cache: Any, times: int) -> EncoderDecoderCache:
     """A cache of its own, so that the next choices find the given one as it was."""
     parts = []
     for part in (cache.self_attention_cache, cache.cross_attention_cache):
-        filled = [layer for layer in part.layers if layer.keys is not None]
-        parts.append(
-            DynamicCache([(_repeated(each.keys, times), _repeated(each.values, times)) for each in filled])
-        )
+        # Where blocks were taken out of the decoder, their places stay empty: the others have kept their numbers.
+        pairs = [
+            (None, None)
+            if each.keys is None
+            else (_repeated(each.keys, times), _repeated(each.values, times))
+            for each in part.layers
+        ]
+        parts.append(DynamicCache(pairs))
     return EncoderDecoderCache(*parts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastprompt import hf_attention
 from fastprompt.modules._bias import bias_table, is_plain_bias
 from fastprompt.modules.config import give_config, served_config
+from fastprompt.prompts.config import SITES
 
 
 class Layer(NamedTuple):
@@ -76,11 +77,48 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
     return tables[0] if len(tables) == 1 else tuple(tables)
 
 
+def attentions(model: Any, site: str) -> list[Any]:
+    """The attention of each layer of a site, looked up for less than nn.Module's own lookup takes."""
+    place, name = ("1", "EncDecAttention") if site == "cross" else ("0", "SelfAttention")
+    stack = model.get_encoder() if site == "encoder" else model.get_decoder()
+    return [block._modules["layer"]._modules[place]._modules[name] for block in stack.block]
+
+
+def disorder(model: Any, site: str) -> str | None:
+    """What a site's layers should be and are not; None if they are.
+
+    A layer finds its prompts' keys, its bias and its cache by its number, and T5's first layer has the bias of all.
+    """
+    layers = attentions(model, site)
+    numbers, every = [layer.layer_idx for layer in layers], list(range(len(layers)))
+    biased = [i for i, layer in enumerate(layers) if layer.has_relative_attention_bias]
+    expected = [] if site == "cross" else every if model.config.model_type == "umt5" else every[:1]
+    if numbers == every and biased == expected:
+        return None
+    return (
+        f"the blocks that transformers made, in that order, got {site} layers with layer_idx {numbers} and a bias in "
+        f"those at {biased}"
+    )
+
+
 def serve(model: Any) -> None:
     """Let both stacks attend by "fastprompt", which knows of prompt keys and otherwise computes the same.
 
-    Asked before each call: unpatch and set_attn_implementation may have chosen another.
+    Asked before each call: unpatch and set_attn_implementation may have chosen another, and blocks may have come or
+    gone.
+
+    Raises:
+        ValueError: the layers are not numbered as their keys are.
     """
-    for stack in (model.get_encoder(), model.get_decoder()):
-        if stack.config._attn_implementation_internal != hf_attention.NAME:
+    for site in SITES:
+        found = disorder(model, site)
+        if found is not None:
+            raise ValueError(
+                f"PromptModel: prompts of kind 'cached' and 'prefix' need {found}. Set each layer_idx anew, or use "
+                "kind='prepend'"
+            )
+    for stack, sites in ((model.get_encoder(), SITES[:1]), (model.get_decoder(), SITES[1:])):
+        configs = [stack.config, *(each.config for site in sites for each in attentions(model, site))]
+        several = {id(config): config for config in configs}.values()
+        if any(config._attn_implementation_internal != hf_attention.NAME for config in several):
             give_config(stack, served_config(stack.config))
