@@ -7,6 +7,7 @@
 import os
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -38,6 +39,11 @@ def _cpu_isas() -> tuple[str, ...]:
 
 TARGETS, CPU_IS_AMD = _load()
 CPU_TARGETS = _cpu_isas()  # the instruction sets that can run here, best first
+
+
+def contiguous(*tensors: "torch.Tensor | None") -> list[Any]:
+    """The tensors without gaps in memory, as kernels read those whose strides they are not told."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def pointer(tensor: "torch.Tensor | None") -> int:

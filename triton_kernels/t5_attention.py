@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from fastprompt._native import contiguous
 from fastprompt._note import leave_note, note_on
 from fastprompt._op import is_capturing
 from fastprompt.ops._dropout import half_threshold
@@ -767,7 +768,7 @@ class _Call:
         bias, M = None, 0
         if a.bias is not None:
             bias, M = _padded(a.bias), a.bias.shape[1] // 2
-        indices = [None if x is None else x.contiguous() for x in a[6:12]]
+        indices = contiguous(*a[6:12])
         self.seed = a.seed if a.dropout_p > 0.0 else None
         self.busy = self.seed is not None or a.causal
         self.masked = a.key_mask is not None

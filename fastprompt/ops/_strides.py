@@ -5,6 +5,7 @@ from array import array
 
 from torch import Tensor
 
+from fastprompt._native import contiguous
 from fastprompt.ops._t5_attention_reference import Inputs
 
 
@@ -24,10 +25,7 @@ class Strides:
         assert q is not None
         assert k is not None
         bias = None if a.bias is None else a.bias.float().contiguous()
-        indices = [
-            None if x is None else x.contiguous()
-            for x in (a.prompt_ids, a.prompt_lens, a.key_mask, a.offsets, a.cu_q, a.cu_k)
-        ]
+        indices = contiguous(a.prompt_ids, a.prompt_lens, a.key_mask, a.offsets, a.cu_q, a.cu_k)
         self._alive = [q, k, v, bias, prompt_k, prompt_v, *indices]
         self.pointers = [0 if x is None else x.data_ptr() for x in self._alive]
         H, K = q.shape[-2:]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, dropout, new_seed
@@ -77,8 +77,7 @@ def _native_dropout_add(
     _check(x, residual, seed, dropout_p)
     if x.dtype not in DTYPE_CODES:
         return NotImplemented
-    x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    x, residual = contiguous(x, residual)
     h = torch.empty_like(x)
     if x.numel():
         kernels.dropout_add(
@@ -95,8 +94,7 @@ def _triton_dropout_add(x: Tensor, residual: Tensor | None, seed: Tensor | None,
     _check(x, residual, seed, dropout_p)
     if x.dtype not in DTYPE_CODES:
         return NotImplemented
-    residual = None if residual is None else residual.contiguous()
-    return kernels.dropout_add(x.contiguous(), residual, seed, dropout_p)
+    return kernels.dropout_add(*contiguous(x, residual), seed, dropout_p)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor, fail
 from fastprompt.ops._dropout import check_dropout, dropout, new_seed
@@ -108,7 +108,7 @@ def _native_gated_act(
     _check(a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
-    a, b = a.contiguous(), b.contiguous()
+    a, b = contiguous(a, b)
     y = torch.empty_like(a)
     if a.numel():
         kernels.gated_act(
@@ -125,7 +125,7 @@ def _triton_gated_act(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropo
     _check(a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
-    return kernels.gated_act(a.contiguous(), b.contiguous(), seed, act, dropout_p)
+    return kernels.gated_act(*contiguous(a, b), seed, act, dropout_p)
 
 
 def _fake_backward(
@@ -158,7 +158,7 @@ def _native_gated_act_backward(
     _check_backward(dy, a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
-    dy, a, b = dy.contiguous(), a.contiguous(), b.contiguous()
+    dy, a, b = contiguous(dy, a, b)
     da, db = torch.empty_like(a), torch.empty_like(a)
     if a.numel():
         kernels.gated_act_backward(
@@ -177,7 +177,7 @@ def _triton_gated_act_backward(
     _check_backward(dy, a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
-    return kernels.gated_act_backward(dy.contiguous(), a.contiguous(), b.contiguous(), seed, act, dropout_p)
+    return kernels.gated_act_backward(*contiguous(dy, a, b), seed, act, dropout_p)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
@@ -294,7 +294,9 @@ def _native_prompt_embed(
     B = _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, rows, dropout_p)
     if weight.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
-    input_ids, weight, prompts = input_ids.contiguous(), weight.contiguous(), prompts.contiguous()
+    input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows = contiguous(
+        input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows
+    )
     out = weight.new_empty(_out_shape(input_ids, weight, cu_tokens, rows))
     error = device_error_word(weight.device)
     if out.numel():
@@ -328,8 +330,8 @@ def _triton_prompt_embed(
         return NotImplemented
     out = weight.new_empty(_out_shape(input_ids, weight, cu_tokens, rows))
     kernels.prompt_embed(
-        input_ids.contiguous(), weight.contiguous(), prompts.contiguous(), starts, lens, cu_tokens, cu_rows, seed,
-        out, device_error_word(weight.device), dropout_p,
+        *contiguous(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows), seed, out,
+        device_error_word(weight.device), dropout_p,
     )  # fmt: skip
     return out
 
@@ -379,7 +381,7 @@ def _native_prompt_embed_backward(
     _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
     if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
-    dout = dout.contiguous()
+    dout, starts, lens, cu_rows = contiguous(dout, starts, lens, cu_rows)
     dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
     if dprompts.numel():
         B, rows = _layout(dout, cu_rows)
@@ -406,7 +408,7 @@ def _triton_prompt_embed_backward(
     dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
     B, rows = _layout(dout, cu_rows)
     kernels.prompt_embed_backward(
-        dout.contiguous(), starts, lens, cu_rows, seed, dprompts, B, rows, dropout_p
+        *contiguous(dout, starts, lens, cu_rows), seed, dprompts, B, rows, dropout_p
     )
     return dprompts
 

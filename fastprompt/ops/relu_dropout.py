@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, dropout, keep_mask, keep_scale, new_seed
@@ -120,7 +120,7 @@ def _native_relu_dropout_backward(
     _check_backward(dy, kept, dropout_p)
     if dy.dtype not in DTYPE_CODES:
         return NotImplemented
-    dy, kept = dy.contiguous(), kept.contiguous()
+    dy, kept = contiguous(dy, kept)
     dx = torch.empty_like(dy)
     if dy.numel():
         kernels.relu_dropout_backward(
@@ -137,7 +137,7 @@ def _triton_relu_dropout_backward(dy: Tensor, kept: Tensor, dropout_p: float) ->
     _check_backward(dy, kept, dropout_p)
     if dy.dtype not in DTYPE_CODES:
         return NotImplemented
-    return kernels.relu_dropout_backward(dy.contiguous(), kept.contiguous(), dropout_p)
+    return kernels.relu_dropout_backward(*contiguous(dy, kept), dropout_p)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
@@ -159,7 +159,7 @@ def _native_rms_norm(kernels: SimpleNamespace, x: Tensor, w: Tensor, eps: float)
     _check(x, w, eps)
     if not _native_covers(x, w):
         return NotImplemented
-    x, w = x.contiguous(), w.contiguous()
+    x, w = contiguous(x, w)
     N, D = _rows(x), x.shape[-1]
     y = torch.empty_like(x, dtype=w.dtype)
     rstd = x.new_empty((N,), dtype=torch.float32)
@@ -176,7 +176,7 @@ def _triton_rms_norm(x: Tensor, w: Tensor, eps: float) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
     _check(x, w, eps)
-    return kernels.rms_norm(x.contiguous(), w.contiguous(), eps) if _native_covers(x, w) else NotImplemented
+    return kernels.rms_norm(*contiguous(x, w), eps) if _native_covers(x, w) else NotImplemented
 
 
 def _fake_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _native_rms_norm_backward(
     _check_backward(dy, x, w, rstd)
     if not _native_covers(dy, x, w):
         return NotImplemented
-    dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
+    dy, x, w, rstd = contiguous(dy, x, w, rstd)
     dx = torch.empty_like(x)
     if x.numel():
         kernels.rms_norm_backward(
@@ -222,7 +222,7 @@ def _triton_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) ->
     _check_backward(dy, x, w, rstd)
     if not _native_covers(dy, x, w):
         return NotImplemented
-    return kernels.rms_norm_backward(dy.contiguous(), x.contiguous(), w.contiguous(), rstd)
+    return kernels.rms_norm_backward(*contiguous(dy, x, w, rstd))
 
 
 def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -284,7 +284,7 @@ def _native_rms_norm_residual(
     _check_residual(x, residual, w, seed, eps, dropout_p)
     if not _native_covers(x, residual, w):
         return NotImplemented
-    x, residual, w = x.contiguous(), residual.contiguous(), w.contiguous()
+    x, residual, w = contiguous(x, residual, w)
     N, D = _rows(x), x.shape[-1]
     y = torch.empty_like(x, dtype=w.dtype)
     h = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
@@ -307,9 +307,7 @@ def _triton_rms_norm_residual(
     _check_residual(x, residual, w, seed, eps, dropout_p)
     if not _native_covers(x, residual, w):
         return NotImplemented
-    return kernels.rms_norm_residual(
-        x.contiguous(), residual.contiguous(), w.contiguous(), seed, eps, dropout_p
-    )
+    return kernels.rms_norm_residual(*contiguous(x, residual, w), seed, eps, dropout_p)
 
 
 def _fake_rms_norm_residual_backward(
@@ -356,8 +354,7 @@ def _native_rms_norm_residual_backward(
     _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     if not _native_covers(h, w) or dy is None:
         return NotImplemented
-    dy, h, w = dy.contiguous(), h.contiguous(), w.contiguous()
-    dh = None if dh is None else dh.contiguous()
+    dy, dh, h, w, rstd = contiguous(dy, dh, h, w, rstd)
     dresidual, dx = _fake_rms_norm_residual_backward(
         dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype
     )
@@ -383,10 +380,7 @@ def _triton_rms_norm_residual_backward(
     dresidual, dx = _fake_rms_norm_residual_backward(
         dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype
     )
-    dh = None if dh is None else dh.contiguous()
-    kernels.rms_norm_residual_backward(
-        dy.contiguous(), dh, h.contiguous(), w.contiguous(), rstd, seed, dropout_p, dresidual, dx
-    )
+    kernels.rms_norm_residual_backward(*contiguous(dy, dh, h, w, rstd), seed, dropout_p, dresidual, dx)
     return dresidual, dx
 
 

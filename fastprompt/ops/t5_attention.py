@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
@@ -360,7 +360,7 @@ def _native_t5_attention_backward(
         return NotImplemented
     gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
-        strides, dout, out, stats = Strides(a), dout.contiguous(), out.contiguous(), stats.contiguous()
+        strides, (dout, out, stats) = Strides(a), contiguous(dout, out, stats)
         status = kernels.t5_attention_backward(
             dout.data_ptr(), out.data_ptr(), stats.data_ptr(), *strides.pointers,
             strides.address, pointer(a.seed), *(x.data_ptr() for x in gradients),
@@ -379,7 +379,7 @@ def _triton_t5_attention_backward(dout: Tensor, out: Tensor, stats: Tensor, *arg
     if a.q.dtype not in DTYPE_CODES or not kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device):
         return NotImplemented
     gradients = _empty_gradients(a)
-    kernels.t5_attention_backward(dout.contiguous(), out.contiguous(), stats.contiguous(), a, *gradients)
+    kernels.t5_attention_backward(*contiguous(dout, out, stats), a, *gradients)
     return gradients
 
 
@@ -424,7 +424,7 @@ def _native_t5_attention_prompt_sum(
     _check_prompt_sum(share, prompt_ids, R, dtype)
     if share.dtype != torch.float32 or dtype not in DTYPE_CODES:
         return NotImplemented
-    share, total = share.contiguous(), _fake_prompt_sum(share, prompt_ids, R, dtype)
+    (share, prompt_ids), total = contiguous(share, prompt_ids), _fake_prompt_sum(share, prompt_ids, R, dtype)
     if total.numel():
         kernels.t5_attention_prompt_sum(
             share.data_ptr(), pointer(prompt_ids), total.data_ptr(), share.shape[0], R, share[0].numel() if len(share)
@@ -444,7 +444,7 @@ def _triton_t5_attention_prompt_sum(
         return NotImplemented
     total = _fake_prompt_sum(share, prompt_ids, R, dtype)
     if total.numel():
-        kernels.t5_attention_prompt_sum(share.contiguous(), prompt_ids, total)
+        kernels.t5_attention_prompt_sum(*contiguous(share, prompt_ids), total)
     return total
 
 
