@@ -665,7 +665,7 @@ class PromptModel(nn.Module):
             embeds = prompt_embed(input_ids, table, choice.prompts, choice.ids)
             mask = prepend_mask(attention_mask, choice.lengths, input_ids.shape[1], table.device)
             assert isinstance(embeds, Tensor)  # it is a pair for packed ids only
-            mark_prompt_rows(embeds, encoder, max(choice.lengths))
+            mark_prompt_rows(embeds, encoder, max(choice.lengths), flags)
             return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
         begins = packed.starts(layout.tokens, table.device)
         rows, _ = prompt_embed(

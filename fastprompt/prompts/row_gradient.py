@@ -6,16 +6,38 @@ zeros. It is told by a mark on the stack's input, which the stack's dropout hand
 reentrant checkpoint, the gradient is whole.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastprompt.prompts import stock
 
-def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int) -> None:
-    """Ask for the gradient of the first ``rows`` rows of each example only; but whole where a hook could see it."""
-    block = encoder.block[0]
-    if torch.compiler.is_compiling() or encoder.dropout._forward_hooks:
+
+def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str, Any]) -> None:
+    """Ask for the gradient of the first ``rows`` rows of each example only; but whole where somebody could see it.
+
+    Args:
+        embeds: the encoder's input [B, L, D].
+        encoder: the stack.
+        rows: P, the longest prompt's.
+        flags: output_hidden_states, where given; the first of these is what the zeros would be in.
+    """
+    if torch.compiler.is_compiling():
         return
-    if not any(module._forward_pre_hooks for module in (encoder, encoder.dropout, block, block.layer[0])):
+    shown = flags.get("output_hidden_states", getattr(encoder.config, "output_hidden_states", False))
+    block = encoder.block[0]
+    if not (
+        shown
+        or stock.has_global_hooks()
+        or any(map(_is_watched, (encoder, encoder.dropout, block, block.layer[0])))
+    ):
         embeds.fastprompt_rows = rows  # type: ignore[attr-defined]
+
+
+def _is_watched(module: Any) -> bool:
+    """Could a hook see its input?"""
+    return bool(module._forward_pre_hooks) or not all(
+        map(stock.collects_outputs, module._forward_hooks.values())
+    )

@@ -39,7 +39,7 @@ def obstacle(encoder: Any, device: torch.device) -> str | None:
         return f'needs transformers\' own "eager" or "sdpa" as attention, got {used!r}. Call fastprompt.patch(model)'
     if backends("t5_attention", device.type)[0] == "reference":
         return f"needs a kernel of t5_attention on {device.type}, got its reference alone"
-    if any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS):
+    if has_global_hooks():
         return "needs modules without global hooks, got some"
     modules, lookup = [encoder], encoder.embed_tokens  # which sees tokens before they are rows
     for module in modules:
@@ -56,6 +56,11 @@ def obstacle(encoder: Any, device: torch.device) -> str | None:
         if block.layer[0].SelfAttention.config is not encoder.config:
             return f"needs attention layers that read the encoder's configuration, got one of their own. {REMEDY}"
     return None
+
+
+def has_global_hooks() -> bool:
+    """Are there hooks on all modules?"""
+    return any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS)
 
 
 def _attends_as_transformers(encoder: Any, used: Any) -> bool:
@@ -78,13 +83,13 @@ def _added(module: nn.Module) -> str | None:
     if module._compiled_call_impl is not None:
         return "a compiled call"
     for hooks in HOOKS:
-        if state[hooks] and not all(map(_collects_outputs, state[hooks].values())):
+        if state[hooks] and not all(map(collects_outputs, state[hooks].values())):
             return "a hook"
     return None
 
 
-def _collects_outputs(hook: Any) -> bool:
-    """transformers leaves such hooks in a model; in a packed call nobody asks for what they collect."""
+def collects_outputs(hook: Any) -> bool:
+    """transformers leaves such hooks in a model; they do nothing unless a call asks for what they collect."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
