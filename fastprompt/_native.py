@@ -51,6 +51,11 @@ def pointer(tensor: "torch.Tensor | None") -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def is_elsewhere(device: "torch.device") -> bool:
+    """Is it a GPU other than the current one, to which a launch would go?"""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
+
+
 def stream(tensor: "torch.Tensor") -> int:
     """The CUDA stream that work on ``tensor`` belongs to; 0 on a CPU."""
     return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0

@@ -154,7 +154,10 @@ class Op:
         else:
             device, _, isa = backend.partition(":")
             kernels = _native.TARGETS[isa or (_native.CPU_TARGETS[0] if device == "cpu" else "cuda")]
-        return {member: partial(launcher, kernels) for member, launcher in self._native.items()}
+        functions = {member: partial(launcher, kernels) for member, launcher in self._native.items()}
+        if backend == "cuda":
+            return {member: _where_tensors_are(function) for member, function in functions.items()}
+        return functions
 
     def _recorded(self, member: str, *choices: tuple[str, Function]) -> Function:
         """The first of the (backend, function) pairs that covers the arguments, else the reference."""
@@ -170,6 +173,19 @@ class Op:
 
         run.__name__ = "_".join((member, *(backend for backend, _ in choices)))
         return run
+
+
+def _where_tensors_are(function: Function) -> Function:
+    """``function`` with its tensors' GPU as the current one, to which the CUDA runtime launches."""
+
+    def run(*args: Any) -> Any:
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        if not _native.is_elsewhere(device):
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
+
+    return run
 
 
 def use_backend(op: str, backend: str) -> Any:

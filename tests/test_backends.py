@@ -7,11 +7,14 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastprompt import backend_used, backends, use_backend
+from fastprompt import _native, backend_used, backends, use_backend
 from fastprompt._native import CPU_TARGETS
 from fastprompt._op import OPS
 from fastprompt.ops import prompt_embed, rms_norm
@@ -98,6 +101,31 @@ def test_float64_runs_on_the_reference_and_says_so():
     assert ran() == backends("rms_norm")[0]
     ids = torch.zeros(1, 1, dtype=torch.int64)
     assert ran(lambda: prompt_embed(ids, W[None].double(), X.double()), "prompt_embed") == "reference"
+
+
+def test_a_cuda_kernel_is_launched_where_its_tensors_are(monkeypatch):
+    """Triton's: tests/triton_aot/test_launch.py."""
+    entered = []
+
+    @contextmanager
+    def enter(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    op = OPS["rms_norm"]
+    monkeypatch.setitem(_native.TARGETS, "cuda", SimpleNamespace())
+    for member in op.members:
+        monkeypatch.setitem(op._native, member, lambda kernels, *args: list(entered))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    with FakeTensorMode():
+        here, there = (torch.empty(3, 8, device=torch.device("cuda", i)) for i in (0, 1))
+    for function in op._implementation("cuda").values():
+        assert function(here, here) == []
+        assert function(None, there) == [there.device]  # an optional tensor may be first
+        assert entered == [there.device, None]
+        entered.clear()
 
 
 REPORT = """

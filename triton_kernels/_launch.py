@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastprompt._native import is_elsewhere
+
 
 class Architecture(NamedTuple):
     """What fills the memory pipe of one GPU generation."""
@@ -77,8 +79,7 @@ def launch(
     """
     if 0 in grid:
         return
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    with torch.cuda.device(device) if is_elsewhere(device) else nullcontext():
         if device.type == "cuda" and hasattr(kernel, "params"):
             _launch_compiled(kernel, grid, device.index, args, fuse, constants)
         else:  # interpreted, or compiled for a GPU that is not here
