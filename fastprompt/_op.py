@@ -154,7 +154,9 @@ class Op:
         else:
             device, _, isa = backend.partition(":")
             kernels = _native.TARGETS[isa or (_native.CPU_TARGETS[0] if device == "cpu" else "cuda")]
-        functions = {member: partial(launcher, kernels) for member, launcher in self._native.items()}
+        functions: dict[str, Function] = {
+            member: partial(launcher, kernels) for member, launcher in self._native.items()
+        }
         if backend == "cuda":
             return {member: _where_tensors_are(function) for member, function in functions.items()}
         return functions
