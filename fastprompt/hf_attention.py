@@ -101,19 +101,22 @@ class Keys(NamedTuple):
 
 _UNCOVERED = "attention weights as output, a trained bias or heads that no kernel takes"
 
-# Which prompts the mask function adds: those of an encoder's self-attention, of a decoder's, of cross-attention.
-_PROMPTS: ContextVar[dict[str, PromptKeys]] = ContextVar("fastprompt_prompt_keys")
+# The configurations of a model, which tell its stacks from others, and the prompts that the mask function adds there:
+# those of an encoder's self-attention, of a decoder's, of cross-attention.
+_PROMPTS: ContextVar[tuple[tuple[Any, ...], dict[str, PromptKeys]]] = ContextVar("fastprompt_prompt_keys")
 _open_blocks = 0  # of prompt_keys, in all threads
 
 
 @contextmanager
-def prompt_keys(**sites: PromptKeys | None) -> Iterator[None]:
-    """A ``with`` block in which T5 stacks read prompts: ``encoder=``, ``decoder=`` (self-attention), ``cross=``.
+def prompt_keys(model: Any, **sites: PromptKeys | None) -> Iterator[None]:
+    """A ``with`` block in which a T5's stacks read prompts: ``encoder=``, ``decoder=`` (self-attention), ``cross=``.
 
     For calls whose masks HF makes, as generate does at every step. The stacks' attn_implementation is "fastprompt".
+    Other models that run meanwhile, such as in a logits processor, have no prompt.
     """
     global _open_blocks
-    token = _PROMPTS.set({site: prompt for site, prompt in sites.items() if prompt is not None})
+    configs = (model.config, model.get_encoder().config, model.get_decoder().config)
+    token = _PROMPTS.set((configs, {site: prompt for site, prompt in sites.items() if prompt is not None}))
     _open_blocks += 1
     try:
         yield
@@ -122,9 +125,10 @@ def prompt_keys(**sites: PromptKeys | None) -> Iterator[None]:
         _PROMPTS.reset(token)
 
 
-def _prompt_of(site: str) -> PromptKeys | None:
+def _prompt_of(site: str, config: Any) -> PromptKeys | None:
     if not torch.compiler.is_compiling():
-        return _PROMPTS.get({}).get(site)
+        configs, prompts = _PROMPTS.get(((), {}))
+        return prompts.get(site) if any(each is config for each in configs) else None
     if _open_blocks:  # the compiler cannot read context variables
         _refuse_prompt("generation through torch.compile")
     return None
@@ -140,7 +144,7 @@ def keys(**arguments: Any) -> Keys | Tensor | None:
     if isinstance(mask, Keys):
         return mask._replace(offset=offset) if causal else mask
     site = "decoder" if causal else "cross" if getattr(config, "is_decoder", False) else "encoder"
-    prompt = _prompt_of(site)
+    prompt = _prompt_of(site, config)
     plain = function is causal_mask_function or function is bidirectional_mask_function
     if (
         getattr(config, "model_type", None) not in SERVED
@@ -204,6 +208,12 @@ def attention(
             return out.reshape(rows[0].shape), None
     if isinstance(attention_mask, Keys) and attention_mask.prompt is not None:
         _refuse_prompt(_UNCOVERED)
+    if (
+        attention_mask is not None
+        and not isinstance(attention_mask, Keys)
+        and _prompt_of("decoder", module.config)
+    ):
+        _refuse_prompt("a decoder_attention_mask for a static cache, of which HF makes a mask without them")
     if isinstance(attention_mask, Keys) and attention_mask.cu is not None:
         raise ValueError(f"fastprompt: packed rows do not go with {_UNCOVERED}. Run them padded: pack=False")
     return _transformers_attention(

@@ -723,7 +723,7 @@ class PromptModel(nn.Module):
         checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
         if arguments.get("past_key_values") is not None:
             # Where the queries stand among the keys is for transformers to say.
-            with hf_attention.prompt_keys(decoder=sites["decoder"], cross=sites["cross"]):
+            with hf_attention.prompt_keys(self.model, decoder=sites["decoder"], cross=sites["cross"]):
                 return self.model(attention_mask=attention_mask, encoder_outputs=encoder_outputs, **arguments)
         decoder, cross = sites["decoder"], sites["cross"]
         if torch.is_grad_enabled() and is_reentrant(self.model.get_decoder()):
@@ -755,7 +755,7 @@ class PromptModel(nn.Module):
         checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
         if attention_mask is None:  # generate would guess one from padding ids
             attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        with hf_attention.prompt_keys(decoder=sites["decoder"], cross=sites["cross"]):
+        with hf_attention.prompt_keys(self.model, decoder=sites["decoder"], cross=sites["cross"]):
             return self.model.generate(
                 input_ids, attention_mask=attention_mask, encoder_outputs=encoder_outputs, **kwargs
             )

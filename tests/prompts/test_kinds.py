@@ -214,6 +214,45 @@ def test_the_model_alone_has_no_prompt(make_keyed, make_model, make_batch):
 
 
 @pytest.mark.parametrize("memory", [None, "balanced"])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_another_model_that_runs_meanwhile_has_no_prompt(mode, memory, make_keyed, make_model, make_batch):
+    prompted, batch = make_keyed(CONFIGS, memory=memory), make_batch()
+    del batch["labels"]
+    other, stock = (make_model("t5", d_kv=16, attention=each) for each in ("fastprompt", "eager"))
+    compared = []
+
+    def compare(ids, scores):
+        more = {name: value[:1].expand(len(ids), -1) for name, value in batch.items()}
+        logits, expected = (model(**more, decoder_input_ids=ids).logits for model in (other, stock))
+        compared.append(torch.allclose(logits, expected, rtol=1e-5, atol=1e-4))
+        return scores
+
+    options = {"prompts": MIXED, "max_new_tokens": 4, "min_new_tokens": 4} | mode
+    expected = prompted.generate(**batch, **options)
+    assert torch.equal(prompted.generate(**batch, **options, logits_processor=[compare]), expected)
+    assert compared == [True] * 4
+
+
+@pytest.mark.parametrize("configured", ["eager", "sdpa", "fastprompt"])
+def test_a_static_cache_with_a_mask_of_the_decoder(configured, make_keyed, make_batch):
+    """For these HF makes the decoder's mask outside it, by the configuration of the whole model."""
+    prompted, batch = make_keyed(CONFIGS, attention=configured), make_batch()
+    start = torch.tensor([[0, 5, 6], [0, 0, 7], [0, 8, 9]], device=prompted.device)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 1]], device=prompted.device)
+    options = {"decoder_input_ids": start, "decoder_attention_mask": mask, "max_new_tokens": 4}
+    for prompts in ("cached", MIXED):
+        options |= {"input_ids": batch["input_ids"], "prompts": prompts}
+        expected = prompted.generate(**options)
+        if configured != "fastprompt" and prompts == MIXED:
+            with pytest.raises(
+                ValueError, match="do not go with a decoder_attention_mask for a static cache"
+            ):
+                prompted.generate(**options, cache_implementation="static")
+        else:
+            assert torch.equal(prompted.generate(**options, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("memory", [None, "balanced"])
 @pytest.mark.parametrize("prompts", [*CONFIGS, MIXED], ids=str)
 def test_decoding_by_hand_with_a_cache_equals_one_pass(memory, prompts, make_keyed, make_batch):
     prompted, batch = make_keyed(CONFIGS, memory=memory), make_batch("left")
