@@ -659,6 +659,7 @@ class PromptModel(nn.Module):
     ) -> BaseModelOutput:
         """The encoder over [prompt | tokens]: [B, L, D]."""
         table, encoder = self._table(), self.model.get_encoder()
+        checks.check_embedding(encoder.get_input_embeddings())
         checks.check_mask(attention_mask, len(input_ids), input_ids.shape[1], table)
         layout = self._layout(input_ids, attention_mask, choice.lengths, flags)
         if layout is None:

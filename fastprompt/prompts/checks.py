@@ -33,6 +33,16 @@ def check_model(model: object) -> None:
     )
 
 
+def check_embedding(embedding: nn.Module) -> None:
+    """Raise TypeError unless its table is all that it does: rows of the encoder's input are read there directly."""
+    kind = type(embedding)
+    if kind is not nn.Embedding:
+        raise TypeError(
+            "PromptModel: the encoder's embedding must be a torch.nn.Embedding for prompts of kind 'prepend', got a "
+            f"{kind.__module__}.{kind.__qualname__}. Merge or remove what was added to it, or use kind='cached'"
+        )
+
+
 def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
     """``input_ids`` [B, S], B >= 1, where the embedding table is. prompt_embed checks dtype and values."""
     if not isinstance(input_ids, Tensor):

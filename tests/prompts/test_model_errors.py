@@ -64,6 +64,36 @@ def test_an_embedding_of_another_class(make_model):
     refused(TypeError, "its embedding is a Sequential", PromptModel, model, PromptConfig(3))
 
 
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+def test_an_embedding_that_was_changed_later(make_keyed, make_batch):
+    prompted, batch = make_keyed({"rows": PromptConfig(3), "cached": PromptConfig(3, "cached")}), make_batch()
+    scaled = Scaled(64, 32)
+    scaled.weight = prompted.model.shared.weight
+    before = prompted(**batch, prompts="cached").logits
+    prompted.model.set_input_embeddings(scaled)
+    message = (
+        r"embedding must be a torch.nn.Embedding for prompts of kind 'prepend', got a .*\.Scaled\. Merge or"
+    )
+    for call in (prompted, prompted.encode, prompted.generate):
+        given = batch if call is prompted else {"input_ids": batch["input_ids"]}
+        refused(TypeError, message, call, **given, prompts="rows")
+    assert not torch.allclose(prompted(**batch, prompts="cached").logits, before, atol=1e-2)
+
+
+def test_lora_on_the_embedding(make_keyed, make_batch):
+    peft = pytest.importorskip("peft")
+    prompted, batch = make_keyed({"rows": PromptConfig(3), "cached": PromptConfig(3, "cached")}), make_batch()
+    before = prompted(**batch, prompts="cached").logits
+    config = peft.LoraConfig(target_modules=["shared", "embed_tokens"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, prompted.model)
+    refused(TypeError, r"got a peft\..*Embedding\. Merge or", prompted, **batch, prompts="rows")
+    assert not torch.allclose(prompted(**batch, prompts="cached").logits, before, atol=1e-2)
+
+
 def test_configs_and_names(make_model, make_prompted):
     model, prompted = make_model(), make_prompted()
     refused(TypeError, "config must be a PromptConfig or a dict of them, got int", PromptModel, model, 5)
