@@ -578,12 +578,31 @@ class PromptModel(nn.Module):
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The prompts, without the frozen model."""
-        prefix += "prompts."
-        return self.prompts.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        more = {"destination": destination, "prefix": f"{prefix}prompts.", "keep_vars": keep_vars}
+        state = self.prompts.state_dict(**more)
+        # Rows do not tell "prepend" from "cached". What keeps this beside the tensors, as torch.save does, is compared.
+        if hasattr(state, "_metadata"):
+            state._metadata[prefix[:-1]] = {"kinds": {name: self.kind(name) for name in self.prompts}}
+        return state
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
         self._load_prefix = prefix
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for name, kind in metadata.get("kinds", {}).items():
+            if name in self.prompts and kind != self.kind(name):
+                errors.append(
+                    f"PromptModel: prompt {name!r} must be of kind {self.kind(name)!r}, got {kind!r}. Give its "
+                    "PromptConfig that kind"
+                )
 
     def _add(self, name: str, prompt: Any) -> None:
         self.prompts[name] = prompt

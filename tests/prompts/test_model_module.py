@@ -80,6 +80,23 @@ def test_state_dict_holds_the_prompts_and_loads_strictly(make_prompted, make_bat
         prompted.load_state_dict(state | {"prompts.p9": state["prompts.p5"]})
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_state_of_another_kind_is_refused(inside, saved, make_keyed, tmp_path):
+    kinds = ("prepend", "cached")
+    models = [make_keyed({"a": PromptConfig(4, kind), "b": PromptConfig(3, "prefix")}) for kind in kinds]
+    if inside:
+        models = [nn.ModuleDict({"wrapped": each}) for each in models]
+    state = models[0].state_dict()
+    if saved:
+        torch.save(state, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+    models[0].load_state_dict(state)
+    with pytest.raises(RuntimeError, match="prompt 'a' must be of kind 'cached', got 'prepend'"):
+        models[1].load_state_dict(state)
+    models[1].load_state_dict(dict(state))  # without what torch keeps beside the tensors
+
+
 def test_state_dict_inside_another_module(make_prompted):
     outer = nn.ModuleDict({"wrapped": make_prompted(), "head": nn.Linear(2, 2)})
     state = outer.state_dict()
