@@ -4,6 +4,7 @@
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -165,12 +166,14 @@ class PromptModel(nn.Module):
         *,
         prompts: Names = None,
         encoder_outputs: Any = None,
+        inputs: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """HF ``generate`` in all its modes, with the prompts.
 
         Args:
             input_ids, attention_mask, prompts, encoder_outputs: as in ``forward``.
+            inputs: HF's name for ``input_ids``.
             kwargs: what else HF ``generate`` takes, such as ``generation_config`` or ``num_beams``.
 
         Returns:
@@ -181,6 +184,12 @@ class PromptModel(nn.Module):
             TypeError, ValueError, IndexError: as in ``forward``.
         """
         checks.check_no_inputs_embeds(kwargs)
+        if inputs is not None:
+            if input_ids is not None:
+                raise TypeError(
+                    "PromptModel: input_ids and inputs must be one of both, got both. Give input_ids"
+                )
+            input_ids = inputs
         if kwargs.get("assistant_model") is not None:
             raise ValueError(
                 "PromptModel: assistant_model is not supported, because it has no prompt. "
@@ -195,7 +204,9 @@ class PromptModel(nn.Module):
         mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
         # Given inputs_embeds instead, HF has no token ids for encoder_no_repeat_ngram_size and
         # encoder_repetition_penalty, and ignores them.
-        return self.model.generate(input_ids, attention_mask=mask, encoder_outputs=encoder_outputs, **kwargs)
+        return self.model.generate(
+            input_ids, attention_mask=mask, encoder_outputs=_own(encoder_outputs), **kwargs
+        )
 
     def encode(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, prompts: Names = None
@@ -543,8 +554,12 @@ class PromptModel(nn.Module):
 
     @property
     def generation_config(self) -> Any:
-        """The model's generation config."""
+        """The model's generation config. Setting it sets the model's."""
         return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
 
     @property
     def device(self) -> torch.device:
@@ -777,7 +792,7 @@ class PromptModel(nn.Module):
             attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         with hf_attention.prompt_keys(self.model, decoder=sites["decoder"], cross=sites["cross"]):
             return self.model.generate(
-                input_ids, attention_mask=attention_mask, encoder_outputs=encoder_outputs, **kwargs
+                input_ids, attention_mask=attention_mask, encoder_outputs=_own(encoder_outputs), **kwargs
             )
 
     def _encode_tokens(
@@ -840,6 +855,12 @@ class PromptModel(nn.Module):
 
 def _flags(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in _FLAGS if name in arguments}
+
+
+def _own(encoder_outputs: Any) -> Any:
+    """For HF's generate, which puts the repeated rows of its beams into the object that it is given."""
+    is_tuple = isinstance(encoder_outputs, tuple | list)
+    return BaseModelOutput(*encoder_outputs) if is_tuple else copy(encoder_outputs)
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:

@@ -6,6 +6,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
+from fastprompt.prompts import PromptConfig
+
 MODES = {
     "greedy": {},
     "beam": {"num_beams": 3, "length_penalty": 0.6},
@@ -154,3 +156,26 @@ def test_encoder_outputs_are_reused(make_prompted, make_batch):
     handle.remove()
     expected = prompted.generate(batch["input_ids"], batch["attention_mask"], prompts=names, max_new_tokens=6)
     assert torch.equal(generated, expected)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+def test_given_encoder_outputs_stay_as_they_are(kind, mode, make_keyed, make_batch):
+    prompted, batch = make_keyed(PromptConfig(5, kind)), make_batch()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = prompted.generate(ids, mask, max_new_tokens=4, **mode)
+    encoded = prompted.encode(ids, mask)
+    hidden = encoded[0]
+    for given in (encoded, encoded, (hidden,), [hidden]):
+        found = prompted.generate(attention_mask=mask, encoder_outputs=given, max_new_tokens=4, **mode)
+        assert torch.equal(found, expected)
+        assert given[0] is hidden
+
+
+def test_inputs_is_another_name_of_input_ids(make_prompted, make_batch):
+    prompted, batch = make_prompted(), make_batch()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = prompted.generate(ids, mask, max_new_tokens=4)
+    assert torch.equal(prompted.generate(inputs=ids, attention_mask=mask, max_new_tokens=4), expected)
+    with pytest.raises(TypeError, match="input_ids and inputs must be one of both, got both"):
+        prompted.generate(ids, mask, inputs=ids)

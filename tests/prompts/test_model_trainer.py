@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 
 @pytest.fixture
@@ -84,3 +84,13 @@ def test_gradient_checkpointing_argument(trainer):
     plain = step(trainer())
     checkpointed = step(trainer(gradient_checkpointing=True))
     torch.testing.assert_close(checkpointed, plain)
+
+
+def test_a_generation_config_is_the_models(trainer):
+    config = GenerationConfig(max_new_tokens=3, decoder_start_token_id=0, pad_token_id=0)
+    seq2seq = trainer(generation_config=config, generation_max_length=None)
+    assert seq2seq.model.model.generation_config is seq2seq.model.generation_config
+    assert seq2seq.model.generation_config.max_new_tokens == 3
+    predicted = seq2seq.predict(seq2seq.eval_dataset).predictions
+    assert predicted[:, 1:4].any()
+    assert not predicted[:, 4:].clip(0).any()  # filling
