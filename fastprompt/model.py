@@ -475,7 +475,7 @@ class PromptModel(nn.Module):
                 f"PromptModel: {store.path!s} belongs to another model: {difference}. Load that model, or pass "
                 "strict=False to use its prompts all the same"
             )
-        shape = ModelShape.of(self.config)
+        shape = ModelShape.of(self.model)
         self._attach(StoredPrompts(store, shape, identity, self.device, keep_bytes))
 
     def save_prompt(
@@ -530,7 +530,7 @@ class PromptModel(nn.Module):
             FileNotFoundError: there is nothing at ``path``.
             ValueError: other sizes, kind or model than this one's or the existing prompt's, or a broken file.
         """
-        shape = ModelShape.of(self.config)
+        shape = ModelShape.of(self.model)
         file = path if isinstance(path, PromptFile) else read_prompt(path, shape=shape, task=task)
         source = str(file.name) if isinstance(path, PromptFile) else os.fspath(path)
         check_fits(f"PromptModel: {source}", file, shape, self._identity() if strict and file.model else None)

@@ -52,7 +52,7 @@ def load_caches(
 def _read(source: Path, model: Any, prompt: Prompt, origin: CacheOrigin) -> dict[str, Tensor]:
     """The checked tensors of one cache file, where the model is."""
     dtype = model.get_encoder().get_input_embeddings().weight.dtype
-    sizes = ModelShape.of(model.config).sizes() | {"P": len(prompt)}
+    sizes = ModelShape.of(model).sizes() | {"P": len(prompt)}
     tensors = read_cache(source, origin, dtype, sizes)
     found = {name.partition("_")[0] for name in tensors}
     sites = set(sites_of(prompt))

@@ -17,7 +17,7 @@ from fastprompt import hf_attention
 from fastprompt.prompts.branch import run_branch
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.prefix import PrefixPrompt
-from fastprompt.prompts.sites import Keys, bias_tables, project
+from fastprompt.prompts.sites import Keys, attentions, bias_tables, project
 
 
 class SiteKeys(NamedTuple):
@@ -39,6 +39,8 @@ def keyed(model: Any, prompts: Sequence[Tensor | PrefixPrompt]) -> Keyed:
         for site, keys in _of_cached(model, list(cached.values())).items():
             parts[site].append((keys, _numbered(cached)))
     tensors = {i: prompt.tensors() for i, prompt in enumerate(prompts) if isinstance(prompt, PrefixPrompt)}
+    for each in tensors.values():
+        _check_layers(model, each)
     for site in SITES:
         rows = {i: each[site] for i, each in tensors.items() if site in each}
         if rows:
@@ -49,6 +51,17 @@ def keyed(model: Any, prompts: Sequence[Tensor | PrefixPrompt]) -> Keyed:
         if pairs:
             parts[site].append((_of_pairs(model, list(pairs.values())), _numbered(pairs)))
     return {site: joined(each, len(prompts)) for site, each in parts.items() if each}
+
+
+def _check_layers(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        site = name.partition("_")[0]
+        layers = len(attentions(model, site))
+        if len(tensor) != layers:
+            raise ValueError(
+                f"PromptModel: a prefix must have keys for the {layers} {site} layers of the model, got "
+                f"{len(tensor)}. Make one for the model as it is now"
+            )
 
 
 def _of_cached(model: Any, prompts: Sequence[Tensor]) -> dict[str, Keys]:

@@ -13,11 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fastprompt.prompts.config import MAX_TOKENS
+from fastprompt.prompts.config import KINDS, MAX_TOKENS, SITES
 
-FILE_KINDS = ("prepend", "cached", "prefix")
-PARAMETERIZATIONS = ("rows", "kv")
-SITES = ("encoder", "decoder", "cross")
 KV_NAMES = tuple(f"{site}_{part}" for site in SITES for part in "kv")
 
 MAX_LAYERS = 1024
@@ -38,16 +35,11 @@ class ModelShape:
     head_width: int
 
     @classmethod
-    def of(cls, config: Any) -> Self:
-        """Of a T5's HF config."""
-        decoder_layers = getattr(config, "num_decoder_layers", None)
-        return cls(
-            config.d_model,
-            config.num_layers,
-            config.num_layers if decoder_layers is None else decoder_layers,
-            config.num_heads,
-            config.d_kv,
-        )
+    def of(cls, model: Any) -> Self:
+        """Of a T5. Its layers are counted: blocks may have been taken out since its config was written."""
+        config, stacks = model.config, (model.get_encoder(), model.get_decoder())
+        encoder, decoder = (len(stack.block) for stack in stacks)
+        return cls(config.d_model, encoder, decoder, config.num_heads, config.d_kv)
 
     def sizes(self) -> dict[str, int]:
         """By the letters of this page."""
@@ -66,16 +58,16 @@ def check_layout(
 
     Args:
         what: the words that errors begin with.
-        kind: one of FILE_KINDS.
+        kind: one of KINDS.
         parameterization: ``"rows"`` or ``"kv"`` for a prefix, None otherwise.
         shapes: by tensor name.
         sizes: of the model, as far as they are known: any of Le, Ld, D, H, K.
     """
     known = dict(sizes or {})
     if kind != "prefix":
-        if kind not in FILE_KINDS or parameterization is not None:
+        if kind not in KINDS or parameterization is not None:
             raise ValueError(
-                f"{what} must have a kind of {', '.join(FILE_KINDS)}, and a parameterization only if that is "
+                f"{what} must have a kind of {', '.join(KINDS)}, and a parameterization only if that is "
                 f"prefix, got kind {kind!r} with {parameterization!r}. It may come from a newer release"
             )
         _check_names(what, shapes, ("prompt",), {"prompt"})

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastprompt import patch, unpatch
 from fastprompt.model import PromptModel
-from fastprompt.prompts import PromptConfig
+from fastprompt.prompts import PromptConfig, PromptStore
 
 KEYED = {
     "cached": PromptConfig(5, "cached", init="uniform"),
@@ -119,3 +119,35 @@ def test_an_ensemble_over_a_decoder_in_another_order_is_refused(make_keyed, make
     choose(prompted.model.decoder, (0, 2, 1))
     with pytest.raises(ValueError, match=REFUSED.format("decoder")):
         prompted.ensemble(batch["input_ids"], prompts=["a", "b"], choices=[[5, 6, 1], [7, 1]])
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_files_and_caches_of_a_model_with_less_layers_than_its_config_says(
+    name, make_model, make_batch, tmp_path
+):
+    prompted, batch = [], make_batch()
+    for _ in range(2):
+        model = make_model(d_kv=16, num_layers=3)
+        model.encoder.block, model.decoder.block = model.encoder.block[:2], model.decoder.block[:1]
+        prompted.append(PromptModel(model, {}))
+    prompted[0].add_prompt("a", KEYED[name])
+    prompted[0].save_prompt("a", tmp_path / "a.safetensors")
+    prompted[0].save_cache("a", tmp_path / "a.safetensors")
+    prompted[1].attach_store(PromptStore(tmp_path))
+    with torch.no_grad():
+        expected = prompted[0](**batch).logits
+        assert torch.equal(prompted[1](**batch, prompts="a").logits, expected)
+        prompted[1].load_prompt("a", tmp_path / "a.safetensors")
+        prompted[1].load_caches({"a": tmp_path / "a.safetensors"})
+        torch.testing.assert_close(prompted[1](**batch).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["rows", "kv"])
+def test_a_prefix_of_a_model_that_lost_a_layer(name, make_keyed, make_batch):
+    prompted, batch = make_keyed({name: KEYED[name]}, num_layers=3), make_batch()
+    prompted.model.decoder.block = prompted.model.decoder.block[:2]
+    for call in (lambda: prompted(**batch), prompted.cache_prompts):
+        with pytest.raises(
+            ValueError, match="a prefix must have keys for the 2 decoder layers of the model, got 3"
+        ):
+            call()

@@ -32,7 +32,7 @@ def prompt():
 
 
 def kv(model, sites=("encoder", "cross")):
-    shape = ModelShape.of(model.config)
+    shape = ModelShape.of(model)
     layers = {"encoder": shape.encoder_layers, "decoder": shape.decoder_layers, "cross": shape.decoder_layers}
     return {
         f"{site}_{part}": torch.randn(layers[site], 5, shape.heads, shape.head_width).to(model.dtype)
@@ -50,7 +50,7 @@ def saved(make_model, prompt, tmp_path):
 
 
 def read(path, model, prompt, dtype=None):
-    sizes = ModelShape.of(model.config).sizes()
+    sizes = ModelShape.of(model).sizes()
     return read_cache(path, origin_of(model, prompt), dtype or model.dtype, sizes)
 
 
@@ -211,7 +211,7 @@ def test_what_is_no_cache_is_not_written(change, error, message, saved, prompt, 
 
 def test_a_cache_of_other_sizes_and_a_prompt_file_are_refused(saved, prompt, tmp_path):
     model, tensors, path = saved
-    sizes = ModelShape.of(model.config).sizes() | {"H": 8}
+    sizes = ModelShape.of(model).sizes() | {"H": 8}
     with pytest.raises(ValueError, match=r"\[layers, P, H, K\]=\[1, 5, 8, 6\]"):
         read_cache(path, origin_of(model, prompt), model.dtype, sizes)
     save_file(tensors, tmp_path / "plain")
@@ -226,7 +226,7 @@ def test_a_cache_of_other_sizes_and_a_prompt_file_are_refused(saved, prompt, tmp
 def test_damage_ends_in_a_value_error_or_in_finite_tensors_of_the_right_shapes(saved, prompt):
     model, tensors, path = saved
     whole, draw = path.read_bytes(), np.random.default_rng(0)
-    origin, sizes = origin_of(model, prompt), ModelShape.of(model.config).sizes()
+    origin, sizes = origin_of(model, prompt), ModelShape.of(model).sizes()
     for length in draw.integers(0, len(whole), 60):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="read_cache: "):

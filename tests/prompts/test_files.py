@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 import fastprompt
 from fastprompt.prompts import ModelIdentity, PromptFile, files, read_prompt, write_prompt
-from fastprompt.prompts.layout import SITES, ModelShape, check_layout
+from fastprompt.prompts.config import SITES
+from fastprompt.prompts.layout import ModelShape, check_layout
 
 D = 32
 

@@ -36,7 +36,7 @@ def save_adapter(model, folder, config):
 
 def prompted_from(folder, model, **which):
     ours = PromptModel(model, {})
-    rows = read_prompt(folder, shape=ModelShape.of(model.config), **which).rows
+    rows = read_prompt(folder, shape=ModelShape.of(model), **which).rows
     ours.prompts["p"] = rows.to(model.device)
     return ours
 
@@ -117,7 +117,7 @@ def test_multitask_with_two_submodules_generates_alike(make_model, make_batch, t
 
 
 def prefix_config(model, **special):
-    shape = ModelShape.of(model.config)
+    shape = ModelShape.of(model)
     sizes = {"num_attention_heads": shape.heads, "token_dim": shape.heads * shape.head_width}
     return peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, **(sizes | special))
 
@@ -131,7 +131,7 @@ def test_a_prefix_gives_the_same_logits(layout, layers, make_model, make_batch, 
     model = make_model(layout, **sizes)
     theirs = save_adapter(make_model(layout, **sizes), tmp_path, prefix_config(model))
     batch = make_batch()
-    prefix = read_prompt(tmp_path, shape=ModelShape.of(model.config))
+    prefix = read_prompt(tmp_path, shape=ModelShape.of(model))
     assert (prefix.kind, prefix.parameterization) == ("prefix", "kv")
     assert prefix.tensors["decoder_k"].shape == (layers[1], P, model.config.num_heads, model.config.d_kv)
     expected = theirs(**batch).logits
@@ -168,7 +168,7 @@ def test_a_written_prefix_is_loaded_by_peft(layers, make_model, make_batch, tmp_
     tensors = {"decoder_k": torch.randn(shape), "decoder_v": torch.randn(shape)}
     prefix = PromptFile(tensors, "prefix", parameterization="kv")
     write_prompt(tmp_path, prefix, format="peft")
-    again = read_prompt(tmp_path, shape=ModelShape.of(model.config))
+    again = read_prompt(tmp_path, shape=ModelShape.of(model))
     assert all(torch.equal(again.tensors[name], tensors[name]) for name in tensors)
     theirs = peft.PeftModel.from_pretrained(make_model(**sizes), tmp_path).eval()
     batch = make_batch()
