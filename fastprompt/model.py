@@ -100,7 +100,7 @@ class PromptModel(nn.Module):
         model.requires_grad_(False)
         self.train(model.training)
         self._keywords = frozenset(inspect.signature(model.forward).parameters) | _HF_KEYWORDS
-        self.register_load_state_dict_post_hook(_allow_missing_model)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
         self,
@@ -342,7 +342,7 @@ class PromptModel(nn.Module):
             raise TypeError(f"PromptModel: the config of {name!r} must be a PromptConfig, got {got}")
         if name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
-        checks.check_kind(config.kind, self.model)
+        self._serve(config.kind)
         self._add(name, self._initial(config))
         self.prompts.trim(self._caches)
         self.configs[name], self._inits[name] = config, config.init
@@ -537,8 +537,8 @@ class PromptModel(nn.Module):
         if name in self.prompts:
             assign(f"PromptModel: {source}", name, self.prompts[name], self.kind(name), file)
         else:
-            checks.check_kind(file.kind, self.model)
-            self._add(name, prompt_of(file, self.device))
+            self._serve(file.kind)
+            self._add(name, prompt_of(file, self._home()))
         self.configs[name] = config_of(self.prompts[name], file.kind, source)
         self._inits[name] = file.init or "file"
 
@@ -619,6 +619,12 @@ class PromptModel(nn.Module):
                     "PromptConfig that kind"
                 )
 
+    def _serve(self, kind: str) -> None:
+        """Make the model ready for prompts of a kind, or raise ValueError."""
+        checks.check_kind(kind, self.model)
+        if kind != "prepend":
+            serve(self.model)  # each call does; but torch.compile could not in one that is the model's first
+
     def _add(self, name: str, prompt: Any) -> None:
         self.prompts[name] = prompt
         self._caches.drop([name])  # a stored prompt of that name is hidden now
@@ -658,14 +664,14 @@ class PromptModel(nn.Module):
                     f"got {len(source)}. Pass num_tokens={len(source)}"
                 )
         if config.kind == "prefix":
-            return initial_prefix(config, self.model, self.tokenizer, source).to(table.device)
+            return initial_prefix(config, self.model, self.tokenizer, source).to(self._home())
         if isinstance(source, PrefixPrompt):
             raise ValueError(
                 f"PromptConfig: source {config.source!r} is a prefix, and has no rows for a {config.kind} prompt"
             )
         if source is not None:
             return source.detach().clone()
-        return initial_prompt(config, table, self.tokenizer).to(table.device)
+        return initial_prompt(config, table, self.tokenizer).to(self._home())
 
     def _batch_size(self, input_ids: Tensor | None, encoder_outputs: Any) -> int:
         if encoder_outputs is not None:
@@ -762,17 +768,23 @@ class PromptModel(nn.Module):
                 return self.model(attention_mask=attention_mask, encoder_outputs=encoder_outputs, **arguments)
         decoder, cross = sites["decoder"], sites["cross"]
         if torch.is_grad_enabled() and is_reentrant(self.model.get_decoder()):
-            ids = arguments.pop("decoder_input_ids")
-            embeds = arguments.get("decoder_inputs_embeds")
-            if embeds is None:
-                ids = self.prepare_decoder_input_ids_from_labels(arguments["labels"]) if ids is None else ids
-                embeds = self.model.get_decoder().get_input_embeddings()(ids)
-            arguments["decoder_inputs_embeds"], (decoder, cross) = _as_leaves(embeds, decoder, cross)
+            embeds = self._decoder_embeds(arguments)
+            if embeds is not None:
+                arguments["decoder_inputs_embeds"], (decoder, cross) = _as_leaves(embeds, decoder, cross)
         arguments["decoder_attention_mask"] = hf_attention.Keys(
             _as_bool(arguments["decoder_attention_mask"]), 0, True, decoder
         )
         mask = hf_attention.Keys(_as_bool(attention_mask), 0, False, cross)
         return self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
+
+    def _decoder_embeds(self, arguments: dict[str, Any]) -> Tensor | None:
+        """The decoder's input, in place of its ids; None if neither is given, which HF refuses."""
+        if arguments.get("decoder_inputs_embeds") is not None:
+            return arguments["decoder_inputs_embeds"]
+        ids, labels = arguments.pop("decoder_input_ids"), arguments["labels"]
+        if ids is None and labels is not None:
+            ids = self.prepare_decoder_input_ids_from_labels(labels)
+        return None if ids is None else self.model.get_decoder().get_input_embeddings()(ids)
 
     def _keyed_generate(
         self,
@@ -849,6 +861,11 @@ class PromptModel(nn.Module):
         """The encoder's embedding table [V, D]."""
         return self.model.get_encoder().get_input_embeddings().weight
 
+    def _home(self) -> torch.device:
+        """Where new prompts go. Beside a table without data they would have none either, and nobody would load it."""
+        device = self._table().device
+        return torch.device("cpu") if device.type == "meta" else device
+
     def _identity(self) -> ModelIdentity:
         return ModelIdentity.of(self.model.config, self._table())
 
@@ -886,7 +903,8 @@ def _as_leaves(
     return embeds, found
 
 
-def _allow_missing_model(module: PromptModel, incompatible: Any) -> None:
+def _after_loading(module: PromptModel, incompatible: Any) -> None:
     # state_dict() leaves the frozen model out, so a strict load must not miss it.
     frozen = f"{module._load_prefix}model."
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
+    module.prompts.float()  # with assign=True they have the dtypes of the state

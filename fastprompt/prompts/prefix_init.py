@@ -78,6 +78,11 @@ def _rows(config: PromptConfig, model: Any, tokenizer: Any, source: Tensor | Non
 def _projected(model: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """rows [layers, P, D] of each site -> its keys and values [layers, P, H, K]."""
     table = model.get_encoder().get_input_embeddings().weight
+    if table.is_meta:
+        raise ValueError(
+            "PromptConfig: keys and values come from rows through the model's layers, which have no data (device "
+            "meta). Load the weights first, or use parameterization='rows'"
+        )
     tensors = {}
     for site, stacked in rows.items():
         layers = list(stacked.to(table.device, table.dtype)[:, None].unbind(0))

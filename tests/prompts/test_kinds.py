@@ -54,6 +54,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(prompts, memory, reentr
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_decoders_input(reentrant, make_keyed, make_batch):
+    prompted, batch = make_keyed(CONFIGS, dropout_rate=0.0).train(), make_batch()
+    prompted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    labels = batch.pop("labels")
+    with pytest.raises(ValueError, match=r"specify .* input_ids or .*inputs_embeds"):  # HF's own
+        prompted(**batch, prompts=MIXED)
+    start = prompted.prepare_decoder_input_ids_from_labels(labels)
+    embeds = prompted.model.get_decoder().get_input_embeddings()(start)
+    expected = prompted(**batch, labels=labels, prompts=MIXED).logits
+    for given in ({"decoder_input_ids": start}, {"decoder_inputs_embeds": embeds}):
+        assert torch.equal(prompted(**batch, prompts=MIXED, **given).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_add_up_over_two_checkpointed_forwards(reentrant, make_keyed, make_batch):
     prompted, batch = make_keyed(CONFIGS, dropout_rate=0.0).train(), make_batch()
     expected = {name: 2 * value for name, value in gradients(prompted, batch, MIXED).items()}
@@ -104,6 +118,18 @@ def test_what_trains_is_fp32_and_counted(make_keyed):
     network = 4 * 3 + 3 * 3 + 3 + 2 * 64 * (3 + 1)  # P * M + M * M + M + L * H * K * (M + 1), for k and for v
     assert prompted.num_trainable_parameters == 5 * 32 + 3 * 2 * 3 * 32 + 3 * 2 * network
     assert prompted.num_trainable_parameters == sum(parameter.numel() for parameter in trained)
+
+
+def test_a_state_in_half_precision_becomes_fp32(make_keyed, make_batch):
+    configs = CONFIGS | {"prepend": PromptConfig(2)}
+    prompted = make_keyed(configs)
+    state = {name: value.bfloat16() for name, value in prompted.state_dict().items()}
+    for assign in (False, True):
+        prompted = make_keyed(configs)
+        prompted.load_state_dict(state, assign=assign)
+        assert {each.dtype for each in prompted.prompts.state_dict().values()} == {torch.float32}
+        assert all(torch.equal(value, state[name].float()) for name, value in prompted.state_dict().items())
+        prompted(**make_batch(), prompts=MIXED).loss.backward()
 
 
 def test_state_dict_round_trip(make_keyed, make_batch):
@@ -315,14 +341,21 @@ def test_output_options(make_keyed, make_batch):
 
 
 @pytest.mark.parametrize("memory", [None, "balanced"])
-def test_compiled_forward_is_one_graph(memory, make_keyed, make_batch):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_compiled_forward_is_one_graph(loaded, memory, make_keyed, make_batch, tmp_path):
+    """It may be the first call of all."""
     prompted, batch = make_keyed(CONFIGS, memory=memory, num_layers=1), make_batch()
-    expected = gradients(prompted, batch, MIXED)
+    if loaded:
+        fresh = make_keyed({}, memory=memory, num_layers=1)
+        for name in CONFIGS:
+            prompted.save_prompt(name, tmp_path / name)
+            fresh.load_prompt(name, tmp_path / name)
+        prompted = fresh
+    torch.compiler.reset()
     compiled = torch.compile(prompted, backend="eager", fullgraph=True)
-    prompted.zero_grad()
     compiled(**batch, prompts=MIXED, use_cache=False).loss.backward()
     found = {name: each.grad for name, each in prompted.prompts.named_parameters() if each.grad is not None}
-    assert_same(found, expected)
+    assert_same(found, gradients(prompted, batch, MIXED))
 
 
 @pytest.fixture(params=["forward", "generate"])

@@ -20,6 +20,8 @@ from fastprompt.prompts import PromptConfig
 
 SMALL = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2, "d_kv": 8}
 
+KEYS_AND_VALUES = PromptConfig(3, "prefix", parameterization="kv", init="uniform")
+
 
 @pytest.fixture
 def device():
@@ -230,10 +232,26 @@ def test_a_table_that_requires_grad_is_refused_by_name(make_prompted, make_batch
 
 def test_weights_without_data(make_model, make_batch):
     with torch.device("meta"):
-        model = T5ForConditionalGeneration(T5Config(**SMALL))
+        model = T5ForConditionalGeneration(T5Config(**SMALL | {"d_kv": 16}))
     refused(ValueError, "no data.*Load the weights first", PromptModel, model, PromptConfig(3))
+    refused(ValueError, "no data.*'rows'", PromptModel, model, KEYS_AND_VALUES)
     prompted = PromptModel(model, PromptConfig(3, init="uniform"))
     refused(ValueError, "no data.*Load the weights first", prompted, **make_batch())
+
+
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+def test_weights_that_come_after_the_prompt(kind, make_model, make_batch, tmp_path):
+    whole, config = make_model(d_kv=16), PromptConfig(3, kind, init="uniform")
+    batch, ready = make_batch(), PromptModel(whole, config)
+    expected = ready(**batch).logits
+    ready.save_prompt("default", tmp_path / "a")
+    with torch.device("meta"):
+        model = type(whole)(whole.config)
+    prompted = PromptModel(model.eval(), config)
+    prompted.load_prompt("loaded", tmp_path / "a", strict=False)
+    model.load_state_dict(whole.state_dict(), assign=True)
+    for name in ("default", "loaded"):
+        torch.testing.assert_close(prompted(**batch, prompts=name).logits, expected)
 
 
 def test_a_model_that_moved_without_its_prompts(make_prompted, make_batch):
