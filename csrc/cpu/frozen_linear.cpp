@@ -5,7 +5,8 @@
 // A panel of the weight, kPanelDepth x kPanelColumns, is copied so that a tile reads it in one line, and stays in the
 // caches while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
 // Where x has few rows, which do not pay for copying the weight, the two change places if the weight's rows are dense:
-// x is copied, and the weight read where it lies, once and in order.
+// x is copied, and the weight read where it lies, once and in order. Up to four rows are not copied either: the weight
+// is turned in registers. Every sum is over the same chains in the same order.
 #include <omp.h>
 #include <stdlib.h>
 
@@ -22,14 +23,15 @@ constexpr int64_t kChain = FP_LANES > 1 ? 128 : 16;
 constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kChain
 constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
 constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
-constexpr int64_t kFewRows = 300;                            // of x
+constexpr int64_t kStreamedRows = 4, kFewRows = 300;         // of x
 constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
 constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
 
 static_assert(kPanelDepth % kChain == 0 && kPanelColumns % kTileColumns == 0 && kBlockRows % kTileRows == 0, "whole");
 
-// Below so many products a second thread costs more than it brings.
-constexpr int64_t kParallelProducts = 1 << 20;
+// Below so many products, or where a weight is only read below so many of its elements, a second thread costs more than
+// it brings.
+constexpr int64_t kParallelProducts = 1 << 20, kParallelWeights = 1 << 18;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -215,6 +217,49 @@ float* packing_space(int64_t floats) {
     return static_cast<float*>(allocate_lines(floats * static_cast<int64_t>(sizeof(float))));
 }
 
+// Columns [n, n + kLanes) of y[ROWS], those of b being dense: kLanes of its columns and rows are turned at a time. The
+// columns before `begin` are somebody else's.
+template <int ROWS>
+void streamed_columns(const Product& p, int64_t n, int64_t begin) {
+    const float* b = p.b.data + n * p.b.column;
+    const float* next = n + 2 * kLanes <= p.N ? b + kLanes * p.b.column : b;
+    vfloat total[ROWS];
+    for (int64_t chain = 0; chain < p.K; chain += kChain) {
+        const int64_t end = least(p.K, chain + kChain);
+        vfloat sum[ROWS] = {};
+        const auto multiply = [&](int64_t k, vfloat right) {
+            for (int64_t i = 0; i < ROWS; ++i) sum[i] = fused_multiply_add(splat(p.x[i * p.K + k]), right, sum[i]);
+        };
+        int64_t k = chain;
+        for (; k + kLanes <= end; k += kLanes) {
+            float turned[kLanes * kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) fetch(next + i * p.b.column + k);
+            transpose(b + k, p.b.column, turned, kLanes);
+            for (int64_t d = 0; d < kLanes; ++d) multiply(k + d, load(turned + d * kLanes));
+        }
+        for (; k < end; ++k) {
+            float right[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) right[i] = b[i * p.b.column + k];
+            multiply(k, load(right));
+        }
+        for (int64_t i = 0; i < ROWS; ++i) total[i] = chain > 0 ? total[i] + sum[i] : sum[i];
+    }
+    for (int64_t i = 0; i < ROWS; ++i) {
+        float columns[kLanes];
+        store(columns, total[i]);
+        copy(p.y + i * p.N + begin, columns + (begin - n), n + kLanes - begin);
+    }
+}
+
+// Reading the weight is what takes time here, so it passes by once, in order.
+int64_t multiply_streamed(const Product& p) {
+#pragma omp parallel for schedule(static) if (p.N * p.K >= kParallelWeights)
+    for (int64_t n = 0; n < p.N; n += kLanes) {
+        with_rows(p.M, [&](auto rows) { streamed_columns<decltype(rows)::value>(p, least(n, p.N - kLanes), n); });
+    }
+    return 0;
+}
+
 // Few rows, and columns of b that are dense: x and b change places.
 int64_t multiply_turned(const Product& p) {
     const Product turned{nullptr, {p.x, 1, p.K}, nullptr, p.N, p.K, p.M, false, false};  // of which x is packed
@@ -299,7 +344,9 @@ int64_t multiply_each(int64_t B, const Product& p, int64_t b_step) {
     for (int64_t i = 0; i < B; ++i) {
         const Matrix b{p.b.data + i * b_step, p.b.row, p.b.column};
         const Product one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse};
+        const bool streamed = p.M <= kStreamedRows && p.b.row == 1 && p.N >= kLanes && !p.adds;
         const auto multiply = p.M > kFewRows    ? multiply_many_rows
+                              : streamed        ? multiply_streamed
                               : p.b.column == 1 ? multiply_few_rows
                                                 : multiply_turned;
         status = least(status, multiply(one));

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastprompt._op import direct as ops
 from fastprompt.ops._checks import FLOATS
-from fastprompt.ops.frozen_linear import ROWS, product, product_sum
+from fastprompt.ops.frozen_linear import pays, product, product_sum
 
 Modules = Mapping[str, Any]
 
@@ -124,9 +124,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T. A GPU and a few rows run the reference in any case: without the op, which keeps the host busy."""
-    few = x.numel() < ROWS * x.shape[-1]
-    y: Tensor = (product if x.is_cuda or few else ops.frozen_linear)(x, weight)
+    """x weight^T. A GPU runs the reference in any case: without the op, which keeps the host busy."""
+    y: Tensor = (ops.frozen_linear if not x.is_cuda and pays(x, weight) else product)(x, weight)
     return y
 
 

@@ -9,10 +9,11 @@ Backward: dx = dy W. ``frozen_linear_backward`` takes several dy and W, for laye
 products up as it computes them. No weight gradient asks for x, so nothing is saved but W itself. Rows of dy that are
 zero, as at padding, give zeros where the weight is finite; several together cost the CPU kernel no products.
 
-The CPU kernel is for fp32, and products of at least 6 rows (per example), 48 columns and a depth of 32; the others are
-PyTorch's. It adds up chains of 128 products in registers, and those in order: a row's result is the same bits whatever
-other rows it computes, and however many threads. It is the default where it is faster than PyTorch's library, which on
-x86 is MKL: on AMD's CPUs with AVX2 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
+The CPU kernel is for fp32, and products of at least 6 rows (per example), 48 columns and a depth of 32; forward, of a
+weight whose rows are dense, also for fewer rows at a depth of 512. The others are PyTorch's. It adds up chains of 128
+products in registers, and those in order: a row's result is the same bits whatever other rows it computes, and however
+many threads. It is the default where it is faster than PyTorch's library, which on x86 is MKL: on AMD's CPUs with AVX2
+or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
 
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.
@@ -41,6 +42,8 @@ from fastprompt.ops._checks import (
 
 # Of a product, the least that the kernel takes: below, PyTorch's library is as fast.
 ROWS, COLUMNS, DEPTH = 6, 48, 32
+# Of fewer rows it is not, but it sums them lane by lane, with a smaller error than our chains have up to this depth.
+FEW_ROWS_DEPTH = 512
 
 
 def _pays() -> bool:
@@ -141,11 +144,31 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
     return B, x.numel() // (B * x.shape[-1])
 
 
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """On a CPU, is the op worth the time that it keeps the host busy?
+
+    Reading a small weight for a few rows takes no longer than that, and a single row MKL multiplies nearly as fast.
+    """
+    rows = x.numel() // x.shape[-1]
+    return rows >= ROWS or weight.numel() >= (1 << 16 if rows > 1 else 1 << 21)
+
+
 def _covered(x: Tensor, weight: Tensor, columns: int) -> bool:
     """Does the kernel take products of this size, and is one of the weight's dimensions dense?"""
     if x.dtype != torch.float32 or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
         return False
     return _sizes(x, weight)[1] >= ROWS and columns >= COLUMNS and x.shape[-1] >= DEPTH
+
+
+def _covers_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """The same, forward, for a row or a few."""
+    return (
+        x.dtype == torch.float32
+        and weight.stride(-1) == 1
+        and weight.shape[-2] >= COLUMNS
+        and x.shape[-1] >= FEW_ROWS_DEPTH
+        and x.numel() > 0
+    )
 
 
 def _place(weight: Tensor) -> tuple[int, ...]:
@@ -162,7 +185,7 @@ def _check_status(status: int) -> None:
 def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -> Any:
     _check("frozen_linear", "x", x, weight, -1)
     N, K = weight.shape[-2:]
-    if not _covered(x, weight, N):
+    if not (_covered(x, weight, N) or _covers_few_rows(x, weight)):
         return NotImplemented
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], N))
