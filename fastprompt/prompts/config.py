@@ -61,7 +61,7 @@ class PromptConfig:
     init: str = "vocab"
     labels: tuple[str, ...] | list[str] | None = None
     text: str | None = None
-    source: Any = field(default=None, compare=False)  # arrays have no truth value for ==
+    source: Any = field(default=None, compare=False)  # see _compared
     seed: int = 0
     sites: tuple[str, ...] | list[str] | None = None
     parameterization: str | None = None
@@ -69,7 +69,7 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         _check_int("num_tokens", self.num_tokens, 1, MAX_TOKENS)
-        _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_int("seed", self.seed, 0, 2**32 - 1)  # what torch's CPU generator reads of a seed
         if self.kind not in KINDS:
             raise ValueError(f"PromptConfig: kind must be one of {list(KINDS)}, got {self.kind!r}")
         if self.init not in INITS:
@@ -89,6 +89,17 @@ class PromptConfig:
         elif self.init == "prompt" and not isinstance(self.source, str):
             got = type(self.source).__name__
             raise TypeError(f"PromptConfig: source must be the name of a prompt, got {got}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptConfig) and self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
+
+    def _compared(self) -> tuple[Any, ...]:
+        """All but the values of an array, which have no truth value for ==."""
+        source = os.fspath(self.source) if isinstance(self.source, (str, os.PathLike)) else None
+        return (source, *(getattr(self, each.name) for each in fields(self) if each.compare))
 
     def _check_prefix(self) -> None:
         """What only a prefix has, and its defaults."""

@@ -46,9 +46,14 @@ def config_of(prompt: Prompt, kind: str, source: str) -> PromptConfig:
     """Of a prompt that was read from ``source``."""
     if not isinstance(prompt, PrefixPrompt):
         return PromptConfig(len(prompt), kind, init="file", source=source)
-    sites, parameterization = prompt.sites, prompt.parameterization
     return PromptConfig(
-        len(prompt), kind, init="file", source=source, sites=sites, parameterization=parameterization
+        len(prompt),
+        kind,
+        init="file",
+        source=source,
+        sites=prompt.sites,
+        parameterization=prompt.parameterization,
+        mlp=prompt.mlp,
     )
 
 

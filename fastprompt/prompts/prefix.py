@@ -61,7 +61,7 @@ class PrefixPrompt(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], mlp: int = 0, seed: int = 0) -> None:
         super().__init__()
-        self.names = tuple(tensors)
+        self.names, self.mlp = tuple(tensors), mlp
         self.networks = nn.ModuleDict()
         for number, (name, tensor) in enumerate(tensors.items()):
             if mlp:

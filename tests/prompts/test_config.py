@@ -105,6 +105,25 @@ def test_it_is_a_value():
         one.num_tokens = 5
 
 
+def test_sources_that_are_names_are_compared():
+    one, same, other = (PromptConfig(init="file", source=each) for each in ("a.npy", Path("a.npy"), "b.npy"))
+    assert one == same != other
+    assert len({one, same, other}) == 2
+    assert PromptConfig(init="prompt", source="a.npy") != one
+    assert PromptConfig(2, init="array", source=np.ones((2, 3))) == PromptConfig(
+        2, init="array", source=np.zeros((2, 3))
+    ), "arrays are not"
+    assert one != "a.npy"
+
+
+def test_seeds_that_would_draw_the_same_are_not_taken():
+    seeds, table = (0, 1, 2**31, 2**32 - 1), torch.zeros(5, 4)
+    drawn = [INITIALIZERS["uniform"](PromptConfig(3, seed=seed), table, None) for seed in seeds]
+    assert len({tuple(each.flatten().tolist()) for each in drawn}) == len(seeds)
+    with pytest.raises(ValueError, match=r"seed must be from 0 to 4294967295, got 4294967296"):
+        PromptConfig(seed=2**32)
+
+
 def test_a_prefix_knows_its_sites_in_one_order():
     assert PromptConfig(kind="prefix").sites == ("encoder", "decoder", "cross")
     assert PromptConfig(kind="prefix").parameterization == "rows"

@@ -26,7 +26,7 @@ def test_a_saved_prompt_gives_the_same_logits(saved, make_model, make_batch):
     assert torch.equal(other(**batch).logits, prompted(**batch).logits)
     assert other.prompts["sst2"].requires_grad
     other.save_prompt("sst2", path)  # what was loaded can be saved again
-    assert other.configs["sst2"] == PromptConfig(5, init="file", source="ignored by ==")
+    assert other.configs["sst2"] == PromptConfig(5, init="file", source=str(path))
 
 
 def test_loading_over_a_prompt_keeps_the_parameter(saved, make_prompted, tmp_path):

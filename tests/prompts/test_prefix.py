@@ -314,3 +314,13 @@ def test_an_mlp_starts_as_nothing_trains_and_folds(parameterization, make_keyed,
     plain.prompts["p"].assign(after)
     prompted.eval()
     assert torch.equal(prompted(**batch).logits, plain(**batch).logits)
+
+
+def test_loading_over_a_prefix_keeps_its_networks_in_the_config(make_keyed, tmp_path):
+    prompted = make_keyed({"p": prefix(mlp=6)})
+    prompted.save_prompt("p", tmp_path / "p")
+    prompted.load_prompt("p", tmp_path / "p")
+    prompted.load_prompt("new", tmp_path / "p")
+    for name, mlp in (("p", 6), ("new", 0)):
+        assert prompted.configs[name].mlp == mlp
+        assert bool(prompted.prompts[name].networks) == bool(mlp)
