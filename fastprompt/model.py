@@ -650,7 +650,7 @@ class PromptModel(nn.Module):
                     f"PromptModel: prompt {name!r} is of kind 'prepend': its keys depend on the tokens, so there is "
                     "nothing to keep. Train one of kind 'cached' or 'prefix'"
                 )
-            checks.check_kind(self.kind(name), self.model)
+            self._serve(self.kind(name))
         return prompts
 
     def _initial(self, config: PromptConfig) -> Tensor | PrefixPrompt:

@@ -66,9 +66,6 @@ class PromptCaches:
             for stamp in (*pool.stamps, pool.model):
                 stamp.note_step(parameters)
 
-    def pool_of(self, name: str) -> Pool | None:
-        return next((pool for pool in self._pools if name in pool.names), None)
-
     def stale(self, prompts: Mapping[str, Any], model: nn.Module) -> list[str]:
         """The prompts of all pools that have one of ``prompts`` whose kept keys are not its keys any more."""
         if not self._pools:

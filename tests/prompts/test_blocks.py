@@ -55,6 +55,8 @@ def test_layers_that_are_not_numbered_in_order_are_refused(
         prompted(**batch)
     with pytest.raises(ValueError, match=REFUSED.format(site)):
         prompted.generate(batch["input_ids"], max_new_tokens=2)
+    with pytest.raises(ValueError, match=REFUSED.format(site)):
+        prompted.cache_prompts()
 
 
 @pytest.mark.parametrize("kind", ["cached", "prefix"])

@@ -57,11 +57,15 @@ def test_answers_stay_the_same_and_the_encoder_sees_tokens_only(prompts, memory,
     torch.testing.assert_close(prompted(**batch, prompts=prompts).logits, expected)
 
 
+def pool_of(prompted, name):
+    return next(pool for pool in prompted._caches._pools if name in pool.names)
+
+
 def test_a_batch_reads_the_pool_where_it_lies(served, make_batch, monkeypatch):
     prompted, batch = served(), make_batch()
     prompted.cache_prompts()
-    pool = prompted._caches.pool_of("c5")
-    assert pool is prompted._caches.pool_of("kv")
+    pool = pool_of(prompted, "c5")
+    assert pool is pool_of(prompted, "kv")
     for keys, _ in pool.keyed.values():  # the rows of a head lie together
         assert all(each.transpose(1, 2).is_contiguous() for each in (*keys.keys, *keys.values))
     seen = []
@@ -263,10 +267,10 @@ def test_what_is_kept_has_no_graph_and_goes_with_its_names(served):
     prompted = served()
     with torch.enable_grad():
         prompted.cache_prompts(["c5", "c2"])
-    pool = prompted._caches.pool_of("c5")
+    pool = pool_of(prompted, "c5")
     assert not any(tensor.requires_grad for site in pool.keyed.values() for tensor in site.keys.keys)
     prompted.cache_prompts("c5")
-    assert prompted._caches.pool_of("c2") is not prompted._caches.pool_of("c5")
+    assert pool_of(prompted, "c2") is not pool_of(prompted, "c5")
     prompted.cache_prompts(["c2"])
     assert len(prompted._caches._pools) == 2, "a pool of which nothing is wanted is gone"
     prompted.drop_caches()
