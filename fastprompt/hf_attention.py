@@ -17,7 +17,7 @@ trained, attention weights as output, a mask of the user's own, another scale or
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn
 
@@ -123,6 +123,11 @@ def prompt_keys(model: Any, **sites: PromptKeys | None) -> Iterator[None]:
     finally:
         _open_blocks -= 1
         _PROMPTS.reset(token)
+
+
+def no_prompt_keys(model: Any) -> AbstractContextManager[None]:
+    """Such a block without prompts, for a call that begins within another's, as from a logits processor."""
+    return prompt_keys(model) if _open_blocks else nullcontext()
 
 
 def _prompt_of(site: str, config: Any) -> PromptKeys | None:

@@ -153,7 +153,8 @@ class PromptModel(nn.Module):
             if encoder_outputs is None:
                 encoder_outputs = self._encode_rows(input_ids, attention_mask, choice, _flags(arguments))
             mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
-            output = self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
+            with hf_attention.no_prompt_keys(self.model):
+                output = self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
         if not return_logits:
             output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
         return output.to_tuple() if return_dict is False else output
@@ -204,9 +205,10 @@ class PromptModel(nn.Module):
         mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
         # Given inputs_embeds instead, HF has no token ids for encoder_no_repeat_ngram_size and
         # encoder_repetition_penalty, and ignores them.
-        return self.model.generate(
-            input_ids, attention_mask=mask, encoder_outputs=_own(encoder_outputs), **kwargs
-        )
+        with hf_attention.no_prompt_keys(self.model):
+            return self.model.generate(
+                input_ids, attention_mask=mask, encoder_outputs=_own(encoder_outputs), **kwargs
+            )
 
     def encode(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, prompts: Names = None

@@ -259,6 +259,29 @@ def test_another_model_that_runs_meanwhile_has_no_prompt(mode, memory, make_keye
     assert compared == [True] * 4
 
 
+@pytest.mark.parametrize("inner", ["cached", "prepend"])
+@pytest.mark.parametrize("outer", ["rows", "prepend"])
+def test_calls_during_generate_have_the_prompts_that_they_name(inner, outer, make_keyed, make_batch):
+    prompted, batch, found = make_keyed(CONFIGS | {"prepend": PromptConfig(2)}), make_batch(), []
+    del batch["labels"]
+
+    def answers(ids):
+        generated = prompted.generate(**batch, prompts=inner, max_new_tokens=3)
+        return prompted(**batch, decoder_input_ids=ids, prompts=inner).logits, generated
+
+    def call(ids, scores):
+        found.append((ids, answers(ids)))
+        return scores
+
+    options = {"prompts": outer, "max_new_tokens": 3, "min_new_tokens": 3}
+    expected = prompted.generate(**batch, **options)
+    assert torch.equal(prompted.generate(**batch, **options, logits_processor=[call]), expected)
+    for ids, (logits, generated) in found:
+        alone = answers(ids)
+        torch.testing.assert_close(logits, alone[0])
+        assert torch.equal(generated, alone[1])
+
+
 @pytest.mark.parametrize("configured", ["eager", "sdpa", "fastprompt"])
 def test_a_static_cache_with_a_mask_of_the_decoder(configured, make_keyed, make_batch):
     """For these HF makes the decoder's mask outside it, by the configuration of the whole model."""
