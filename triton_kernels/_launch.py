@@ -2,7 +2,7 @@
 """How the row-wise kernels are cut into programs, and the one way they are launched."""
 
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -114,8 +114,9 @@ def _launch_compiled(
 def specialize(kernel: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int | None]]:
     """What, of a kernel and its arguments, decides which machine code runs; the addresses of its tensors.
 
-    Told apart as finely as Triton does or finer: the tensors' dtypes and addresses modulo 16, the numbers and their
-    types, but of those that the kernel does not specialise only whether they want 64 bits.
+    Told apart as finely as Triton does or little finer: the tensors' dtypes and addresses modulo 16; whether an integer
+    wants 64 bits and, if the kernel specialises it, is 1 or divisible by 16; of other numbers their type. So batches
+    of many lengths share few variants.
     """
     shape = _shapes.get(kernel.fn)
     if shape is None:
@@ -126,8 +127,14 @@ def specialize(kernel: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], lis
     dtypes = [None if x is None else x.dtype for x in found]
     remainders = [None if address is None else address % 16 for address in pointers]
     large = [args[i] >> 31 for i in loose]
-    numbers = [args[i] for i in strict]
-    return (kernel.fn, *dtypes, *remainders, *large, *numbers, *map(type, numbers)), pointers
+    kinds = _kinds(*[args[i] for i in strict])
+    return (kernel.fn, *dtypes, *remainders, *large, *kinds), pointers
+
+
+@lru_cache(MAX_COMPILED, typed=True)  # as the numbers are mostly those of the call before
+def _kinds(*numbers: float) -> tuple[Any, ...]:
+    """Of numbers that a kernel specialises, what Triton tells apart."""
+    return tuple((x >> 31, x == 1, x % 16 == 0) if type(x) is int else type(x) for x in numbers)
 
 
 class _Shape(NamedTuple):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastprompt.triton_kernels import _launch
+from fastprompt.triton_kernels import _launch, t5_attention
 from fastprompt.triton_kernels._launch import launch, specialize
 from triton.runtime.jit import JITFunction
+
+from fastprompt.ops._t5_attention_reference import Inputs
 
 GPU = torch.device("cuda", 0)
 
@@ -35,7 +37,11 @@ def _changed(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     for i, x in enumerate(args):
         others: list[Any] = [None, memory, memory.half(), memory[1:], memory[4:]]
         if isinstance(x, int | float):
-            others = [0.25, 0.0, 0, 1.0, 1] if isinstance(x, float) else [1, 16, 17, 33, 2**31, 2**31 + 16]
+            others = (
+                [0.25, 0.0, 0, 1.0, 1]
+                if isinstance(x, float)
+                else [1, 0, -1, -16, 16, 17, 33, 2**31 - 1, 2**31, 2**31 + 16, 2**40]
+            )
         found += [(*args[:i], other, *args[i + 1 :]) for other in others]
     return found
 
@@ -122,8 +128,44 @@ def test_another_variant_is_compiled(kernel, change, monkeypatch):
     assert (len(kernel.compiled), len(kernel.launched)) == (2, 1)
 
 
+def test_numbers_that_triton_compiles_alike_share_a_variant(kernel):
+    for stride in (17, 100, 2**31 - 1, 16, 320, 1, 0):
+        launch(kernel, (5,), GPU, torch.zeros(8), None, 100, stride, H=4, K=64)
+    assert [args[3] for _, args, _ in kernel.compiled] == [17, 16, 1]
+    assert [values[3] for _, values in kernel.launched] == [100, 2**31 - 1, 320, 0]
+
+
+def test_batches_of_all_lengths_share_a_variant(check, monkeypatch):
+    def variants(T):
+        calls = []
+        q, stats = torch.empty(2, T, 12, 64, dtype=torch.bfloat16, device="meta"), torch.empty(2, 12, 2 * T)
+        a = Inputs(q, q, q, *[None] * 10, 0, False, 0.0)
+
+        def record(kernel, *args, grid, warmup, **constants):
+            calls.append((specialize(kernel, args)[0], constants))
+
+        with check.compiling_for(90):
+            monkeypatch.setattr(JITFunction, "run", record)
+            t5_attention.t5_attention(a, q, stats.to("meta"))
+            t5_attention.t5_attention_backward(q, q, stats.to("meta"), a, q, q, q, q[:, :0], q[:, :0])
+        return calls
+
+    assert len(variants(200)) == 4
+    assert variants(200) == variants(201) == variants(333)
+
+
 def test_what_is_kept_is_bounded(kernel, monkeypatch):
     monkeypatch.setattr(_launch, "MAX_COMPILED", 3)
-    for stride in range(10):
-        launch(kernel, (5,), GPU, torch.zeros(8), None, 100, stride, H=4, K=64)
+    for H in range(10):
+        launch(kernel, (5,), GPU, torch.zeros(8), None, 100, 8, H=H, K=64)
     assert len(_launch._compiled) <= 3
+
+
+def test_grids_of_many_prompts(check, monkeypatch):
+    """Only a grid's first axis may have more than 65,535 blocks."""
+    grids = []
+    share, total = torch.empty(2, 1, 1, 16, device="meta"), torch.empty(100_000, 1, 1, 16, device="meta")
+    with check.compiling_for(90):
+        monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **kwargs: grids.append(grid))
+        t5_attention.t5_attention_prompt_sum(share, None, total)
+    assert grids == [(100_000,)]
