@@ -96,8 +96,9 @@ def stock_pair(make_model, monkeypatch):
 
     def make(layout="v1_1", attention="eager", **special):
         models = [make_model(layout, attention=attention, **({"d_kv": 16} | special)) for _ in range(2)]
+        configs = {name: config for name, config in CONFIGS.items() if config.kind == "prepend"}
         padded, packed = (
-            PromptModel(model, CONFIGS, pack=pack) for model, pack in zip(models, (False, None), strict=True)
+            PromptModel(model, configs, pack=pack) for model, pack in zip(models, (False, None), strict=True)
         )
         counted, rows = packed.model.encoder.block[0].layer[-1], []
         forward = type(counted).forward

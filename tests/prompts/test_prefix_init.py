@@ -77,7 +77,7 @@ def test_labels_and_text_stand_first_in_every_layer(arguments, tuned):
 
 
 def test_networks_draw_each_for_itself(tuned):
-    tuned.add_prompt("mlp", PromptConfig(P, "prefix", mlp=3, seed=2**40))
+    tuned.add_prompt("mlp", PromptConfig(P, "prefix", mlp=3, seed=2**32 - 1))
     tables = [network.table.flatten().tolist() for network in tuned.prompts["mlp"].networks.values()]
     assert len({tuple(table) for table in tables}) == 3
 
