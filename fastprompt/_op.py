@@ -285,6 +285,15 @@ def is_plain(x: torch.Tensor) -> bool:
     return _is_plain_call() and _plain_key(x) is not None
 
 
+def is_transformed() -> bool:
+    """Is each operation to be followed by forward-mode differentiation, torch.func or torch.jit.trace?"""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def may_keep(x: torch.Tensor) -> bool:
     """May what is made of x now be kept for other calls? Nothing of a transform or a mode, nor in a graph's memory."""
     return is_plain(x) and not torch.is_inference_mode_enabled() and not is_capturing(x.device)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastprompt.ops import raise_device_errors
 
@@ -40,6 +41,8 @@ class Graphed:
     def __call__(self, **batch: Any) -> Tensor:
         """The model's loss of the batch, as ``model(**batch).loss``."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        if torch.is_grad_enabled():
+            _check(batch)
         parameters = list(self.model.parameters())
         leaves = [parameter for parameter in parameters if parameter.requires_grad]
         inputs = list(tensors.values())
@@ -92,12 +95,21 @@ def graphed(model: nn.Module, *, shapes: int = 8) -> Graphed:
         modules changed between train and eval.
 
     Raises:
-        ValueError: shapes is not positive, or, in a call, the output has no loss.
+        ValueError: shapes is not positive, or, in a call, the output has no loss, or a tensor is inside another object.
         RuntimeError: in a call, the model cannot be recorded.
     """
     if shapes < 1:
         raise ValueError(f"fastprompt.graphed: shapes must be positive, got {shapes}")
     return Graphed(model, shapes)
+
+
+def _check(batch: dict[str, Any]) -> None:
+    """A graph would read what was inside another object when it was recorded."""
+    for name, value in batch.items():
+        inside = [] if isinstance(value, Tensor) else tree_leaves(value)
+        if any(isinstance(each, Tensor) for each in inside):
+            got = f"a {type(value).__name__} with some inside"
+            raise ValueError(f"fastprompt.graphed: {name} must be a tensor or hold none, got {got}")
 
 
 class _Recorded:

@@ -34,7 +34,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from fastprompt._note import leave_note, note_on
-from fastprompt._op import may_keep
+from fastprompt._op import is_transformed, may_keep
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
@@ -99,7 +99,7 @@ class Keys(NamedTuple):
         return (0,)
 
 
-_UNCOVERED = "attention weights as output, a trained bias or heads that no kernel takes"
+_UNCOVERED = "attention weights as output, a trained bias, heads that no kernel takes, or forward mode and torch.func"
 
 # The configurations of a model, which tell its stacks from others, and the prompts that the mask function adds there:
 # those of an encoder's self-attention, of a decoder's, of cross-attention.
@@ -194,7 +194,7 @@ def attention(
         prompt, cu = attention_mask.prompt, attention_mask.cu
         # A table that comes with the keys is of a bias known to be frozen; a reentrant checkpoint marks it as trained.
         frozen = attention_mask.brings_bias() or (cu is None and _frozen(module, bias, dropout, query, key))
-        if frozen and _covered(query, key, value, attention_mask):
+        if frozen and not is_transformed() and _covered(query, key, value, attention_mask):
             rows = [x.transpose(1, 2) for x in (query, key, value)]
             q, k, v = rows if cu is None else [x.flatten(0, 1) for x in rows]
             out = t5_attention(
@@ -338,7 +338,7 @@ def _transformers_attention(
         mask = _full_mask(mask, query, key)
         kwargs["is_causal"] = False  # the mask says it
     function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
-    if wants_weights(module, kwargs):
+    if wants_weights(module, kwargs) or is_transformed():  # sdpa's kernels know no transform
         from transformers.models.t5.modeling_t5 import eager_attention_forward
 
         function = eager_attention_forward

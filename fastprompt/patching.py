@@ -21,6 +21,7 @@ from fastprompt.report import NOT_CHOSEN, explain
 
 MEMORY = ("speed", "balanced", "lean", "minimal")
 ON_UNSUPPORTED = ("fallback", "warn", "error")
+OPTIONS = ("fastprompt_memory", "fastprompt_bias")  # of a swapped module, beside its class
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -49,7 +50,8 @@ def patch(
         norm: the norms, and the stacks' dropout.
         ff: the feed-forward layers.
         head: the product of the language-model head, on a CPU in fp32.
-        lm_loss: the loss of labels without the logits of the whole vocabulary, which are then missing in the output.
+        lm_loss: where gradients are recorded, the loss of labels without the logits of the whole vocabulary, which are
+            then missing in the output.
         memory: what is kept for backward, all of it exact: "speed" computes nothing twice; "balanced" computes the
             feed-forward layers' first products and the residual stream inside a block again; "lean" also q, k and v;
             "minimal" also the attention, and keeps nothing but each block's input.
@@ -77,10 +79,11 @@ def patch(
             f"fastprompt.patch: model must contain a T5 ({', '.join(FAMILY)}), got {type(model).__name__} without any"
             " of their layers"
         )
-    bias: tuple[Any, ...] = ()
+    before = _Patched(model)
+    bias: tuple[nn.Module, ...] = ()
     for module in leaves(model):
-        own = getattr(module, "SelfAttention", None)
-        bias = (own,) if getattr(own, "has_relative_attention_bias", False) else bias
+        own: Any = getattr(module, "SelfAttention", None)
+        bias = (module,) if getattr(own, "has_relative_attention_bias", False) else bias
         mixin = mixin_for(stock_class(type(module)))
         chosen = mixin is not None and any(on and issubclass(mixin, base) for base, on in wanted.items())
         if chosen and "forward" not in module.__dict__:
@@ -93,17 +96,13 @@ def patch(
     for stack in stacks(model):
         give_config(stack, (served_config if attention else stock_config)(stack.config))
     if on_unsupported != "fallback":
-        ignored = list(heads(model))
-        missed = [
-            row
-            for row in explain(model)
-            if row.reason not in (None, NOT_CHOSEN) and model.get_submodule(row.path) not in ignored
-        ]
+        missed = _missed(model, lm_loss)
         if missed:
-            listed = "; ".join(f"{row.path}: {row.reason}" for row in missed[:5])
-            message = f"fastprompt.patch: {len(missed)} modules stay as in transformers. {listed}"
+            message = (
+                f"fastprompt.patch: {len(missed)} modules stay as in transformers. {'; '.join(missed[:5])}"
+            )
             if on_unsupported == "error":
-                unpatch(model)
+                before.put_back(model)
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
     return model
@@ -120,12 +119,47 @@ def unpatch(model: M) -> M:
 
 @contextmanager
 def patched(model: M, **options: Any) -> Iterator[M]:
-    """A ``with`` block in which ``model`` is patched, with the options of :func:`patch`."""
+    """A ``with`` block in which ``model`` is patched, with the options of :func:`patch`; behind it, it is as before."""
+    before = _Patched(model)
     patch(model, **options)
     try:
         yield model
     finally:
+        before.put_back(model)
+
+
+class _Patched:
+    """How a model is patched, or that it is not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [
+            (module, type(module), {name: vars(module)[name] for name in OPTIONS if name in vars(module)})
+            for module in model.modules()
+        ]
+        self.configs = [(stack, stack.config) for stack in stacks(model)]
+
+    def put_back(self, model: nn.Module) -> None:
         unpatch(model)
+        for module, cls, options in self.modules:
+            if type(module) is stock_class(cls):  # and nothing else since
+                module.__class__ = cls
+                vars(module).update(options)
+        for stack, config in self.configs:
+            if config is not stock_config(config):
+                give_config(stack, served_config(stack.config))
+
+
+def _missed(model: nn.Module, lm_loss: bool) -> list[str]:
+    """What was chosen and stays as in transformers, with the reason. A head may always be another's."""
+    ignored = list(heads(model))
+    missed = [
+        f"{row.path}: {row.reason}"
+        for row in explain(model)
+        if row.reason not in (None, NOT_CHOSEN) and model.get_submodule(row.path) not in ignored
+    ]
+    if lm_loss and not any(isinstance(module, FastLoss) for module in model.modules()):
+        missed.append(f"lm_loss: {type(model).__name__} has no loss that is known to be T5's own")
+    return missed
 
 
 def _check_options(model: object, memory: str, on_unsupported: str) -> None:
@@ -142,5 +176,5 @@ def _check_options(model: object, memory: str, on_unsupported: str) -> None:
 def _restore(module: nn.Module) -> None:
     if stock_class(type(module)) is not type(module):
         module.__class__ = stock_class(type(module))
-        for name in ("fastprompt_memory", "fastprompt_bias"):
+        for name in OPTIONS:
             module.__dict__.pop(name, None)

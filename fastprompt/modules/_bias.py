@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastprompt.modules._frozen import is_hooked
+from fastprompt._hooks import is_hooked
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
 
@@ -31,5 +31,5 @@ def has_bias_table(attention: Any) -> bool:
 
 def is_plain_bias(attention: Any) -> bool:
     """Is the bias its embedding's weight and no more, as with LoRA, a norm of the rows, or hooks?"""
-    embedding = attention._modules["relative_attention_bias"]
+    embedding = attention._modules.get("relative_attention_bias")
     return type(embedding) is nn.Embedding and embedding.max_norm is None and not is_hooked(embedding)

@@ -2,14 +2,15 @@
 """What the sublayers share: when a layer's tensors can be read directly, and the pieces of its backward."""
 
 from collections.abc import Mapping
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastprompt._hooks import has_global_hooks, is_hooked
 from fastprompt._op import direct as ops
+from fastprompt._op import is_transformed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.frozen_linear import pays, product, product_sum
 
@@ -29,11 +30,16 @@ def obstacle(children: Modules, others: Modules = MappingProxyType({})) -> str |
 def ready(children: Modules, others: Modules, *inputs: Tensor) -> dict[str, Tensor] | None:
     """The children's weights, if the fused layer may run on these inputs."""
     weights, found = _examine(children, others)
-    if found is not None or torch.is_autocast_enabled(inputs[0].device.type):
+    if found is not None or torch.is_autocast_enabled(inputs[0].device.type) or is_followed():
         return None
     weight = next(iter(weights.values()))
     fits = all(x.dtype == weight.dtype and x.device == weight.device for x in inputs)
     return weights if fits else None
+
+
+def is_followed() -> bool:
+    """Does something follow each operation or module that does not know the fused layers: a transform, hooks on all?"""
+    return is_transformed() or (has_global_hooks() and not torch.compiler.is_compiling())
 
 
 def _examine(children: Modules, others: Modules) -> tuple[dict[str, Tensor], str | None]:
@@ -60,22 +66,22 @@ def _examine(children: Modules, others: Modules) -> tuple[dict[str, Tensor], str
         dtype, weights[name] = weight.dtype, weight
     for name, child in others.items():
         cls = child.__class__
-        if not _is_stock(cls):
+        if not is_stock(cls):
             return weights, f"{name} is a {cls.__name__}"
         if is_hooked(child):
             return weights, f"{name} has hooks"
     return weights, None
 
 
-@cache
 def _has_stock_weight(cls: type) -> bool:
-    return cls is nn.Linear or hasattr(cls, "stock_class") or cls.__name__.endswith("LayerNorm")
+    norm = cls.__name__.endswith("LayerNorm") and cls.__module__.startswith("transformers.models.")
+    return cls is nn.Linear or "stock_class" in vars(cls) or norm
 
 
-@cache
-def _is_stock(cls: type) -> bool:
+def is_stock(cls: type) -> bool:
+    """Is a module without weights of its own what transformers or torch made it?"""
     stock = ("transformers.models.", "transformers.activations", "torch.nn.modules.activation")
-    return cls is nn.Dropout or hasattr(cls, "stock_class") or cls.__module__.startswith(stock)
+    return cls is nn.Dropout or "stock_class" in vars(cls) or cls.__module__.startswith(stock)
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
@@ -84,18 +90,7 @@ def _tensor(module: nn.Module, name: str) -> Any:
         found = group.get(name)
         if found is not None:
             return found
-    return getattr(module, name) if hasattr(type(module), name) else None  # a property
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Is something else called with it than its class's forward?"""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return None
 
 
 def rate(dropout: nn.Dropout) -> float:

@@ -7,8 +7,9 @@ layers since. The next layer saves that in place of its input; most of its parts
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastprompt._hooks import is_watched
 from fastprompt._note import leave_note, note_on
 from fastprompt.modules._attend import Attend
 from fastprompt.modules._frozen import add, linear
@@ -27,15 +28,17 @@ class Origin(NamedTuple):
         return h
 
 
-def origin_of(x: Tensor, memory: str) -> Origin:
-    """Where x came from, if that is known, x was not written to since, and memory is to be saved; else x itself."""
-    return (None if memory == "speed" else note_on(x, "fastprompt_origin")) or Origin(x)
+def origin_of(x: Tensor, memory: str, layer: nn.Module) -> Origin:
+    """Where the layer's input came from, if that is known, it was not written to since, and memory is to be saved; else
+    x itself. A hook may have written to x.data, which no version counts.
+    """
+    known = None if memory == "speed" or is_watched(layer) else note_on(x, "fastprompt_origin")
+    return known or Origin(x)
 
 
-def leave_origin(y: Tensor, x: Tensor, step: Attend) -> None:
-    """Note on y that it was made from x."""
-    if step.options.memory != "speed":
-        before = origin_of(x, step.options.memory)
+def leave_origin(y: Tensor, x: Tensor, before: Origin, step: Attend, layer: nn.Module) -> None:
+    """Note on y that the layer made it from x, which came about as ``before``."""
+    if step.options.memory != "speed" and not is_watched(layer):
         base = x.detach() if before.base is x else before.base
         leave_note(y, "fastprompt_origin", Origin(base, (*before.steps, step)))
 

@@ -35,6 +35,7 @@ from fastprompt.modules._frozen import (
     add,
     apply,
     dropped,
+    is_stock,
     linear,
     norm_gradient,
     obstacle,
@@ -78,7 +79,9 @@ class FrozenAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_others: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 6
         x, (rstd, *tensors) = restore(ctx)
         count = len(Attend._fields) - 2
         a, kept = ctx.attend.with_tensors(tensors[:count]).whole(), tuple(tensors[count:])
@@ -100,6 +103,21 @@ class FrozenAttention(torch.autograd.Function):
         return dx, *others, None, None
 
 
+class CachedKeys(torch.autograd.Function):
+    """Keys and values for a cache: they have no gradient, and whoever asks for one is told so."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in keys_and_values)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            "fastprompt: keys and values that a patched layer left in a cache carry no gradient. Run all decoder tokens"
+            " in one call, or unpatch the model"
+        )
+
+
 class FastAttention:
     """What the mixins for self- and cross-attention share."""
 
@@ -108,9 +126,8 @@ class FastAttention:
     _modules: dict[str, Any]
     layer_norm: Any
     fastprompt_memory: str
-    fastprompt_bias: tuple[
-        Any, ...
-    ] = ()  # the attention that computes the stack's bias; in a tuple it is no child
+    # The layer that computes the stack's bias; in a tuple it is no child.
+    fastprompt_bias: tuple[Any, ...] = ()
 
     @property
     def _attention(self) -> Any:
@@ -129,6 +146,8 @@ class FastAttention:
     def _other_scores(self) -> str | None:
         """Why kernels do not compute its scores; None if they do."""
         attention = self._attention
+        if not is_stock(attention.__class__):
+            return f"{self.attention_name} is a {type(attention).__name__}"
         if attention.key_value_proj_dim not in HEAD_WIDTHS:
             widths = ", ".join(map(str, HEAD_WIDTHS))
             return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
@@ -253,15 +272,19 @@ class FastAttention:
             options=options,
             slot=[] if memory == "minimal" and not torch.compiler.is_compiling() else None,
         )
-        y, out, *keys_and_values = apply(FrozenAttention, x, states, *prompts, a, origin_of(x, memory))
+        origin = origin_of(x, memory, self)  # type: ignore[arg-type]
+        y, out, *keys_and_values = apply(FrozenAttention, x, states, *prompts, a, origin)
         if past is not None:
             k, v = (each.transpose(1, 2) for each in keys_and_values)
+            if y.requires_grad and not torch.compiler.is_compiling():
+                k, v = CachedKeys.apply(y, k, v)
             self._cache(past).update(k, v, layer)
             if states is not None:
                 past.is_updated[layer] = True
         if save:
             step = a.to_save()
-            leave_origin(y, x, step if memory == "minimal" else step._replace(out=out))
+            last = step if memory == "minimal" else step._replace(out=out)
+            leave_origin(y, x, origin, last, self)  # type: ignore[arg-type]
         return y
 
 
@@ -303,14 +326,15 @@ class FastSelfAttention(FastAttention):
         )
 
     def _other_scores(self) -> str | None:
-        owners = self.fastprompt_bias
-        # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
-        if any(each._modules["relative_attention_bias"].weight.requires_grad for each in owners):
-            return "relative_attention_bias.weight is trained"
-        if not all(map(is_plain_bias, owners)):
-            return "relative_attention_bias is more than its weight"
-        if not all(map(has_bias_table, owners)):
-            return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
+        for owner in self.fastprompt_bias:
+            attention = owner._modules["SelfAttention"]
+            if not (is_stock(attention.__class__) and is_plain_bias(attention)):
+                return "relative_attention_bias is more than its weight"
+            # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
+            if attention._modules["relative_attention_bias"].weight.requires_grad:
+                return "relative_attention_bias.weight is trained"
+            if not has_bias_table(attention):
+                return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
         return super()._other_scores()
 
     def _weights(

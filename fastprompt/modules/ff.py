@@ -21,6 +21,7 @@ from fastprompt.modules._frozen import (
     add,
     apply,
     dropped,
+    is_stock,
     linear,
     norm_gradient,
     obstacle,
@@ -105,6 +106,8 @@ class FastFF:
     def _parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The modules whose weights it reads, and the others that it does not call."""
         dense, outer = self._modules["DenseReluDense"], self._modules
+        if not is_stock(dense.__class__):
+            return {}, {"DenseReluDense": dense}
         inner = dense._modules
         names = ("wi_0", "wi_1", "wo") if "wi_0" in inner else ("wi", "wo")
         children = {**{name: inner[name] for name in names}, "layer_norm": outer["layer_norm"]}
@@ -117,9 +120,10 @@ class FastFF:
         return act if (act == "relu") != ("wi_0" in inner) else None
 
     def fastprompt_obstacle(self) -> str | None:
-        if self._act() is None:
+        found = obstacle(*self._parts())
+        if found is None and self._act() is None:
             return f"its activation is a {type(self.DenseReluDense.act).__name__}"
-        return obstacle(*self._parts())
+        return found
 
     def fastprompt_saved(self, attended: bool) -> int:
         """Bytes per row. attended: a fused attention layer of this block has saved the input, or what it came from."""
@@ -130,9 +134,10 @@ class FastFF:
         return int(4 + x + inner)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        (children, others), act = self._parts(), self._act()
+        children, others = self._parts()
         weights = ready(children, others, hidden_states)
-        if act is None or weights is None:
+        act = None if weights is None else self._act()
+        if weights is None or act is None:
             return super().forward(hidden_states)  # type: ignore[misc]
         x, memory = hidden_states, self.fastprompt_memory
         *wi, wo, w = weights.values()
@@ -140,4 +145,5 @@ class FastFF:
         save = torch.is_grad_enabled() and x.requires_grad
         seeds = [new_seed(x.device) if p > 0.0 else None for p in (inner_p, outer_p)]
         options = Options(self.layer_norm.variance_epsilon, act, inner_p, outer_p, memory, save)
-        return apply(FrozenFF, x, origin_of(x, memory), w, tuple(wi), wo, *seeds, options)
+        origin = origin_of(x, memory, self)  # type: ignore[arg-type]
+        return apply(FrozenFF, x, origin, w, tuple(wi), wo, *seeds, options)

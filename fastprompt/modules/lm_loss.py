@@ -12,7 +12,8 @@ from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class FastLoss:
-    """Mixin for T5ForConditionalGeneration: given labels, it returns their loss and no logits.
+    """Mixin for T5ForConditionalGeneration: given labels, it returns their loss and, while gradients are recorded, no
+    logits. An evaluation, which records none, is transformers'.
 
     The loss is transformers' own, the mean over the labels that are not -100, with two exceptions: it is 0, not NaN, if
     all are; and ``num_items_in_batch``, which T5 ignores although Trainer relies on it, is what the sum is divided by.
@@ -36,7 +37,7 @@ class FastLoss:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
-        if arguments.get("labels") is None or not self._covers():
+        if arguments.get("labels") is None or not torch.is_grad_enabled() or not self._covers():
             return super().forward(**arguments)  # type: ignore[misc]
         labels, num_items = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
         as_output = arguments.pop("return_dict", None)

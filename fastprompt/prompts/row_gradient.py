@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.prompts import stock
+from fastprompt._hooks import has_global_hooks, is_watched
 
 
 def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str, Any]) -> None:
@@ -29,15 +29,6 @@ def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str
     shown = flags.get("output_hidden_states", getattr(encoder.config, "output_hidden_states", False))
     block = encoder.block[0]
     if not (
-        shown
-        or stock.has_global_hooks()
-        or any(map(_is_watched, (encoder, encoder.dropout, block, block.layer[0])))
+        shown or has_global_hooks() or any(map(is_watched, (encoder, encoder.dropout, block, block.layer[0])))
     ):
         embeds.fastprompt_rows = rows  # type: ignore[attr-defined]
-
-
-def _is_watched(module: Any) -> bool:
-    """Could a hook see its input?"""
-    return bool(module._forward_pre_hooks) or not all(
-        map(stock.collects_outputs, module._forward_hooks.values())
-    )

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastprompt._hooks import collects_outputs, has_global_hooks
 from fastprompt._op import backends
 from fastprompt.modules.config import served_config
 
@@ -58,11 +58,6 @@ def obstacle(encoder: Any, device: torch.device) -> str | None:
     return None
 
 
-def has_global_hooks() -> bool:
-    """Are there hooks on all modules?"""
-    return any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS)
-
-
 def _attends_as_transformers(encoder: Any, used: Any) -> bool:
     eager = getattr(sys.modules[type(encoder).__module__], "eager_attention_forward", None)
     functions = (ALL_ATTENTION_FUNCTIONS.get(used), ALL_MASK_ATTENTION_FUNCTIONS.get(used), eager)
@@ -86,11 +81,6 @@ def _added(module: nn.Module) -> str | None:
         if state[hooks] and not all(map(collects_outputs, state[hooks].values())):
             return "a hook"
     return None
-
-
-def collects_outputs(hook: Any) -> bool:
-    """transformers leaves such hooks in a model; they do nothing unless a call asks for what they collect."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def attending(encoder: Any) -> Any:

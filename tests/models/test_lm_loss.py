@@ -111,6 +111,15 @@ def test_logits_come_without_labels_and_to_generate(make, batch):
     assert torch.equal(model.generate(**inputs, max_new_tokens=4), expected)
 
 
+def test_an_evaluation_has_logits(make, batch, labels):
+    """Which Trainer takes for its predictions."""
+    model = patch(make(), lm_loss=True)
+    with torch.no_grad():
+        output, expected = model(**batch(), labels=labels), make()(**batch(), labels=labels)
+    close(output.logits, expected.logits)
+    close(output.loss, expected.loss)
+
+
 def test_no_logits_are_saved(make, embeds, labels):
     def saved(model):
         with saved_bytes(exclude=model.parameters()) as counted:

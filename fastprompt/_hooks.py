@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who else is called with a module's input or output than its forward."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Is something else called with it than its class's forward?"""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Is somebody's hook given its input or output?"""
+    hooks = module._forward_hooks
+    return bool(module._forward_pre_hooks or (hooks and not all(map(collects_outputs, hooks.values()))))
+
+
+def has_global_hooks() -> bool:
+    """Are there hooks on all modules?"""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def collects_outputs(hook: Any) -> bool:
+    """transformers leaves such hooks in a model; they do nothing unless a call asks for what they collect."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What else people do with a model: hooks, transforms, modules of their own, gradients through a cache."""
+
+import copy
+
+import pytest
+import torch
+from layouts import close, step
+from torch import nn
+from torch.autograd import forward_ad
+from transformers import T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+import fastprompt
+from fastprompt import explain, graphed, patch, patched, unpatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def same_step(make, batch, labels, change, **options):
+    """A step of a changed model, patched and not; and the patched model."""
+    expected = step(change(make()), batch(), labels)
+    model = patch(change(make()), **options)
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    return model
+
+
+def halved_output(model):
+    def halve(_module, _inputs, output):
+        output[0].data.mul_(0.5)
+
+    model.encoder.block[0].layer[0].register_forward_hook(halve)
+    return model
+
+
+def halved_input(model):
+    def halve(_module, inputs):
+        inputs[0].data.mul_(0.5)
+
+    model.encoder.block[0].layer[1].register_forward_pre_hook(halve)
+    return model
+
+
+@pytest.mark.parametrize("memory", ["balanced", "lean", "minimal"])
+@pytest.mark.parametrize("change", [halved_output, halved_input])
+def test_hooks_that_write_to_data(make, batch, labels, change, memory):
+    same_step(make, batch, labels, change, memory=memory)
+
+
+def test_inert_hooks_of_transformers_change_no_policy(make, batch, labels):
+    model = patch(make())
+    expected = saved_bytes_of(model, batch, labels)
+    model(**batch(), labels=labels, output_attentions=True)  # from here on its layers have hooks
+    assert saved_bytes_of(model, batch, labels) == expected
+
+
+def saved_bytes_of(model, batch, labels):
+    embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
+    with fastprompt.testing.saved_bytes(exclude=model.parameters()) as saved:
+        model(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], labels=labels, use_cache=False)
+    return saved.bytes
+
+
+class WiderNorm(T5LayerNorm):
+    def forward(self, hidden_states):
+        return 1.5 * super().forward(hidden_states)
+
+
+def other_norm(model):
+    model.encoder.block[0].layer[0].layer_norm.__class__ = WiderNorm
+    return model
+
+
+def torch_norm(model):
+    model.encoder.block[0].layer[1].layer_norm = nn.LayerNorm(48, bias=False).requires_grad_(False)
+    return model
+
+
+def wrapped_ff(model):
+    layer = model.encoder.block[1].layer[1]
+    layer.DenseReluDense = nn.Sequential(layer.DenseReluDense)
+    return model
+
+
+class Wrapped(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.inner = attention
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def wrapped_attention(model):
+    layer = model.encoder.block[1].layer[0]
+    layer.SelfAttention = Wrapped(layer.SelfAttention)
+    return model
+
+
+@pytest.mark.parametrize("change", [other_norm, torch_norm, wrapped_ff, wrapped_attention])
+def test_modules_of_ones_own_run(make, batch, labels, change):
+    model = same_step(make, batch, labels, change)
+    assert any(" is a " in (row.reason or "") for row in explain(model))
+
+
+def test_a_bias_that_is_replaced_after_patching_and_trained(make, batch, labels):
+    grads = []
+    for change in (lambda model: model, patch):
+        model = change(make())
+        layer = model.encoder.block[0].layer[0]
+        layer.SelfAttention = copy.deepcopy(layer.SelfAttention)
+        weight = layer.SelfAttention.relative_attention_bias.weight.requires_grad_()
+        step(model, batch(), labels)
+        grads.append(weight.grad)
+    close(*reversed(grads))
+
+
+def test_hooks_on_all_modules_see_them_all(make, batch, labels):
+    counts = []
+    for change in (lambda model: model, patch):
+        model, seen = change(make()), []
+        handle = nn.modules.module.register_module_forward_hook(lambda *_, seen=seen: seen.append(1))
+        try:
+            step(model, batch(), labels)
+        finally:
+            handle.remove()
+        counts.append(len(seen))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+        "encoder.block.1.layer.0.SelfAttention.q.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "encoder.block.0.layer.0.layer_norm.weight",
+        "lm_head.weight",
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_over_a_weight(make, batch, labels, name, grad):
+    tangents = []
+    for change in (lambda model: model, patch):
+        model = change(make(tie_word_embeddings=False))
+        weight = model.get_parameter(name)
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(weight, torch.ones_like(weight))}
+            loss = torch.func.functional_call(model, dual, kwargs={**batch(), "labels": labels}).loss
+            tangents.append(forward_ad.unpack_dual(loss).tangent)
+    close(*reversed(tangents))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "trace"])
+def test_transforms(make, batch, labels, transform):
+    results = []
+    for change in (lambda model: model, patch):
+        model, mask = change(make()), batch()["attention_mask"]
+        embeds = model.shared(batch()["input_ids"]).detach()
+
+        def loss(x, model=model, mask=mask):
+            return model(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False).loss
+
+        if transform == "grad":
+            results.append(torch.func.grad(loss)(embeds))
+        elif transform == "vmap":
+            results.append(torch.func.vmap(loss)(torch.stack([embeds, 0.5 * embeds])))
+        else:
+            results.append(torch.jit.trace(loss, (embeds,), check_trace=False)(0.5 * embeds))
+    close(*reversed(results))
+
+
+def test_a_gradient_through_a_cache_is_refused(make, batch, labels):
+    """It would be without the part of it that goes through the cache."""
+    model, ids = patch(make()), labels.clamp(min=0)
+    embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
+    states = model.encoder(inputs_embeds=embeds, attention_mask=batch()["attention_mask"])
+    given = {"encoder_outputs": states, "attention_mask": batch()["attention_mask"]}
+    first = model(**given, decoder_input_ids=ids[:, :4], use_cache=True)
+    (whole,) = torch.autograd.grad(first.logits.square().sum(), embeds, retain_graph=True)
+    assert whole.abs().sum() > 0
+    second = model(**given, decoder_input_ids=ids[:, 4:], past_key_values=first.past_key_values)
+    with pytest.raises(
+        RuntimeError, match=r"carry no gradient. Run all decoder tokens in one call, or unpatch"
+    ):
+        second.logits.square().sum().backward()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_outputs_without_gradient(make, batch, labels):
+    """A function behind a layer may give none at all."""
+
+    def change(model):
+        layer = model.encoder.block[1].layer[0]
+        layer.register_forward_hook(
+            lambda _module, _inputs, output: (NoGradient.apply(output[0]), *output[1:])
+        )
+        return model
+
+    model = change(patch(make()))
+    embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
+    model(inputs_embeds=embeds, labels=labels).loss.backward()
+    assert embeds.grad is None or not embeds.grad.any()
+
+
+def test_patched_puts_an_earlier_patch_back(make):
+    model = patch(make(), memory="lean")
+    before = [type(module) for module in model.modules()], str(explain(model))
+    with patched(model, memory="speed", ff=False):
+        assert str(explain(model)) != before[1]
+    assert ([type(module) for module in model.modules()], str(explain(model))) == before
+    model.encoder.block[0].layer[0].SelfAttention.q.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"q.weight is trained"):
+        patch(model, memory="speed", on_unsupported="error")
+    model.requires_grad_(False)
+    assert ([type(module) for module in model.modules()], str(explain(model))) == before
+    assert "Fast" not in str([type(module) for module in unpatch(model).modules()])
+
+
+class OwnModel(T5ForConditionalGeneration):
+    pass
+
+
+def test_a_loss_that_nobody_knows_is_an_error_if_asked_for(make):
+    model = make()
+    model.__class__ = OwnModel
+    with pytest.raises(ValueError, match="lm_loss: OwnModel has no loss that is known"):
+        patch(model, lm_loss=True, on_unsupported="error")
+    patch(model, on_unsupported="error" if model.device.type == "cpu" else "fallback")
+
+
+def test_graphs_refuse_tensors_inside_other_objects(make, batch, labels):
+    model = make()
+    states = model.encoder(**batch())
+    with pytest.raises(
+        ValueError, match=r"encoder_outputs must be a tensor or hold none, got a BaseModelOutput"
+    ):
+        graphed(model)(encoder_outputs=states, attention_mask=batch()["attention_mask"], labels=labels)
