@@ -18,6 +18,7 @@ from fastprompt import _native, backend_used, backends, use_backend
 from fastprompt._native import CPU_TARGETS
 from fastprompt._op import OPS
 from fastprompt.ops import prompt_embed, rms_norm
+from fastprompt.ops._t5_attention_reference import Inputs
 
 X, W = torch.randn(3, 8), torch.ones(8)
 compiled = pytest.mark.skipif(not CPU_TARGETS, reason="needs the compiled extension")
@@ -126,6 +127,24 @@ def test_a_cuda_kernel_is_launched_where_its_tensors_are(monkeypatch):
         assert function(None, there) == [there.device]  # an optional tensor may be first
         assert entered == [there.device, None]
         entered.clear()
+
+
+def test_on_a_gpu_few_queries_are_for_cuda():
+    """But in float32 a pass forward and a pass backward must sum scores alike, and the backward pass is Triton's."""
+    page = sys.modules["fastprompt.ops.t5_attention"]
+
+    def is_tritons(T, dtype, packed=False):
+        with FakeTensorMode():
+            q = torch.empty(2, T, 2, 16, dtype=dtype, device=torch.device("cuda", 0))
+            cu = torch.empty(3, dtype=torch.int64, device=q.device)
+        cu = cu if packed else None
+        rows = q.flatten(0, 1) if packed else q
+        return page._is_tritons(Inputs(rows, rows, rows, *[None] * 7, cu, cu, None, 0, False, 0.0))
+
+    for dtype, rows in ((torch.bfloat16, 16), (torch.float16, 16), (torch.float32, 1)):
+        assert not any(is_tritons(T, dtype) for T in (1, rows))
+        assert is_tritons(rows + 1, dtype)
+        assert is_tritons(1, dtype, packed=True)
 
 
 REPORT = """

@@ -230,12 +230,11 @@ def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[1]:
         refuse_gradient("rms_norm", "w")
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, w, output[1])
 
 
-def _backward_rms_norm(
-    ctx: Any, dy: Tensor | None, _drstd: Tensor | None
-) -> tuple[Tensor | None, None, None]:
+def _backward_rms_norm(ctx: Any, dy: Tensor | None, _drstd: None) -> tuple[Tensor | None, None, None]:
     if dy is None or not ctx.needs_input_grad[0]:
         return None, None, None
     x, w, rstd = ctx.saved_tensors
@@ -392,12 +391,13 @@ def _setup_rms_norm_residual(
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[2]:
         refuse_gradient("rms_norm", "w")
+    ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(h, w, rstd, seed)
     ctx.dropout_p, ctx.dtypes = dropout_p, (x.dtype, residual.dtype)
 
 
 def _backward_rms_norm_residual(
-    ctx: Any, dy: Tensor | None, dh: Tensor | None, _drstd: Tensor | None
+    ctx: Any, dy: Tensor | None, dh: Tensor | None, _drstd: None
 ) -> tuple[Tensor | None, ...]:
     if dy is None and dh is None:
         return (None,) * 6

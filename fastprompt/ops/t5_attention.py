@@ -25,7 +25,8 @@ dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore
 prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias has none.
 
 No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it. In fp32 with K > 64
-they would spill; the reference runs then.
+they would spill; the reference runs then. The forward pass is CUDA C++ up to 16 queries, which in fp32 would be other
+sums than the backward pass repeats: there it is Triton's from 2 queries on.
 
 Source: transformers T5Attention; Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention).
 """
@@ -54,7 +55,11 @@ from fastprompt.ops._strides import Strides
 op = Op("t5_attention")
 
 HEAD_WIDTHS = (16, 32, 64, 128, 256)
-DECODE_ROWS = 16  # the CUDA C++ kernel serves calls of up to so many queries per example, Triton longer ones
+# On a GPU the C++ kernel serves calls of up to so many queries per example, Triton longer ones. In float32 few: a
+# weight of the backward pass is exp of a score less the forward pass's statistics, with 2 to 12 times the reference's
+# error where the two sum the score in different orders.
+DECODE_ROWS = 16
+FLOAT32_DECODE_ROWS = 1
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? prompt_k, Tensor? prompt_v, Tensor? prompt_ids,"
@@ -104,7 +109,8 @@ def t5_attention(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or bias requires grad.
         IndexError: a prompt id is out of range. Values of index tensors are checked on a CPU; on a GPU, where that
-            would make every call wait, a bad prompt id gives NaN.
+            would make every call wait, a bad prompt id gives NaN, and of an example that reaches out of q or k only
+            the rows inside are used. Rows of the result and of gradients that no example has are then undefined.
     """
     if bias is not None:
         check_frozen("t5_attention", "bias", bias)
@@ -288,10 +294,15 @@ def t5_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     return reference.forward(a)
 
 
+def _is_tritons(a: reference.Inputs) -> bool:
+    rows = FLOAT32_DECODE_ROWS if a.q.dtype == torch.float32 else DECODE_ROWS
+    return a.q.is_cuda and (a.cu_q is not None or a.q.shape[1] > rows)
+
+
 @op.native
 def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
     a = _checked(arguments)
-    if a.q.dtype not in DTYPE_CODES or (a.q.is_cuda and (a.cu_q is not None or a.q.shape[1] > DECODE_ROWS)):
+    if a.q.dtype not in DTYPE_CODES or _is_tritons(a):
         return NotImplemented
     out, stats = _empty(a)
     if out.numel():
@@ -453,11 +464,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[3]:
         refuse_gradient("t5_attention", "bias")
+    ctx.mark_non_differentiable(output[1])
     tensors, ctx.scalars = a[:13], a[13:]
     ctx.save_for_backward(*output, *tensors)
 
 
-def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _dstats: None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * len(reference.Inputs._fields)
     if dout is None:
         return nothing

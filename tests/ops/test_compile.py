@@ -37,6 +37,17 @@ def test_a_second_derivative_is_refused(name):
         torch.autograd.grad(loss, leaves, create_graph=True)
 
 
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_an_output_that_claims_a_gradient_has_one(name):
+    for member, arguments in SAMPLES[name]():
+        leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+        result = getattr(torch.ops.fastprompt, member)(*arguments)
+        for output in (result,) if isinstance(result, torch.Tensor) else result:
+            if output.requires_grad:
+                gradients = torch.autograd.grad(output.sum(), leaves, allow_unused=True, retain_graph=True)
+                assert any(gradient is not None for gradient in gradients), member
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_a_forward_mode_derivative_is_refused(name, grad):

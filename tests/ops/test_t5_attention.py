@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """t5_attention against Hugging Face's arithmetic on concatenated keys, in the dtype and in float64."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +14,18 @@ from fastprompt.ops._t5_attention_reference import keep_keys
 from fastprompt.testing import assert_within_budget, saved_bytes
 
 OP = "t5_attention"
+page = sys.modules["fastprompt.ops.t5_attention"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = [
     pytest.mark.falls_back("t5_attention_backward", backend="emulated"),
     pytest.mark.falls_back("t5_attention", "t5_attention_backward", backend="cuda"),  # it is for few queries
 ]
+
+
+@pytest.fixture(autouse=True)
+def _the_cuda_kernel_itself(monkeypatch):
+    """In float32, too, where Triton's is chosen on a GPU."""
+    monkeypatch.setattr(page, "FLOAT32_DECODE_ROWS", page.DECODE_ROWS)
 
 
 class Case:
