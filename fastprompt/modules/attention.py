@@ -184,8 +184,11 @@ class FastAttention:
             return 0
         if not isinstance(past, EncoderDecoderCache):
             return None
-        length = self._cache(past).get_seq_length(self._attention.layer_idx)
-        return length if isinstance(length, int) else None  # a static cache counts on its device
+        cache = self._cache(past)
+        if cache.is_compileable:  # its layers are as long as they will be, and count on their device
+            return None
+        length = cache.get_seq_length(self._attention.layer_idx)
+        return length if isinstance(length, int) else None
 
     def _steps(self, allowed: hf_attention.Keys, held: int | None) -> bool:
         """Is it a step of generation?"""

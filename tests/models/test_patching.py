@@ -245,6 +245,19 @@ def test_generate(make, batch, layout, options):
     assert torch.equal(*outputs)
 
 
+def test_generate_from_a_padded_start_over_a_static_cache(make, batch, labels):
+    """transformers makes the decoder's mask as long as the cache, also for the first call."""
+    start = labels[:, :3].clamp(min=2)
+    mask = torch.ones_like(start)
+    mask[1, :2] = 0
+    options = {"decoder_input_ids": start, "decoder_attention_mask": mask, "cache_implementation": "static"}
+    outputs = [
+        run.generate(**batch(), **options, max_new_tokens=5, min_new_tokens=5)
+        for run in (make(), patch(make(attention="fastprompt")))
+    ]
+    assert torch.equal(*outputs)
+
+
 def test_a_step_of_generation_calls_no_stock_attention(make, batch, monkeypatch):
     model, options = make(), {"max_new_tokens": 6, "min_new_tokens": 6}
     logits = {"output_logits": True, "return_dict_in_generate": True}
