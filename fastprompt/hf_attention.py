@@ -99,7 +99,9 @@ class Keys(NamedTuple):
         return (0,)
 
 
-_UNCOVERED = "attention weights as output, a trained bias, heads that no kernel takes, or forward mode and torch.func"
+_UNCOVERED = (
+    "attention weights as output, a trained bias, heads that no kernel takes, or forward mode and torch.func"
+)
 
 # The configurations of a model, which tell its stacks from others, and the prompts that the mask function adds there:
 # those of an encoder's self-attention, of a decoder's, of cross-attention.
@@ -288,10 +290,10 @@ def table(bias: Tensor, allowed: Keys, layer: Any) -> Tensor | None:
     if bias.dim() == 2:
         return bias
     if isinstance(allowed.offset, Tensor) or not may_keep(bias):
-        return _table(bias, allowed)
+        return _table(bias.detach(), allowed)
     causal, offset, found = note_on(bias, "fastprompt_table") or (None, None, None)
     if (causal, offset) != (allowed.causal, allowed.offset):
-        found = _table(bias, allowed)
+        found = _table(bias.detach(), allowed)
         leave_note(bias, "fastprompt_table", (allowed.causal, allowed.offset, found))
     return found
 

@@ -313,11 +313,9 @@ class FastSelfAttention(FastAttention):
                 if bias is None and attention.has_relative_attention_bias:
                     bias = bias_table(attention)
                 if bias is None or bias.dim() == 2 or bias.shape == (1, attention.n_heads, T, held + T):
-                    table = (
-                        None
-                        if bias is None
-                        else hf_attention.table(bias.detach(), attention_mask, attention.layer_idx)
-                    )
+                    table = bias
+                    if bias is not None:
+                        table = hf_attention.table(bias, attention_mask, attention.layer_idx)
                     y = (
                         self._step(weights, hidden_states, table, attention_mask, past)
                         if steps

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import fastprompt
-from fastprompt import PromptConfig, PromptModel, backend_used, explain, patch, patched, unpatch
+from fastprompt import PromptConfig, PromptModel, backend_used, explain, hf_attention, patch, patched, unpatch
 from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 from fastprompt.testing import saved_bytes
@@ -256,6 +256,15 @@ def test_generate_from_a_padded_start_over_a_static_cache(make, batch, labels):
         for run in (make(), patch(make(attention="fastprompt")))
     ]
     assert torch.equal(*outputs)
+
+
+def test_a_dense_bias_becomes_a_table_once(make, batch, monkeypatch):
+    """One that a stock layer computed, for all layers behind it."""
+    model, tables, make_table = patch(make()), [], hf_attention._table
+    model.encoder.block[0].layer[0].SelfAttention.q.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(hf_attention, "_table", lambda *args: tables.append(1) or make_table(*args))
+    model.encoder(**batch())
+    assert len(tables) == 1
 
 
 def test_a_step_of_generation_calls_no_stock_attention(make, batch, monkeypatch):
