@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""frozen_linear beside PyTorch's products: those of one encoder layer, forward and backward to the input."""
+"""frozen_linear beside PyTorch's products: of an encoder layer, forward and backward to the input; of a token, forward."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from fastprompt.ops import frozen_linear
 
-HF, STEP = "torch linear", "forward + backward"
+HF, STEP, FORWARD = "torch linear", "forward + backward", "forward"
 GOAL = {"M": 1824, "N": 512, "K": 512}  # B = 8, L = 228 of v1.1-small
 OTHERS = [
     {"M": 1824, "N": 1024, "K": 512},
@@ -19,13 +19,21 @@ OTHERS = [
     {"M": 64, "N": 512, "K": 512},
     {"M": 8, "N": 2048, "K": 768},
 ]
+FEW_ROWS = [
+    *(
+        {"M": M, "N": 32128, "K": 512} for M in (1, 2, 4)
+    ),  # the head of v1.1-small: one, two or four sequences
+    {"M": 4, "N": 2048, "K": 768},
+]
 QUICK = {"M": 40, "N": 48, "K": 64}
 
 
 def specs(options: Options) -> list[Spec]:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     shapes = [QUICK] if options.quick else [GOAL, *OTHERS]
-    return [Spec(STEP, dtype, tuple(sizes.items()), number == 0) for number, sizes in enumerate(shapes)]
+    few = [{"M": 2, "N": 48, "K": 512}] if options.quick else FEW_ROWS
+    steps = [Spec(STEP, dtype, tuple(sizes.items()), number == 0) for number, sizes in enumerate(shapes)]
+    return [*steps, *(Spec(FORWARD, dtype, tuple(sizes.items())) for sizes in few)]
 
 
 def contenders(spec: Spec, options: Options) -> list[str]:
@@ -37,12 +45,16 @@ def build(spec: Spec, options: Options) -> Case:
     make = partial(torch.randn, dtype=spec.dtype, device=options.device)
     x, weight, grad = make(M, K, requires_grad=True), make(N, K), make(M, N)
     functions = {OURS: frozen_linear, HF: nn.functional.linear}
-    steps = {name: step(partial(function, x, weight), x, grad) for name, function in functions.items()}
-    calls = ours("frozen_linear", steps[OURS], options.device, 0) | {HF: Contender(steps[HF], None, 0)}
     wide, dy = weight.double(), grad.double()
-    truth = (x.detach().double() @ wide.t(), dy @ wide)
+    if spec.what == FORWARD:
+        timed = {name: partial(function, x.detach(), weight) for name, function in functions.items()}
+        truth: tuple[torch.Tensor, ...] = (x.detach().double() @ wide.t(),)
+    else:
+        timed = {name: step(partial(function, x, weight), x, grad) for name, function in functions.items()}
+        truth = (x.detach().double() @ wide.t(), dy @ wide)
+    calls = ours("frozen_linear", timed[OURS], options.device, 0) | {HF: Contender(timed[HF], None, 0)}
     check = partial(check_results, "frozen_linear", calls, HF, truth)
-    bytes_moved = 2 * (x.nbytes + weight.nbytes + grad.nbytes)
+    bytes_moved = len(truth) * (x.nbytes + weight.nbytes + grad.nbytes)
     return Case("frozen_linear", spec, calls, bytes_moved, check, {})
 
 
