@@ -5,8 +5,8 @@
 // A panel of the weight, kPanelDepth x kPanelColumns, is copied so that a tile reads it in one line, and stays in the
 // caches while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
 // Where x has few rows, which do not pay for copying the weight, the two change places if the weight's rows are dense:
-// x is copied, and the weight read where it lies, once and in order. Up to four rows are not copied either: the weight
-// is turned in registers. Every sum is over the same chains in the same order.
+// x is copied, and the weight read where it lies, once and in order. A tile of six is not copied either: the weight is
+// turned in registers. Every sum is over the same chains in the same order.
 #include <omp.h>
 #include <stdlib.h>
 
@@ -23,7 +23,7 @@ constexpr int64_t kChain = FP_LANES > 1 ? 128 : 16;
 constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kChain
 constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
 constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
-constexpr int64_t kStreamedRows = 4, kFewRows = 300;         // of x
+constexpr int64_t kFewRows = 300;                            // of x
 constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
 constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
 
@@ -344,7 +344,7 @@ int64_t multiply_each(int64_t B, const Product& p, int64_t b_step) {
     for (int64_t i = 0; i < B; ++i) {
         const Matrix b{p.b.data + i * b_step, p.b.row, p.b.column};
         const Product one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse};
-        const bool streamed = p.M <= kStreamedRows && p.b.row == 1 && p.N >= kLanes && !p.adds;
+        const bool streamed = p.M <= kTileRows && p.b.row == 1 && p.N >= kLanes && !p.adds;
         const auto multiply = p.M > kFewRows    ? multiply_many_rows
                               : streamed        ? multiply_streamed
                               : p.b.column == 1 ? multiply_few_rows
