@@ -5,8 +5,8 @@
 // A panel of the weight, kPanelDepth x kPanelColumns, is copied so that a tile reads it in one line, and stays in the
 // caches while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
 // Where x has few rows, which do not pay for copying the weight, the two change places if the weight's rows are dense:
-// x is copied, and the weight read where it lies, once and in order. Rows that fit in one tile are not copied either: the
-// weight is turned in registers. Every sum is over the same chains in the same order.
+// x is copied, and the weight read where it lies, once and in order. Rows that fit in one tile are not copied either:
+// the weight is turned in registers. Every sum is over the same chains in the same order.
 #include <omp.h>
 #include <stdlib.h>
 
