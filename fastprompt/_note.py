@@ -1,24 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notes on a tensor for the layers that are given it next; void once it was written to.
 
-They are attributes of the tensor object, so that a tensor in its place has none. The compiler gets none, nor do tensors
-made in torch.inference_mode, of which nobody can say whether they were written to.
+They are attributes of the tensor object, so that a tensor in its place has none, nor have its copies and files. The
+compiler gets none, nor do tensors made in torch.inference_mode, of which nobody can say whether they were written to.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+class _Note:
+    __slots__ = ("content", "version")
+
+    def __init__(self, content: Any, version: int) -> None:
+        self.content, self.version = content, version
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()  # what torch.load takes for harmless, and note_on for nothing
+
+
 def leave_note(y: Tensor, name: str, note: Any) -> None:
     if not torch.compiler.is_compiling() and not y.is_inference():
-        setattr(y, name, (note, y._version))
+        setattr(y, name, _Note(note, y._version))
 
 
 def note_on(y: Tensor, name: str) -> Any:
     """The note; None: there is none, or it is void."""
     if torch.compiler.is_compiling() or y.is_inference():
         return None
-    note, version = getattr(y, name, (None, None))
-    return note if version == y._version else None
+    note = getattr(y, name, None)
+    return note.content if isinstance(note, _Note) and note.version == y._version else None

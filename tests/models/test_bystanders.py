@@ -187,6 +187,17 @@ def test_a_gradient_through_a_cache_is_refused(make, batch, labels):
         second.logits.square().sum().backward()
 
 
+def test_files_and_copies_hold_the_tensor_alone(make, batch, tmp_path):
+    embeds = torch.randn(3, 17, 48, device=make().device, requires_grad=True)
+    sizes = []
+    for name, change in (("stock", lambda model: model), ("patched", patch)):
+        states = change(make()).encoder(inputs_embeds=embeds)[0]
+        torch.save(states, tmp_path / name)
+        sizes.append((tmp_path / name).stat().st_size)
+        assert torch.equal(torch.load(tmp_path / name, weights_only=True), states)
+    assert sizes[1] < 1.1 * sizes[0]
+
+
 class NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
