@@ -36,6 +36,13 @@ void store_row(const float* from, void* to, int64_t offset, int64_t dtype, int64
     });
 }
 
+int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
+
+// May write up to kLanes - 1 more.
+void fill(float* to, int64_t count, float value) {
+    for (int64_t d = 0; d < count; d += kLanes) store(to + d, splat(value));
+}
+
 void clear(float* to, int64_t count) { memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
 
 // Aligned memory of one thread, cut into pieces. Sized by a first pass over the same cuts with base null.
@@ -141,7 +148,7 @@ struct Work {
     const WeightDropout& dropout;
     const int64_t dtype;
     Keys keys = {};
-    int64_t b = 0, h = 0, T = 0, offset = 0;
+    int64_t b = -1, h = 0, T = 0, offset = 0;                            // no example yet
     float* bias = nullptr;                                               // by index - query + T - 1
     float* factors = nullptr;                                            // [P + S]: dropout's, of one row
     float *key_panels = nullptr, *value_panels = nullptr;                // [panels][K][kPanel]
@@ -179,19 +186,24 @@ struct Work {
     }
 
     void begin(int64_t task) {
-        b = task / a.H;
         h = task % a.H;
-        T = a.queries(b);
-        offset = a.query_offset(b);
-        keys.gather(a, b);
-        if (a.bias == nullptr) return;
-        // Entry e is for the distance e - (T - 1) - P - offset, which is clamped to the table's ends.
-        const int64_t first = -(T - 1) - keys.prompt - offset, span = T + keys.prompt + keys.own;
-        const float* table = a.bias + h * (2 * a.M + 1) + a.M;
-        for (int64_t e = 0; e < span + kPanel; ++e) {
-            const int64_t distance = first + e;
-            bias[e] = table[distance < -a.M ? -a.M : distance > a.M ? a.M : distance];
+        if (b != task / a.H) {
+            b = task / a.H;
+            T = a.queries(b);
+            offset = a.query_offset(b);
+            keys.gather(a, b);
         }
+        if (a.bias != nullptr) lay_out_bias();
+    }
+
+    // Entry e is for the distance e - (T - 1) - P - offset, which is clamped to the table's ends.
+    void lay_out_bias() {
+        const int64_t first = -(T - 1) - keys.prompt - offset, count = T + keys.prompt + keys.own + kPanel;
+        const int64_t begin = clamp(-a.M - first, 0, count), end = clamp(a.M + 1 - first, begin, count);
+        const float* table = a.bias + h * (2 * a.M + 1) + a.M;
+        fill(bias, begin, table[-a.M]);
+        memcpy(bias + begin, table + (first + begin), static_cast<size_t>(end - begin) * sizeof(float));
+        fill(bias + end, count - end, table[a.M]);
     }
 
     // Entry [index] of the result is for a key of that index and query i.
