@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from fastprompt._native import contiguous
+from fastprompt._native import contiguous, stream
 from fastprompt._note import leave_note, note_on
 from fastprompt._op import is_capturing
 from fastprompt.ops._dropout import half_threshold
@@ -42,7 +42,18 @@ INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _find_tile(i_tile, cu, n, B, BLOCK: tl.constexpr, LEAD: tl.constexpr = 0):
+def _rows_of(b, cu, n, N):
+    """Rows before example b, and rows in it: n, or what cu says, which may be anything: of it what lies in [0, N)."""
+    if cu is None:
+        begin, count = tl.cast(b, tl.int64) * n, n
+    else:
+        begin = tl.minimum(tl.maximum(tl.load(cu + b), 0), N)
+        count = (tl.minimum(tl.maximum(tl.load(cu + b + 1), begin), N) - begin).to(tl.int32)
+    return begin, count
+
+
+@triton.jit
+def _find_tile(i_tile, cu, n, N, B, BLOCK: tl.constexpr, LEAD: tl.constexpr = 0):
     """Example, first row within it, rows before it and rows in it, of tile i_tile; none is left if first >= rows.
 
     LEAD: the caller may move the tiles by so many rows towards the front.
@@ -50,41 +61,28 @@ def _find_tile(i_tile, cu, n, B, BLOCK: tl.constexpr, LEAD: tl.constexpr = 0):
     if cu is None:
         tiles = tl.cdiv(n + LEAD, BLOCK)
         b = i_tile // tiles
-        begin = b.to(tl.int64) * n
-        first, count = (i_tile - b * tiles) * BLOCK, n
+        first = (i_tile - b * tiles) * BLOCK
+        begin, count = _rows_of(b, cu, n, N)
     else:
         b = 0
-        begin = tl.load(cu)
-        count = (tl.load(cu + 1) - begin).to(tl.int32)
+        begin, count = _rows_of(b, cu, n, N)
         first = i_tile * BLOCK
         while (first >= tl.cdiv(count + LEAD, BLOCK) * BLOCK) & (b < B - 1):
             first -= tl.cdiv(count + LEAD, BLOCK) * BLOCK
             b += 1
-            begin = tl.load(cu + b)
-            count = (tl.load(cu + b + 1) - begin).to(tl.int32)
+            begin, count = _rows_of(b, cu, n, N)
     return b, first, begin, count
-
-
-@triton.jit
-def _rows_of(b, cu, n):
-    """Rows before example b, and rows in it."""
-    if cu is None:
-        begin, count = b.to(tl.int64) * n, n
-    else:
-        begin = tl.load(cu + b)
-        count = (tl.load(cu + b + 1) - begin).to(tl.int32)
-    return begin, count
 
 
 @triton.jit
 def _prompt_of(b, prompt_ids, prompt_lens, R, P):
     """Which prompt example b reads, how many keys of it, and whether there is such a prompt."""
     prompt = tl.full((), 0, tl.int64) if prompt_ids is None else tl.load(prompt_ids + b)
-    valid = (prompt >= 0) & (prompt < R) | (P == 0)
-    prompt = tl.where(valid, prompt, 0)
-    keys = P if prompt_lens is None else tl.load(prompt_lens + prompt)
+    known = (prompt >= 0) & (prompt < R)
+    prompt = tl.where(known, prompt, 0)
+    keys = P if prompt_lens is None else tl.load(prompt_lens + prompt, mask=known, other=0)
     keys = tl.minimum(tl.maximum(keys, 0), P).to(tl.int32)
-    return prompt, tl.where(valid, keys, 0), valid
+    return prompt, tl.where(known, keys, 0), known | (P == 0)
 
 
 @triton.jit
@@ -257,21 +255,21 @@ def _attend(
     return top, total, acc, least
 
 
-NOT_SPECIALIZED = ["T", "S", "P", "R", "B", "M", "N", "offset", "threshold"]
+NOT_SPECIALIZED = ["T", "S", "P", "R", "B", "M", "N", "Nk", "offset", "threshold"]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def t5_attention_kernel(
     q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets, cu_q, cu_k, seed, out, stats,
-    B, T, S, P, R, M, N, offset, scale, threshold: tl.uint32,
+    B, T, S, P, R, M, N, Nk, offset, scale, threshold: tl.uint32,
     qb, qn, qh, kb, kn, kh, vb, vn, vh, pkb, pkn, pkh, pvb, pvn, pvh,
     H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
-    b, first, begin, count = _find_tile(tl.program_id(0), cu_q, T, B, BM)
+    b, first, begin, count = _find_tile(tl.program_id(0), cu_q, T, N, B, BM)
     if first >= count:
         return
-    key_begin, keys = _rows_of(b, cu_k, S)
+    key_begin, keys = _rows_of(b, cu_k, S, Nk)
     prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
     o_i = first + tl.arange(0, BM)
     m_i = o_i < count
@@ -332,7 +330,7 @@ def t5_attention_rows_kernel(dout, out, stats, rows, N, H: tl.constexpr, K: tl.c
     In half precision the factor is 1 and shift is in units of log2: top log2(e) + log2(total). Where a row may attend
     to nothing, shift is infinite.
     """
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_n = o_n < N
     o = (o_n[:, None] * H + h) * K + tl.arange(0, K)[None, :]
@@ -405,15 +403,15 @@ def _attend_dq(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def t5_attention_dq_kernel(
     q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets, cu_q, cu_k, seed,
-    dout, rows, dq, B, T, S, P, R, M, N, offset, scale, threshold: tl.uint32,
+    dout, rows, dq, B, T, S, P, R, M, N, Nk, offset, scale, threshold: tl.uint32,
     qb, qn, qh, kb, kn, kh, vb, vn, vh, pkb, pkn, pkh, pvb, pvn, pvh,
     H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, PAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
-    b, first, begin, count = _find_tile(tl.program_id(0), cu_q, T, B, BM)
+    b, first, begin, count = _find_tile(tl.program_id(0), cu_q, T, N, B, BM)
     if first >= count:
         return
-    key_begin, keys = _rows_of(b, cu_k, S)
+    key_begin, keys = _rows_of(b, cu_k, S, Nk)
     prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
     o_i = first + tl.arange(0, BM)
     m_i = o_i < count
@@ -544,15 +542,16 @@ def _program_again(AXIS: tl.constexpr):
 
 @triton.jit
 def _key_tile(
-    i_tile, cu_k, prompt_ids, prompt_lens, B, S, P, R, PROMPT: tl.constexpr, MOVED: tl.constexpr, BN: tl.constexpr,
+    i_tile, cu_k, prompt_ids, prompt_lens, B, S, P, R, Nk,
+    PROMPT: tl.constexpr, MOVED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Tile i_tile of a prompt's keys or of the example's own: example, rows before it in dk, first key and how many
     there are, the prompt, its length, whether there is such a prompt; the tile's keys, and which of them are keys."""
     if PROMPT:
-        b, first, _, size = _find_tile(i_tile, None, P, B, BN)
+        b, first, _, size = _find_tile(i_tile, None, P, 0, B, BN)
         out_row = tl.cast(b, tl.int64) * P
     else:
-        b, first, out_row, size = _find_tile(i_tile, cu_k, S, B, BN, 7 if MOVED else 0)
+        b, first, out_row, size = _find_tile(i_tile, cu_k, S, Nk, B, BN, 7 if MOVED else 0)
     prompt, P_b, valid = _prompt_of(b, prompt_ids, prompt_lens, R, P)
     if MOVED:
         first -= P_b % 8
@@ -563,7 +562,7 @@ def _key_tile(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def t5_attention_dkv_kernel(
     q, k, v, bias, prompt_ids, prompt_lens, key_mask, offsets, cu_q, cu_k, seed, dout, rows, dk, dv,
-    B, T, S, P, R, M, N, offset, scale, threshold: tl.uint32, qb, qn, qh, kb, kn, kh, vb, vn, vh,
+    B, T, S, P, R, M, N, Nk, offset, scale, threshold: tl.uint32, qb, qn, qh, kb, kn, kh, vb, vn, vh,
     H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, PROMPT: tl.constexpr, PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -571,11 +570,11 @@ def t5_attention_dkv_kernel(
     h = tl.program_id(1)
     MOVED: tl.constexpr = seed is not None and not PROMPT  # so that a tile begins a Philox block
     b, out_row, first, size, prompt, P_b, valid, o_n, real = _key_tile(
-        tl.program_id(0), cu_k, prompt_ids, prompt_lens, B, S, P, R, PROMPT, MOVED, BN
+        tl.program_id(0), cu_k, prompt_ids, prompt_lens, B, S, P, R, Nk, PROMPT, MOVED, BN
     )
     if first >= size:
         return
-    begin, queries = _rows_of(b, cu_q, T)
+    begin, queries = _rows_of(b, cu_q, T, N)
     at = first - P_b if PROMPT else first  # position of the tile's first key
     query_at = _offset_of(b, offsets, offset)
     table = None if bias is None else bias + h * (2 * PAD + 2 * M + 1) + PAD + M  # the entry of distance 0
@@ -599,7 +598,7 @@ def t5_attention_dkv_kernel(
     # Once more: what nothing holds on to while the loops run is as many registers for them.
     h = _program_again(1)
     b, out_row, first, size, prompt, P_b, valid, o_n, real = _key_tile(
-        _program_again(0), cu_k, prompt_ids, prompt_lens, B, S, P, R, PROMPT, MOVED, BN
+        _program_again(0), cu_k, prompt_ids, prompt_lens, B, S, P, R, Nk, PROMPT, MOVED, BN
     )
     m_n = real if PROMPT or key_mask is None else _own_mask(key_mask + tl.cast(b, tl.int64) * S, o_n, real)
     if seed is not None:
@@ -638,8 +637,9 @@ def t5_attention_dkv_kernel(
 @triton.jit(do_not_specialize=["B", "E"])
 def t5_attention_prompt_sum_kernel(share, prompt_ids, total, B, E, BE: tl.constexpr):
     """total [R, E] = the sum over b, ascending, of share [B, E] where example b reads prompt r."""
-    r = tl.program_id(1)
-    o_e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
+    tiles = tl.cdiv(E, BE)
+    r = tl.program_id(0) // tiles
+    o_e = (tl.program_id(0) - r * tiles).to(tl.int64) * BE + tl.arange(0, BE)
     m_e = o_e < E
     b_sum = tl.zeros((BE,), tl.float32)
     for b in range(0, B):
@@ -754,7 +754,7 @@ def t5_attention_prompt_sum(share: Tensor, prompt_ids: Tensor | None, total: Ten
     """share [B, P, H, K] -> total [R, P, H, K], filled."""
     E = total[0].numel()
     launch(
-        t5_attention_prompt_sum_kernel, (cdiv(E, 1024), total.shape[0]), share.device,
+        t5_attention_prompt_sum_kernel, (cdiv(E, 1024) * total.shape[0],), share.device,  # R may pass an axis' 65,535
         share, prompt_ids, total, share.shape[0], E, BE=1024, num_warps=4,
     )  # fmt: skip
 
@@ -780,7 +780,7 @@ class _Call:
         R, self.P = (0, 0) if prompt_k is None else prompt_k.shape[:2]
         self.B, self.packed = B, packed
         scale, threshold = keep_scale(a.dropout_p), half_threshold(a.dropout_p)
-        self.sizes = (B, self.T, self.S, self.P, R, M, self.N, a.offset, scale, threshold)
+        self.sizes = (B, self.T, self.S, self.P, R, M, self.N, self.Nk, a.offset, scale, threshold)
         strides: list[int] = []
         for x in tensors:
             strides += (0, 0, 0) if x is None else (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
@@ -803,16 +803,20 @@ class _Call:
 
     def _tiles(self, rows: int, each: int, block: int) -> int:
         """Packed, no host knows the examples' lengths: at most one tile of each is not full."""
-        return cdiv(rows, block) + self.B if self.packed else self.B * cdiv(each, block)
+        return self.B and cdiv(rows, block) + self.B if self.packed else self.B * cdiv(each, block)
 
 
 def _padded(bias: Tensor) -> Tensor:
-    """bias [H, 2M + 1] as fp32 with its ends repeated. It stays with the tensor, for all layers of a stack read one."""
-    padded: Tensor | None = note_on(bias, "fastprompt_padded")
+    """bias [H, 2M + 1] as fp32 with its ends repeated. It stays with the tensor, for all layers of a stack read one.
+
+    But not for another stream, which would not wait for it, nor for a graph, which is to read what bias holds then.
+    """
+    name, capturing = f"fastprompt_padded_{stream(bias)}", is_capturing(bias.device)
+    padded: Tensor | None = None if capturing else note_on(bias, name)
     if padded is None:
         padded = functional.pad(bias.float(), (PAD, PAD), mode="replicate")
-        if not is_capturing(bias.device):  # a graph's memory is its own
-            leave_note(bias, "fastprompt_padded", padded)
+        if not capturing:
+            leave_note(bias, name, padded)
     return padded
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """t5_attention in Triton, beyond tests/ops: what only a GPU's index data can hold, and the tiles of packed calls."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 from fastprompt.triton_kernels import t5_attention as kernels
@@ -71,3 +74,128 @@ def test_every_packed_row_finds_its_example(device, lengths):
         if end > begin:
             x = q[None, begin:end]
             torch.testing.assert_close(out[None, begin:end], ops.t5_attention(x, x, x, causal=True))
+
+
+def packed_backward(a, out, stats):
+    gradients = [torch.empty_like(x) for x in (a.q, a.k, a.v)] + [
+        a.q.new_empty(len(a.cu_q) - 1, 4, 2, 16)
+    ] * 2
+    kernels.t5_attention_backward(torch.ones_like(out), out, stats, a, *gradients)
+    return gradients[:3]
+
+
+@pytest.mark.parametrize("what", ["cu_q", "cu_k"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [0, 3, 1000],
+        [0, 3, 2**62],
+        [-(2**40), 3, 5],
+        [2**31, 2**31 + 3, 2**31 + 8],
+        [4, -(2**63), 2**63 - 1],
+        [5, 3, 0],
+        [0, 2**32 + 1, 2**33],
+    ],
+    ids=str,
+)
+def test_wrong_packed_lengths_lead_out_of_no_tensor(device, what, wrong):
+    """On a GPU nobody looks at them before. Each example is what of it lies inside."""
+    prompts = [torch.randn(3, 4, 2, 16, device=device) for _ in "kv"]
+    rows = {"cu_q": 5, "cu_k": 7}
+    q, k, v = (torch.randn(n, 2, 16, device=device) for n in (5, 7, 7))
+    seed = torch.tensor([3], device=device)
+    cu = {name: torch.tensor([0, 3, n], device=device) for name, n in rows.items()}
+    cu[what] = torch.tensor(wrong, device=device)
+    a = reference.Inputs(
+        q,
+        k,
+        v,
+        torch.randn(2, 9, device=device),
+        *prompts,
+        None,
+        None,
+        None,
+        None,
+        *cu.values(),
+        seed,
+        0,
+        False,
+        0.5,
+    )
+    a = a._replace(prompt_ids=torch.tensor([2, 0], device=device))
+    out, stats = torch.empty_like(q), q.new_empty(2, 2, 5)
+    kernels.t5_attention(a, out, stats)
+    gradients = packed_backward(a, out, stats)
+    begins = torch.tensor(wrong[:-1]).clamp(0, rows[what])
+    ends = torch.maximum(torch.tensor(wrong[1:]).clamp(0, rows[what]), begins)
+    if bool((begins[1:] >= ends[:-1]).all()):  # else two examples write the same rows
+        kept = torch.cat([torch.arange(*pair) for pair in zip(begins, ends, strict=True)])
+        inside = {"cu_q": (out, gradients[0]), "cu_k": gradients[1:]}[what]
+        assert all(x[kept].isfinite().all() for x in inside)
+
+
+def test_a_padded_bias_is_of_one_stream_and_of_no_graph(device, monkeypatch):
+    bias, streams, capturing = torch.randn(2, 9, device=device), [1], [False]
+    monkeypatch.setattr(kernels, "stream", lambda x: streams[0])
+    monkeypatch.setattr(kernels, "is_capturing", lambda device: capturing[0])
+    first = kernels._padded(bias)
+    assert kernels._padded(bias) is first
+    streams[0] = 2
+    second = kernels._padded(bias)
+    assert second is not first
+    assert kernels._padded(bias) is second
+    capturing[0] = True
+    graphs = kernels._padded(bias)
+    assert graphs is not second
+    capturing[0], streams[0] = False, 1
+    assert kernels._padded(bias) is first
+    bias += 1
+    assert torch.equal(kernels._padded(bias), first + 1)
+    assert torch.equal(graphs, first)
+
+
+def test_no_packed_examples(device):
+    a = inputs(device)
+    q, k, v = (x.flatten(0, 1) for x in (a.q, a.k, a.v))
+    none = torch.zeros(1, dtype=torch.int64, device=device)
+    a = a._replace(q=q, k=k, v=v, prompt_k=None, prompt_v=None, prompt_ids=None, cu_q=none, cu_k=none)
+    out, stats = torch.zeros_like(q), q.new_zeros(2, 2, 10)
+    kernels.t5_attention(a, out, stats)
+    packed_backward(a, out, stats)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+def test_prompts_without_keys_have_no_bad_number(device, bad):
+    prompts = dict.fromkeys(("prompt_k", "prompt_v"), torch.empty(3, 0, 2, 16, device=device))
+    a = inputs(device, prompt_ids=torch.tensor([bad, 1], device=device), **prompts)
+    a = a._replace(prompt_lens=torch.zeros(3, dtype=torch.int64, device=device))
+    assert forward(a)[0].isfinite().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's lazily committed memory")
+def test_rows_past_two_to_the_31(device):
+    """H * N statistics, of which one program reads the first rows of head 0."""
+    if device.type != "cpu":
+        pytest.skip("in memory of which only the touched pages exist")
+    H, N = 2**15 + 1, 2**16
+
+    def sparse(*shape):
+        size = 4 * torch.Size(shape).numel()
+        flags = (
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+        )  # MAP_NORESERVE, which Python names from 3.14 on
+        return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float32).view(shape)
+
+    dout, stats, rows = sparse(N, H, 1), sparse(2, H, N), sparse(3, H, N)
+    stats[0, 0, :32], stats[1, 0, :32], dout[:32, 0] = 3.0, 2.0, 5.0
+    kernels.t5_attention_rows_kernel[(1, 1)](dout, dout, stats, rows, N, H=H, K=1, BM=32)
+    assert (rows[:, 0, :32] == torch.tensor([25.0, 3.0, 0.5])[:, None]).all()
+
+
+def test_prompt_sum_of_more_columns_than_a_tile(device):
+    share, ids = torch.randn(5, 3, 4, 128, device=device), torch.tensor([2, 0, 2, 2, 0], device=device)
+    total = torch.empty(3, 3, 4, 128, device=device)
+    kernels.t5_attention_prompt_sum(share, ids, total)
+    with use_backend("t5_attention", "reference"):
+        expected = torch.ops.fastprompt.t5_attention_prompt_sum(share, ids, 3, torch.float32)
+    assert torch.equal(total, expected)
