@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kNoMemory = -1, kEmpty = -2;
+constexpr int64_t kNoMemory = -1, kEmpty = -2, kBadDType = -3;
 
 // So many products are added up in registers before they join the others: short chains keep the error small. Scalar
 // code rounds each product.
@@ -37,10 +37,23 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
 
-// y[M][N] = or += x[M][K] b[K][N], rows of x and y dense; of b one of the two dimensions is.
+template <class W>
+void copy(float* to, const W* from, int64_t count) {
+    each_vector(count, [&](int64_t i, auto extent) { store_at(to, i, extent, load_at(from, i, extent)); });
+}
+
+// A matrix of W whose element (k, n) is data[k * row + n * column]; one of the two is 1.
+template <class W>
+struct Weight {
+    const W* data;
+    int64_t row, column;
+};
+
+// y[M][N] = or += x[M][K] b[K][N], rows of x and y dense. Half precision is how b is stored, no more.
+template <class W>
 struct Product {
     const float* x;
-    Matrix b;
+    Weight<W> b;
     float* y;
     int64_t M, K, N;
     bool adds;
@@ -48,20 +61,24 @@ struct Product {
 };
 
 // Columns [n, n + kLanes) of a b whose columns are dense, rows [k, k + depth), to a tile.
-void pack_columns(const Product& p, int64_t k, int64_t depth, int64_t n, float* to) {
+template <class W>
+void pack_columns(const Product<W>& p, int64_t k, int64_t depth, int64_t n, float* to) {
     const int64_t count = n < p.N ? least(p.N - n, kLanes) : 0;
-    const float* from = count > 0 ? p.b.data + n * p.b.column + k : nullptr;
+    const W* from = count > 0 ? p.b.data + n * p.b.column + k : nullptr;
     int64_t d = 0;
     for (; count == kLanes && d + kLanes <= depth; d += kLanes) {
         transpose(from + d, p.b.column, to + d * kTileColumns, kTileColumns);
     }
     for (; d < depth; ++d) {
-        for (int64_t i = 0; i < kLanes; ++i) to[d * kTileColumns + i] = i < count ? from[i * p.b.column + d] : 0.0f;
+        for (int64_t i = 0; i < kLanes; ++i) {
+            to[d * kTileColumns + i] = i < count ? to_float(from[i * p.b.column + d]) : 0.0f;
+        }
     }
 }
 
 // Columns [n, n + kTileColumns) of b, zeros past the last, rows [k, k + depth).
-void pack_tile(const Product& p, int64_t k, int64_t depth, int64_t n, float* to) {
+template <class W>
+void pack_tile(const Product<W>& p, int64_t k, int64_t depth, int64_t n, float* to) {
     if (p.b.column != 1) {
         for (int64_t i = 0; i < kTileColumns; i += kLanes) pack_columns(p, k, depth, n + i, to + i);
         return;
@@ -74,10 +91,11 @@ void pack_tile(const Product& p, int64_t k, int64_t depth, int64_t n, float* to)
 }
 
 // `tiles` of them side by side, `size` floats apart. From dense rows they take lines that lie together.
-void pack_tiles(const Product& p, int64_t k, int64_t depth, int64_t n, int64_t tiles, float* to, int64_t size) {
+template <class W>
+void pack_tiles(const Product<W>& p, int64_t k, int64_t depth, int64_t n, int64_t tiles, float* to, int64_t size) {
     const int64_t whole = p.b.column == 1 ? least(tiles, (p.N - n) / kTileColumns) : 0;
     for (int64_t d = 0; whole > 0 && d < depth; ++d) {
-        const float* from = p.b.data + (k + d) * p.b.row + n;
+        const W* from = p.b.data + (k + d) * p.b.row + n;
         for (int64_t t = 0; d + kAhead < depth && t < whole; ++t) fetch(from + kAhead * p.b.row + t * kTileColumns);
         for (int64_t t = 0; t < whole; ++t) {
             copy(to + t * size + d * kTileColumns, from + t * kTileColumns, kTileColumns);
@@ -134,7 +152,7 @@ void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t 
 // Columns [n, n + COLUMNS) of y, those of b being dense: x is `packed`, kPanelDepth of its columns after the other, in
 // tiles of kTileColumns of its rows.
 template <int COLUMNS>
-void turned_tiles(const Product& p, int64_t n, const float* packed) {
+void turned_tiles(const Product<float>& p, int64_t n, const float* packed) {
     const float* b = p.b.data + n * p.b.column;
     const int64_t all_rows = round_up(p.M, kTileColumns);
     for (int64_t m = 0; m < p.M; m += kTileColumns) {
@@ -188,7 +206,8 @@ FP_INLINE void with_rows(int64_t rows, const Body& body) {
 }
 
 // Rows [first, first + rows) of y, columns [n, n + kTileColumns): their products with a packed tile.
-void block(const Product& p, int64_t first, int64_t rows, int64_t k, int64_t depth, const float* packed, int64_t n) {
+template <class W>
+void block(const Product<W>& p, int64_t first, int64_t rows, int64_t k, int64_t depth, const float* packed, int64_t n) {
     const int64_t columns = least(p.N - n, kTileColumns);
     const bool adds = p.adds || k > 0;
     const auto some = [&](auto count, int64_t i) {
@@ -219,10 +238,10 @@ float* packing_space(int64_t floats) {
 
 // Columns [n, n + kLanes) of y[ROWS], those of b being dense: kLanes of its columns and rows are turned at a time. The
 // columns before `begin` are somebody else's.
-template <int ROWS>
-void streamed_columns(const Product& p, int64_t n, int64_t begin) {
-    const float* b = p.b.data + n * p.b.column;
-    const float* next = n + 2 * kLanes <= p.N ? b + kLanes * p.b.column : b;
+template <int ROWS, class W>
+void streamed_columns(const Product<W>& p, int64_t n, int64_t begin) {
+    const W* b = p.b.data + n * p.b.column;
+    const W* next = n + 2 * kLanes <= p.N ? b + kLanes * p.b.column : b;
     vfloat total[ROWS];
     for (int64_t chain = 0; chain < p.K; chain += kChain) {
         const int64_t end = least(p.K, chain + kChain);
@@ -239,7 +258,7 @@ void streamed_columns(const Product& p, int64_t n, int64_t begin) {
         }
         for (; k < end; ++k) {
             float right[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) right[i] = b[i * p.b.column + k];
+            for (int64_t i = 0; i < kLanes; ++i) right[i] = to_float(b[i * p.b.column + k]);
             multiply(k, load(right));
         }
         for (int64_t i = 0; i < ROWS; ++i) total[i] = chain > 0 ? total[i] + sum[i] : sum[i];
@@ -252,7 +271,8 @@ void streamed_columns(const Product& p, int64_t n, int64_t begin) {
 }
 
 // Reading the weight is what takes time here, so it passes by once, in order.
-int64_t multiply_streamed(const Product& p) {
+template <class W>
+int64_t multiply_streamed(const Product<W>& p) {
 #pragma omp parallel for schedule(static) if (p.N * p.K >= kParallelWeights)
     for (int64_t n = 0; n < p.N; n += kLanes) {
         with_rows(p.M, [&](auto rows) { streamed_columns<decltype(rows)::value>(p, least(n, p.N - kLanes), n); });
@@ -261,8 +281,8 @@ int64_t multiply_streamed(const Product& p) {
 }
 
 // Few rows, and columns of b that are dense: x and b change places.
-int64_t multiply_turned(const Product& p) {
-    const Product turned{nullptr, {p.x, 1, p.K}, nullptr, p.N, p.K, p.M, false, false};  // of which x is packed
+int64_t multiply_turned(const Product<float>& p) {
+    const Product<float> turned{nullptr, {p.x, 1, p.K}, nullptr, p.N, p.K, p.M, false, false};  // of which x is packed
     const int64_t all_rows = round_up(p.M, kTileColumns);
     float* packed = packing_space(p.K * all_rows);
     if (packed == nullptr) return kNoMemory;
@@ -286,7 +306,8 @@ int64_t multiply_turned(const Product& p) {
 }
 
 // Few rows: each thread packs the tiles that it multiplies with, and waits for nobody.
-int64_t multiply_few_rows(const Product& p) {
+template <class W>
+int64_t multiply_few_rows(const Product<W>& p) {
     const int64_t size = least(p.K, kPanelDepth) * kTileColumns;
     float* space = packing_space(kPackTiles * size * omp_get_max_threads());
     if (space == nullptr) return kNoMemory;
@@ -305,7 +326,8 @@ int64_t multiply_few_rows(const Product& p) {
 }
 
 // Many blocks: all threads pack a panel together, then share out blocks and groups of tiles.
-int64_t multiply_many_rows(const Product& p) {
+template <class W>
+int64_t multiply_many_rows(const Product<W>& p) {
     float* packed = packing_space(least(p.K, kPanelDepth) * least(tiles_of(p.N) * kTileColumns, kPanelColumns));
     if (packed == nullptr) return kNoMemory;
     const int64_t blocks = round_up(p.M, kBlockRows) / kBlockRows;
@@ -334,35 +356,54 @@ int64_t multiply_many_rows(const Product& p) {
     return 0;
 }
 
+template <class W>
+int64_t multiply(const Product<W>& p) {
+    if (p.M > kFewRows) return multiply_many_rows(p);
+    if (p.M <= kTileRows && p.b.row == 1 && p.N >= kLanes && !p.adds) return multiply_streamed(p);
+    if constexpr (std::is_same_v<W, float>) {
+        if (p.b.column != 1) return multiply_turned(p);
+    }
+    return multiply_few_rows(p);
+}
+
 // The same for each of B examples, whose b lie b_step apart. Where they suffice for all threads, one takes whole ones:
 // the parallel regions inside are then its own.
-int64_t multiply_each(int64_t B, const Product& p, int64_t b_step) {
+template <class W>
+int64_t multiply_each(int64_t B, const Product<W>& p, int64_t b_step) {
     if (p.M < 1 || p.N < 1 || p.K < 1) return kEmpty;
     int64_t status = 0;
     const bool enough = B >= omp_get_max_threads() && B * p.M * p.N * p.K >= kParallelProducts;
 #pragma omp parallel for schedule(static) reduction(min : status) if (enough)
     for (int64_t i = 0; i < B; ++i) {
-        const Matrix b{p.b.data + i * b_step, p.b.row, p.b.column};
-        const Product one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse};
-        const bool streamed = p.M <= kTileRows && p.b.row == 1 && p.N >= kLanes && !p.adds;
-        const auto multiply = p.M > kFewRows    ? multiply_many_rows
-                              : streamed        ? multiply_streamed
-                              : p.b.column == 1 ? multiply_few_rows
-                                                : multiply_turned;
+        const Weight<W> b{p.b.data + i * b_step, p.b.row, p.b.column};
+        const Product<W> one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse};
         status = least(status, multiply(one));
     }
     return status;
 }
 
-// w[b * w_example + n * w_row + k * w_column] is element (n, k) of example b's weight.
-int64_t frozen_linear(const float* x, const float* w, float* y, int64_t B, int64_t M, int64_t N, int64_t K,
-                      int64_t w_example, int64_t w_row, int64_t w_column, void* /*stream*/) {
-    return multiply_each(B, {x, {w, w_column, w_row}, y, M, K, N, false, false}, w_example);
+// w[b * w_example + n * w_row + k * w_column] is element (n, k) of example b's weight, of `dtype`.
+int64_t frozen_linear(const float* x, const void* w, float* y, int64_t B, int64_t M, int64_t N, int64_t K,
+                      int64_t w_example, int64_t w_row, int64_t w_column, int64_t dtype, void* /*stream*/) {
+    int64_t status = kBadDType;
+    if (!is_dtype(dtype)) return status;
+    with_type(dtype, [&](auto type) {
+        const Weight<decltype(type)> b{static_cast<const decltype(type)*>(w), w_column, w_row};
+        status = multiply_each<decltype(type)>(B, {x, b, y, M, K, N, false, false}, w_example);
+    });
+    return status;
 }
 
-int64_t frozen_linear_backward(const float* dy, const float* w, float* dx, int64_t B, int64_t M, int64_t N, int64_t K,
-                               int64_t w_example, int64_t w_row, int64_t w_column, int64_t adds, void* /*stream*/) {
-    return multiply_each(B, {dy, {w, w_row, w_column}, dx, M, N, K, adds != 0, true}, w_example);
+int64_t frozen_linear_backward(const float* dy, const void* w, float* dx, int64_t B, int64_t M, int64_t N, int64_t K,
+                               int64_t w_example, int64_t w_row, int64_t w_column, int64_t dtype, int64_t adds,
+                               void* /*stream*/) {
+    int64_t status = kBadDType;
+    if (!is_dtype(dtype)) return status;
+    with_type(dtype, [&](auto type) {
+        const Weight<decltype(type)> b{static_cast<const decltype(type)*>(w), w_row, w_column};
+        status = multiply_each<decltype(type)>(B, {dy, b, dx, M, N, K, adds != 0, true}, w_example);
+    });
+    return status;
 }
 
 FP_KERNEL(frozen_linear);

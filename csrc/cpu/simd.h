@@ -268,7 +268,8 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 FP_INLINE vfloat splat(float value) { return value - vfloat{}; }
 
 // to[i][j] = from[j][i], kLanes each way: as many perfect shuffles as it takes to halve the lanes down to one.
-FP_INLINE void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+template <class T>
+FP_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
     vfloat rows[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) rows[i] = load(from + i * from_row);
 #if FP_LANES > 1

@@ -12,7 +12,7 @@ from fastprompt._hooks import has_global_hooks, is_hooked
 from fastprompt._op import direct as ops
 from fastprompt._op import is_transformed
 from fastprompt.ops._checks import FLOATS
-from fastprompt.ops.frozen_linear import ROWS, pays, product, product_sum
+from fastprompt.ops.frozen_linear import ROWS, SLOW_HALVES, pays, product, product_sum
 
 Modules = Mapping[str, Any]
 
@@ -127,7 +127,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of grad @ weight over the pairs, accumulated in the products: [..., N], [N, K] -> [..., K]."""
     grads, weights = (list(each) for each in zip(*pairs, strict=True))
-    few = grads[0].numel() < ROWS * grads[0].shape[-1]
+    few = grads[0].numel() < ROWS * grads[0].shape[-1] and grads[0].dtype not in SLOW_HALVES
     total: Tensor = (product_sum if few or grads[0].is_cuda else ops.frozen_linear_backward)(grads, weights)
     return total
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language-model head by frozen_linear, on a CPU in fp32: in generation it reads as many weights as some decoders.
+"""The language-model head by frozen_linear, on a CPU: in generation it reads as many weights as some decoders.
 
-Elsewhere, and where something else than its weight decides what it computes, it runs nn.Linear's forward.
+Elsewhere, in a dtype that the kernel leaves to PyTorch, and where something else than its weight decides what it
+computes, it runs nn.Linear's forward.
 """
 
-import torch
 from torch import Tensor
 
 from fastprompt.modules._frozen import linear, obstacle, ready
+from fastprompt.ops.frozen_linear import takes
 
 
 class FastHead:
@@ -18,7 +19,7 @@ class FastHead:
 
     def fastprompt_obstacle(self) -> str | None:
         found, weight = obstacle({"lm_head": self}), self.weight
-        if found is None and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+        if found is None and (weight.device.type != "cpu" or not takes(weight.dtype)):
             return f"lm_head.weight is {weight.dtype} on {weight.device.type}, which nn.Linear does as fast"
         return found
 
@@ -27,6 +28,6 @@ class FastHead:
         return 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or ready({"lm_head": self}, {}, x) is None:
+        if x.device.type != "cpu" or not takes(x.dtype) or ready({"lm_head": self}, {}, x) is None:
             return super().forward(x)  # type: ignore[misc]
         return linear(x, self.weight)

@@ -15,6 +15,9 @@ products in registers, and those in order: a row's result is the same bits whate
 many threads. It is the default where it is faster than PyTorch's library, which on x86 is MKL: on AMD's CPUs with AVX2
 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
 
+bf16 and fp16 it takes, of any number of rows, where the CPU has no instructions for them and PyTorch needs 6 to 100
+times what fp32 takes: it computes as in fp32, reads the weight as it is, and rounds once.
+
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.
 
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import _native
-from fastprompt._native import stream
+from fastprompt._native import DTYPE_CODES, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
@@ -44,6 +47,21 @@ from fastprompt.ops._checks import (
 ROWS, COLUMNS, DEPTH = 6, 48, 32
 # Of fewer rows it is not, but it sums them lane by lane, with a smaller error than our chains have up to this depth.
 FEW_ROWS_DEPTH = 512
+
+
+def _slow_halves() -> tuple[torch.dtype, ...]:
+    """Half precision that PyTorch multiplies without instructions for it, on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return torch.bfloat16, torch.float16
+    library = torch.ops.mkldnn
+    fast = {
+        torch.bfloat16: library._is_mkldnn_bf16_supported(),
+        torch.float16: library._is_mkldnn_fp16_supported(),
+    }
+    return tuple(dtype for dtype, supported in fast.items() if not supported)
+
+
+SLOW_HALVES = _slow_halves()
 
 
 def _pays() -> bool:
@@ -144,6 +162,11 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
     return B, x.numel() // (B * x.shape[-1])
 
 
+def takes(dtype: torch.dtype) -> bool:
+    """On a CPU, is the kernel for this dtype?"""
+    return dtype == torch.float32 or dtype in SLOW_HALVES
+
+
 def pays(x: Tensor, weight: Tensor) -> bool:
     """On a CPU, is the op worth the time that it keeps the host busy?
 
@@ -154,14 +177,15 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def _covered(x: Tensor, weight: Tensor, columns: int) -> bool:
-    """Does the kernel take products of this size, and is one of the weight's dimensions dense?"""
-    if x.dtype != torch.float32 or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
+    """Does the kernel take products of this dtype and size, and is one of the weight's dimensions dense?"""
+    if not takes(x.dtype) or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
         return False
-    return _sizes(x, weight)[1] >= ROWS and columns >= COLUMNS and x.shape[-1] >= DEPTH
+    least = 1 if x.dtype in SLOW_HALVES else ROWS
+    return _sizes(x, weight)[1] >= least and columns >= COLUMNS and x.shape[-1] >= DEPTH
 
 
 def _covers_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """The same, forward, for a row or a few."""
+    """The same in fp32, forward, for a row or a few."""
     return (
         x.dtype == torch.float32
         and weight.stride(-1) == 1
@@ -187,12 +211,13 @@ def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -
     N, K = weight.shape[-2:]
     if not (_covered(x, weight, N) or _covers_few_rows(x, weight)):
         return NotImplemented
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], N))
+    rows = x.float().contiguous()
+    y = rows.new_empty((*x.shape[:-1], N))
     _check_status(kernels.frozen_linear(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), *_sizes(x, weight), N, K, *_place(weight), stream(x)
+        rows.data_ptr(), weight.data_ptr(), y.data_ptr(), *_sizes(x, weight), N, K, *_place(weight),
+        DTYPE_CODES[weight.dtype], stream(x),
     ))  # fmt: skip
-    return y
+    return y.to(x.dtype)
 
 
 def _fake_backward(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
@@ -211,14 +236,14 @@ def _native_frozen_linear_backward(kernels: SimpleNamespace, dy: list[Tensor], w
     _check_backward(dy, weight)
     if not all(_covered(each, w, w.shape[-1]) for each, w in zip(dy, weight, strict=True)):
         return NotImplemented
-    dx = dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[-1]))
+    dx = dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[-1]), dtype=torch.float32)
     for number, (each, w) in enumerate(zip(dy, weight, strict=True)):
-        rows = each.contiguous()
+        rows = each.float().contiguous()
         _check_status(kernels.frozen_linear_backward(
             rows.data_ptr(), w.data_ptr(), dx.data_ptr(), *_sizes(rows, w), *w.shape[-2:], *_place(w),
-            int(number > 0), stream(dx),
+            DTYPE_CODES[w.dtype], int(number > 0), stream(dx),
         ))  # fmt: skip
-    return dx
+    return dx.to(dy[0].dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

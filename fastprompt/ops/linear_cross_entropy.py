@@ -20,9 +20,9 @@ Nothing here cancels when the label is almost certain, and the weights exp(l - t
 relative to the largest of them, so neither loss nor gradient vanishes in half precision. Statistics and sums are fp32.
 drows is kept unscaled because dloss * share * drows in float16 may need a loss scale that only dloss brings.
 
-The products are torch's, or on a CPU frozen_linear's where those are faster. float16 is multiplied as float32 on a CPU,
-where PyTorch's own float16 products take 20 to 100 times as long. torch.autocast changes nothing inside: for bfloat16
-products cast hidden and weight.
+The products are torch's, or on a CPU frozen_linear's where those are faster. Half precision is multiplied as float32 on
+a CPU without instructions for it, where PyTorch's own products take 6 to 100 times as long. torch.autocast changes
+nothing inside: for bfloat16 products cast hidden and weight.
 
 Source: Milakov & Gimelshein 2018 (online softmax); Wijmans et al. 2024 (Cut Your Losses) and Liger's
 fused_linear_cross_entropy, which chunk rows instead and so read W once per chunk; transformers ForCausalLMLoss.
@@ -47,6 +47,7 @@ from fastprompt.ops._checks import (
     fail,
     refuse_gradient,
 )
+from fastprompt.ops.frozen_linear import SLOW_HALVES
 
 op = Op("linear_cross_entropy")
 
@@ -243,7 +244,7 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor | None]:
     """rows [N, D], labels [N], weight [V, D] -> losses [N] and their gradients by rows [N, D] or None, fp32."""
     (N, D), V = rows.shape, weight.shape[0]
-    slow_half = rows.dtype == torch.float16 and rows.device.type == "cpu"
+    slow_half = rows.dtype in SLOW_HALVES and rows.device.type == "cpu"
     rows = rows.float() if slow_half else rows
     chunk = min(chunk or chunk_size(rows, V), V)
     own = rows.dtype == torch.float32 and not rows.is_cuda and OPS["frozen_linear"].native_first

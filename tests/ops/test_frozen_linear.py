@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """frozen_linear: as exact as PyTorch's own product, and the same bits whatever surrounds a row."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,6 +15,7 @@ from fastprompt.ops.frozen_linear import COLUMNS, FEW_ROWS_DEPTH, ROWS
 from fastprompt.testing import saved_bytes
 
 OP = "frozen_linear"
+page = sys.modules["fastprompt.ops.frozen_linear"]
 KERNEL = torch.float32
 SHAPES = [  # M, N, K: whole tiles, edges of every kind, few rows and many, slices of the depth, two panels
     (16, 48, 48),
@@ -41,8 +44,8 @@ def strided(weight, layout):
     return weight
 
 
-def check(M, N, K, layout="rows", number=0):
-    x, weight, dy = draw(M, N, K, number)
+def check(M, N, K, layout="rows", number=0, dtype=KERNEL):
+    x, weight, dy = draw(M, N, K, number, dtype)
     placed = strided(weight, layout)
     leaf = x.clone().requires_grad_()
     y = frozen_linear(leaf, placed)
@@ -87,6 +90,33 @@ def test_any_shape(backend, examples):
         check(M, N, K, layout, number)
 
     any_case()
+
+
+@pytest.fixture
+def no_half_instructions(monkeypatch):
+    """As on a CPU that has none for bf16 and fp16."""
+    monkeypatch.setattr(page, "SLOW_HALVES", (torch.bfloat16, torch.float16))
+
+
+each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@each_half
+@pytest.mark.parametrize("shape", [(1, 48, 48), (3, 70, 129), *SHAPES], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "part"])
+def test_half_precision(backend, no_half_instructions, shape, layout, dtype):
+    check(*shape, layout, dtype=dtype)
+
+
+@each_half
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("M", [ROWS, 100, 330])
+def test_half_precision_rounds_once(native_backend, no_half_instructions, M, layout, dtype):
+    x, weight, dy = draw(M, 70, 600, dtype=dtype)
+    half, wide = strided(weight, layout), strided(weight.float(), layout)
+    backward = torch.ops.fastprompt.frozen_linear_backward
+    assert torch.equal(frozen_linear(x, half), frozen_linear(x.float(), wide).to(dtype))
+    assert torch.equal(backward([dy, dy], [half] * 2), backward([dy.float()] * 2, [wide] * 2).to(dtype))
 
 
 @pytest.mark.parametrize("layout", ["rows", "part"])
