@@ -11,7 +11,7 @@ template <class K, class A>
 int64_t launch_elements(K kernel, int64_t count, int64_t step, void* stream, const A& arguments) {
     if (count == 0) return 0;
     const int64_t per_block = step * kElementThreads;
-    return launch(kernel, dim3(limit_blocks((count + per_block - 1) / per_block)), dim3(kElementThreads), 0, stream,
+    return launch(kernel, dim3(limit_blocks((count + per_block - 1) / per_block)), dim3(kElementThreads), stream,
                   arguments);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a kernel is written and launched, so that one .cu source serves nvcc and the tests' host emulation
-// (tests/emulation): kernels go through launch(), and shared memory through the two macros below.
+// (tests/emulation): kernels go through launch(), and shared memory through the macro below.
 #pragma once
 #ifdef FP_EMULATE
 #include "emulate.h"
@@ -9,11 +9,6 @@
 
 // COUNT elements of type T in the block's shared memory. Uninitialised.
 #define FP_SHARED(T, NAME, COUNT) __shared__ T NAME[COUNT]
-
-// The shared memory asked for at launch, as elements of type T. Uninitialised, 16-byte aligned.
-#define FP_DYNAMIC_SHARED(T, NAME)               \
-    extern __shared__ uint4 fp_dynamic_shared[]; \
-    T* const NAME = reinterpret_cast<T*>(fp_dynamic_shared)
 
 namespace {
 
@@ -28,10 +23,9 @@ struct Itself {
 
 // Returns the launch's error code, 0 for success: what every native CUDA function hands back to Python.
 template <class... P>
-int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-               typename Itself<P>::type... arguments) {
+int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, typename Itself<P>::type... arguments) {
     void* addresses[] = {&arguments..., nullptr};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, shared_bytes,
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0,
                             static_cast<cudaStream_t>(stream));
 }
 

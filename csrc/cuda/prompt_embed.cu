@@ -190,7 +190,7 @@ int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int
     const Operand operands[] = {{dout, type}, {dprompts, prompt_type}};
     return with_vectors(D, operands, [&](auto V, auto) {
         const int64_t blocks = (R * (D / V) + kBackwardThreads - 1) / kBackwardThreads;
-        return launch(embed_rows_backward<V>, dim3(limit_blocks(blocks)), dim3(kBackwardThreads), 0, stream, a);
+        return launch(embed_rows_backward<V>, dim3(limit_blocks(blocks)), dim3(kBackwardThreads), stream, a);
     });
 }
 

@@ -22,7 +22,7 @@ int64_t launch_rows(K kernel, int64_t rows, int64_t D, void* stream, const A& ar
     const int64_t team = warps < kMaxTeam / 32 ? warps * 32 : kMaxTeam;
     const int64_t teams = team == 32 ? kTeams : 1;
     const dim3 block(static_cast<unsigned>(team), static_cast<unsigned>(teams));
-    return launch(kernel, dim3(limit_blocks((rows + teams - 1) / teams)), block, 0, stream, arguments);
+    return launch(kernel, dim3(limit_blocks((rows + teams - 1) / teams)), block, stream, arguments);
 }
 
 __device__ __forceinline__ int64_t first_row() { return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; }

@@ -501,7 +501,7 @@ int64_t launch_attend(Decode& d, void* stream) {
     const int64_t groups = shared ? (d.a.T + kQueries - 1) / kQueries : 0;
     d.items = d.a.H * (shared ? d.a.B * groups : d.a.N);
     auto* kernel = shared ? attend<T, C, kQueries> : attend<T, C, 1>;
-    return launch(kernel, dim3(limit_blocks(d.items)), dim3(kThreads), 0, stream, d);
+    return launch(kernel, dim3(limit_blocks(d.items)), dim3(kThreads), stream, d);
 }
 
 int64_t t5_attention(const void* q, const void* k, const void* v, const float* bias, const void* prompt_k,
@@ -576,7 +576,7 @@ int64_t t5_attention_prompt_sum(const float* share, const int64_t* prompt_ids, v
                          reinterpret_cast<uintptr_t>(total) % (4 * bytes_of(a.type)) == 0;
     const int64_t threads = R * row_elements / (vectors ? 4 : 1);
     const dim3 grid(limit_blocks((threads + kSumThreads - 1) / kSumThreads));
-    return launch(vectors ? prompt_sum<4> : prompt_sum<1>, grid, dim3(kSumThreads), 0, stream, a);
+    return launch(vectors ? prompt_sum<4> : prompt_sum<1>, grid, dim3(kSumThreads), stream, a);
 }
 
 FP_KERNEL(t5_attention);

@@ -31,16 +31,16 @@ __global__ void block_sum(const float* x, float* out) {
 }
 
 int64_t sum(const float* x, float* out, int64_t blocks, int64_t threads, void* stream) {
-    return launch(block_sum<true, true>, dim3(blocks), dim3(threads), 0, stream, x, out);
+    return launch(block_sum<true, true>, dim3(blocks), dim3(threads), stream, x, out);
 }
 int64_t sum_unseen(const float* x, float* out, int64_t blocks, int64_t threads, void* stream) {
-    return launch(block_sum<true, false>, dim3(blocks), dim3(threads), 0, stream, x, out);
+    return launch(block_sum<true, false>, dim3(blocks), dim3(threads), stream, x, out);
 }
 int64_t sum_without_barrier(const float* x, float* out, int64_t blocks, int64_t threads, void* stream) {
-    return launch(block_sum<false, true>, dim3(blocks), dim3(threads), 0, stream, x, out);
+    return launch(block_sum<false, true>, dim3(blocks), dim3(threads), stream, x, out);
 }
 int64_t sum_without_barrier_unseen(const float* x, float* out, int64_t blocks, int64_t threads, void* stream) {
-    return launch(block_sum<false, false>, dim3(blocks), dim3(threads), 0, stream, x, out);
+    return launch(block_sum<false, false>, dim3(blocks), dim3(threads), stream, x, out);
 }
 
 // The second value is written before all have read the first: the barrier that loops forget.
@@ -53,7 +53,7 @@ __global__ void reuse(const float* x, float* out) {
     }
 }
 int64_t reuse_without_barrier(const float* x, float* out, int64_t threads, void* stream) {
-    return launch(reuse, dim3(1), dim3(threads), 0, stream, x, out);
+    return launch(reuse, dim3(1), dim3(threads), stream, x, out);
 }
 
 enum Divergence { kSomeEnd, kSomeElsewhere };
@@ -66,8 +66,8 @@ __global__ void diverge() {
         __syncthreads();
     }
 }
-int64_t barrier_that_some_miss(void* stream) { return launch(diverge<kSomeEnd>, dim3(1), dim3(64), 0, stream); }
-int64_t barriers_in_two_places(void* stream) { return launch(diverge<kSomeElsewhere>, dim3(1), dim3(64), 0, stream); }
+int64_t barrier_that_some_miss(void* stream) { return launch(diverge<kSomeEnd>, dim3(1), dim3(64), stream); }
+int64_t barriers_in_two_places(void* stream) { return launch(diverge<kSomeElsewhere>, dim3(1), dim3(64), stream); }
 
 template <bool kSeen>
 __global__ void read_uninitialised(float* out) {
@@ -75,31 +75,17 @@ __global__ void read_uninitialised(float* out) {
     out[threadIdx.x] = kSeen ? value[threadIdx.x] : (&value[0])[threadIdx.x];
 }
 int64_t uninitialised(float* out, void* stream) {
-    return launch(read_uninitialised<true>, dim3(1), dim3(4), 0, stream, out);
+    return launch(read_uninitialised<true>, dim3(1), dim3(4), stream, out);
 }
 int64_t uninitialised_unseen(float* out, void* stream) {
-    return launch(read_uninitialised<false>, dim3(1), dim3(4), 0, stream, out);
+    return launch(read_uninitialised<false>, dim3(1), dim3(4), stream, out);
 }
 
 __global__ void index_past_end(int64_t index) {
     FP_SHARED(int, value, 4);
     value[index] = 1;
 }
-int64_t shared_index(int64_t index, void* stream) { return launch(index_past_end, dim3(1), dim3(1), 0, stream, index); }
-
-// out = x reversed, by way of dynamic shared memory.
-__global__ void reverse(const int* x, int* out) {
-    FP_DYNAMIC_SHARED(int, tile);
-    tile[threadIdx.x] = x[threadIdx.x];
-    __syncthreads();
-    out[threadIdx.x] = tile[blockDim.x - 1 - threadIdx.x];
-}
-int64_t reversed(const int* x, int* out, int64_t threads, int64_t shared_bytes, int64_t allowed_bytes, void* stream) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reverse, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed_bytes);
-    if (status != cudaSuccess) return status;
-    return launch(reverse, dim3(1), dim3(threads), shared_bytes, stream, x, out);
-}
+int64_t shared_index(int64_t index, void* stream) { return launch(index_past_end, dim3(1), dim3(1), stream, index); }
 
 // out[thread's place in the whole grid] = that place, in three dimensions.
 __global__ void places(int* out) {
@@ -108,9 +94,9 @@ __global__ void places(int* out) {
     const unsigned i = (z * gridDim.y * blockDim.y + y) * gridDim.x * blockDim.x + x;
     out[i] = static_cast<int>(i);
 }
-int64_t grid_places(int* out, void* stream) { return launch(places, dim3(3, 2, 5), dim3(4, 3, 2), 0, stream, out); }
+int64_t grid_places(int* out, void* stream) { return launch(places, dim3(3, 2, 5), dim3(4, 3, 2), stream, out); }
 int64_t launch_shape(int64_t blocks, int64_t threads, int* out, void* stream) {
-    return launch(places, dim3(blocks), dim3(threads), 0, stream, out);
+    return launch(places, dim3(blocks), dim3(threads), stream, out);
 }
 
 // Of x [blocks * threads]: the number of positive ones, the largest, their sum; and how many blocks came first.
@@ -129,21 +115,21 @@ __global__ void gather(const int* x, int* positive, int* largest, float* total, 
 }
 int64_t atomics(const int* x, int* positive, int* largest, float* total, int* first, int64_t blocks, int64_t threads,
                 void* stream) {
-    return launch(gather, dim3(blocks), dim3(threads), 0, stream, x, positive, largest, total, first);
+    return launch(gather, dim3(blocks), dim3(threads), stream, x, positive, largest, total, first);
 }
 
 __global__ void copy_four(const float* x, float* out) {
     *reinterpret_cast<float4*>(out) = *reinterpret_cast<const float4*>(x);
 }
 int64_t copied_four(const float* x, float* out, void* stream) {
-    return launch(copy_four, dim3(1), dim3(1), 0, stream, x, out);
+    return launch(copy_four, dim3(1), dim3(1), stream, x, out);
 }
 
 __global__ void copy(const float* x, float* out, int64_t count) {
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) out[i] = x[i];
 }
 int64_t copied(const float* x, float* out, int64_t count, void* stream) {
-    return launch(copy, dim3(1), dim3(32), 0, stream, x, out, count);
+    return launch(copy, dim3(1), dim3(32), stream, x, out, count);
 }
 
 FP_KERNEL(sum);
@@ -156,7 +142,6 @@ FP_KERNEL(barriers_in_two_places);
 FP_KERNEL(uninitialised);
 FP_KERNEL(uninitialised_unseen);
 FP_KERNEL(shared_index);
-FP_KERNEL(reversed);
 FP_KERNEL(grid_places);
 FP_KERNEL(launch_shape);
 FP_KERNEL(atomics);

@@ -78,7 +78,4 @@ T atomicCAS(T* address, T expected, T value) {
     return before;
 }
 
-enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-
-constexpr int kMostDynamicShared = 227 * 1024;  // bytes per block, on a Hopper GPU
+enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };

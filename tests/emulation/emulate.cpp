@@ -27,7 +27,7 @@ dim3 blockDim, gridDim;
 namespace emulate {
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 4096, kDefaultSharedBytes = 48 * 1024;
+constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 4096, kSharedBytes = 48 * 1024;
 
 enum State { kReady, kAtBarrier, kInExchange, kEnded };
 
@@ -67,8 +67,6 @@ std::string error;                 // the first one; it ends the launch
 uint64_t barriers;                 // passed by the block
 std::vector<uint64_t> warp_syncs;  // passed by each warp of it
 std::map<const void*, SharedMemory> arrays;
-size_t dynamic_bytes;
-std::map<const void*, int> allowed_dynamic_bytes;
 
 // Fibers switch with __builtin_setjmp, which makes no system call; ucontext only enters a new stack. gcc wants both
 // ends of a jump in functions of their own.
@@ -315,27 +313,21 @@ SharedMemory& shared_memory(const void* key, const char* name, size_t count, siz
         array.elements.resize(count);
         poison(array);
         size_t bytes = 0;
-        for (const auto& [other, each] : arrays) bytes += other == nullptr ? 0 : each.size;
-        if (bytes > kDefaultSharedBytes) fail("more than 48 KB of static shared memory");
+        for (const auto& [other, each] : arrays) bytes += each.size;
+        if (bytes > kSharedBytes) fail("more than 48 KB of shared memory");
     }
     if (array.elements.size() != count) fail(std::string("shared ") + name + " was declared with another element type");
     return array;
 }
 
-size_t dynamic_shared_bytes() { return dynamic_bytes; }
-
-int64_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context) {
+int64_t run(dim3 grid, dim3 block, void (*body)(void*), void* context) {
     const size_t blocks = size_t{grid.x} * grid.y * grid.z;
     threads = size_t{block.x} * block.y * block.z;
     const bool grid_fits = blocks > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
     if (!grid_fits || threads == 0 || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
-    const auto allowed = allowed_dynamic_bytes.find(kernel);
-    const size_t limit =
-        allowed == allowed_dynamic_bytes.end() ? kDefaultSharedBytes : static_cast<size_t>(allowed->second);
-    if (shared_bytes > limit) return cudaErrorInvalidValue;
 
     kernel_body = body, kernel_context = context;
-    gridDim = grid, blockDim = block, dynamic_bytes = shared_bytes;
+    gridDim = grid, blockDim = block;
     dice.seed(seed);
     arrays.clear();
     for (const size_t i : arranged(blocks)) {
@@ -347,12 +339,6 @@ int64_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void
             return -1;
         }
     }
-    return cudaSuccess;
-}
-
-cudaError_t allow_dynamic_shared(const void* kernel, int bytes) {
-    if (bytes < 0 || bytes > kMostDynamicShared) return cudaErrorInvalidValue;
-    allowed_dynamic_bytes[kernel] = bytes;
     return cudaSuccess;
 }
 

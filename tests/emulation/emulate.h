@@ -97,9 +97,8 @@ struct SharedMemory {
     void check_write(size_t index);
 };
 
-// The array declared at `key`, or the one asked for at launch (null). A block finds it filled with 0xff: NaN, or -1.
+// The array declared at `key`. A block finds it filled with 0xff: NaN, or -1.
 SharedMemory& shared_memory(const void* key, const char* name, size_t count, size_t element_size);
-size_t dynamic_shared_bytes();
 
 // An element of shared memory that reports races, and reads of what nobody wrote.
 template <class T>
@@ -145,8 +144,7 @@ private:
     SharedMemory& memory_;
 };
 
-int64_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
-cudaError_t allow_dynamic_shared(const void* kernel, int bytes);
+int64_t run(dim3 grid, dim3 block, void (*body)(void*), void* context);
 
 }  // namespace emulate
 
@@ -164,13 +162,6 @@ cudaError_t allow_dynamic_shared(const void* kernel, int bytes);
 #define FP_SHARED(T, NAME, COUNT) \
     static char NAME##_key;       \
     const emulate::SharedArray<T> NAME(&NAME##_key, #NAME, COUNT)
-#define FP_DYNAMIC_SHARED(T, NAME) \
-    const emulate::SharedArray<T> NAME(nullptr, #NAME, emulate::dynamic_shared_bytes() / sizeof(T))
-
-template <class K>
-cudaError_t cudaFuncSetAttribute(K* kernel, cudaFuncAttribute, int bytes) {
-    return emulate::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), bytes);
-}
 
 namespace {
 
@@ -182,11 +173,10 @@ struct Itself {
 };
 
 template <class... P>
-int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void*,
-               typename Itself<P>::type... arguments) {
+int64_t launch(void (*kernel)(P...), dim3 grid, dim3 block, void*, typename Itself<P>::type... arguments) {
     auto call = [&] { kernel(arguments...); };
     const auto body = [](void* context) { (*static_cast<decltype(call)*>(context))(); };
-    return emulate::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, body, &call);
+    return emulate::run(grid, block, body, &call);
 }
 
 }  // namespace

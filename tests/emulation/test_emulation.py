@@ -92,23 +92,6 @@ def test_shared_index_out_of_range(planted, index):
         planted.shared_index(index, 0)
 
 
-def test_dynamic_shared_memory(planted, schedule):
-    x, out = np.arange(96, dtype=np.int32), np.zeros(96, np.int32)
-    planted.reversed(address(x), address(out), 96, 96 * 4, 96 * 4, 0)
-    np.testing.assert_array_equal(out, x[::-1])
-    with pytest.raises(RuntimeError, match=r"index 95 is outside shared tile\[95\]"):
-        planted.reversed(address(x), address(out), 96, 95 * 4, 95 * 4, 0)
-
-
-def test_large_dynamic_shared_memory_must_be_allowed(planted):
-    x, out = np.arange(96, dtype=np.int32), np.zeros(96, np.int32)
-    planted.reversed(address(x), address(out), 96, 100_000, 100_000, 0)
-    np.testing.assert_array_equal(out, x[::-1])
-    for bytes_asked, bytes_allowed in ((100_000, 50_000), (300_000, 300_000)):
-        with pytest.raises(RuntimeError, match="CUDA error 1"):
-            planted.reversed(address(x), address(out), 96, bytes_asked, bytes_allowed, 0)
-
-
 def test_grid_and_block_in_three_dimensions(planted, schedule):
     out = np.full(3 * 2 * 5 * 4 * 3 * 2, -1, np.int32)
     planted.grid_places(address(out), 0)

@@ -20,7 +20,7 @@ __global__ void exchange_all(int* out) {
     const unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
     out[224 + lane] = __shfl_sync(half, value, lane < 16 ? 0 : 31);
 }
-int64_t exchanges(int* out, void* stream) { return launch(exchange_all, dim3(1), dim3(32), 0, stream, out); }
+int64_t exchanges(int* out, void* stream) { return launch(exchange_all, dim3(1), dim3(32), stream, out); }
 
 // The same bits in every lane, whatever the order of the lanes.
 __global__ void warp_sum(const float* x, double* out) {
@@ -29,7 +29,7 @@ __global__ void warp_sum(const float* x, double* out) {
     out[threadIdx.x] = sum;
 }
 int64_t warp_sums(const float* x, double* out, int64_t threads, void* stream) {
-    return launch(warp_sum, dim3(1), dim3(threads), 0, stream, x, out);
+    return launch(warp_sum, dim3(1), dim3(threads), stream, x, out);
 }
 
 // Lanes hand values on through shared memory.
@@ -41,9 +41,9 @@ __global__ void hand_on(int* out) {
     if (kSync) __syncwarp();
     out[lane] = tile[(lane + 1) % 32];
 }
-int64_t handed_on(int* out, void* stream) { return launch(hand_on<true>, dim3(1), dim3(32), 0, stream, out); }
+int64_t handed_on(int* out, void* stream) { return launch(hand_on<true>, dim3(1), dim3(32), stream, out); }
 int64_t handed_on_without_sync(int* out, void* stream) {
-    return launch(hand_on<false>, dim3(1), dim3(32), 0, stream, out);
+    return launch(hand_on<false>, dim3(1), dim3(32), stream, out);
 }
 
 enum Fault { kLaneAtBarrier, kMasksDiffer, kAbsentLane, kNotInMask, kEndedLane };
@@ -63,19 +63,19 @@ __global__ void fault(int* out) {
     out[lane] = __shfl_sync(mask, lane, kFault == kAbsentLane ? 20 : 0);
 }
 int64_t shuffle_with_lane_at_barrier(int* out, void* stream) {
-    return launch(fault<kLaneAtBarrier>, dim3(1), dim3(32), 0, stream, out);
+    return launch(fault<kLaneAtBarrier>, dim3(1), dim3(32), stream, out);
 }
 int64_t shuffle_with_different_masks(int* out, void* stream) {
-    return launch(fault<kMasksDiffer>, dim3(1), dim3(32), 0, stream, out);
+    return launch(fault<kMasksDiffer>, dim3(1), dim3(32), stream, out);
 }
 int64_t shuffle_from_absent_lane(int* out, void* stream) {
-    return launch(fault<kAbsentLane>, dim3(1), dim3(32), 0, stream, out);
+    return launch(fault<kAbsentLane>, dim3(1), dim3(32), stream, out);
 }
 int64_t shuffle_outside_mask(int* out, void* stream) {
-    return launch(fault<kNotInMask>, dim3(1), dim3(32), 0, stream, out);
+    return launch(fault<kNotInMask>, dim3(1), dim3(32), stream, out);
 }
 int64_t shuffle_without_ended_lane(int* out, void* stream) {
-    return launch(fault<kEndedLane>, dim3(1), dim3(32), 0, stream, out);
+    return launch(fault<kEndedLane>, dim3(1), dim3(32), stream, out);
 }
 
 FP_KERNEL(exchanges);
