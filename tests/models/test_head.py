@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastprompt import explain, patch, unpatch
 from fastprompt.modules.head import FastHead
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_a_cpu")
+page = sys.modules["fastprompt.ops.frozen_linear"]
 
 
 @pytest.fixture
@@ -99,8 +101,19 @@ def test_what_something_else_decides_is_stock(make, batch, labels, change, reaso
     assert head_row(model).reason == (reason or "it computes something else than T5's")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_ours_where_torch_is_slow(make, dtype, monkeypatch):
+    monkeypatch.setattr(page, "SLOW_HALVES", (dtype,))
+    model, x = make(dtype=dtype), torch.randn(8, 48, dtype=dtype)
+    found, count = counted(patch(model), lambda: model.lm_head(x))
+    torch.testing.assert_close(found, (x.float() @ model.lm_head.weight.float().t()).to(dtype))
+    assert count == 1
+    assert head_row(model).reason is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_are_torchs(make, dtype):
+def test_other_dtypes_are_torchs(make, dtype, monkeypatch):
+    monkeypatch.setattr(page, "SLOW_HALVES", ())
     model, x = make(dtype=dtype), torch.randn(8, 48, dtype=dtype)
     expected = model.lm_head(x)
     found, count = counted(patch(model), lambda: model.lm_head(x))
