@@ -39,10 +39,15 @@ Function = Callable[..., Any]
 class Op:
     """One op in every layer: its schemas, their reference, native and Triton implementations, and autograd."""
 
-    def __init__(self, name: str, native_first: bool = True) -> None:
-        """native_first=False: on this machine's CPU the reference is faster, and so the default."""
+    def __init__(
+        self, name: str, native_first: bool = True, native_for: Callable[..., bool] | None = None
+    ) -> None:
+        """native_first=False: on this machine's CPU the reference is faster, and so the default; but not for arguments
+        that ``native_for`` is true of.
+        """
         self.name = name
         self.native_first = native_first
+        self.native_for = native_for
         self.members: list[str] = []  # schema names, e.g. rms_norm and rms_norm_backward
         self.last_backend: dict[str, str] = {}
         self._reference: dict[str, Function] = {}
@@ -94,6 +99,12 @@ class Op:
             here = self.backends(device)
             chosen = [name for name in names if name in here[: here.index("reference")]]
             functions = {name: self._implementation(name) for name in chosen}
+            if device == "cpu" and "cpu" in here and not chosen and self.native_for is not None:
+                chosen = ["cpu"]
+                functions["cpu"] = {
+                    member: self._for_some(function)
+                    for member, function in self._implementation("cpu").items()
+                }
             for member in self.members if chosen else ():
                 found = [(name, functions[name][member]) for name in chosen if member in functions[name]]
                 function = self._recorded(member, *found)
@@ -160,6 +171,14 @@ class Op:
         if backend == "cuda":
             return {member: _where_tensors_are(function) for member, function in functions.items()}
         return functions
+
+    def _for_some(self, function: Function) -> Function:
+        def run(*args: Any) -> Any:
+            return (
+                function(*args) if self.native_for is not None and self.native_for(*args) else NotImplemented
+            )
+
+        return run
 
     def _recorded(self, member: str, *choices: tuple[str, Function]) -> Function:
         """The first of the (backend, function) pairs that covers the arguments, else the reference."""

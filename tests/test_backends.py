@@ -202,6 +202,32 @@ def test_the_environment_caps_the_instruction_set(usual):
     assert "FASTPROMPT_ISA must be one of avx512, avx2, scalar, got 'sse9'" in process.stderr
 
 
+@pytest.mark.skipif(CPU_TARGETS[:1] in ((), ("scalar",)), reason="needs kernels for wide vectors")
+def test_on_a_cpu_of_another_maker_half_precision_alone_is_ours():
+    """Where PyTorch multiplies float32 as fast, but has no instructions for half precision."""
+    script = """
+        import glob, importlib.util, sys
+        (folder,) = importlib.util.find_spec("fastprompt").submodule_search_locations
+        spec = importlib.util.spec_from_file_location("fastprompt._C", glob.glob(folder + "/_C.*")[0])
+        sys.modules["fastprompt._C"] = extension = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(extension)
+        extension.cpu_is_amd = False
+        import torch
+        import fastprompt
+        page = sys.modules["fastprompt.ops.frozen_linear"]
+        page.SLOW_HALVES = (torch.bfloat16,)
+        x, weight = torch.ones(8, 64), torch.ones(64, 64)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            fastprompt.ops.frozen_linear(x.to(dtype), weight.to(dtype))
+            forward = fastprompt.backend_used("frozen_linear")
+            torch.ops.fastprompt.frozen_linear_backward([x.to(dtype)], [weight.to(dtype)])
+            print(forward, fastprompt.backend_used("frozen_linear_backward"))
+    """
+    command = [sys.executable, "-P", "-c", textwrap.dedent(script)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.stdout.split() == ["reference"] * 2 + ["cpu"] * 2 + ["reference"] * 2, process.stderr
+
+
 def test_without_the_extension_it_warns_and_computes_the_same(usual):
     hidden = answer("import sys; sys.modules['fastprompt._C'] = None", TRITON_INTERPRET="0")
     assert hidden["backends"] == ["reference"]

@@ -16,7 +16,7 @@ many threads. It is the default where it is faster than PyTorch's library, which
 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
 
 bf16 and fp16 it takes, of any number of rows, where the CPU has no instructions for them and PyTorch needs 6 to 100
-times what fp32 takes: it computes as in fp32, reads the weight as it is, and rounds once.
+times what fp32 takes, whoever made it: it computes as in fp32, reads the weight as it is, and rounds once.
 
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.
@@ -64,12 +64,18 @@ def _slow_halves() -> tuple[torch.dtype, ...]:
 SLOW_HALVES = _slow_halves()
 
 
-def _pays() -> bool:
-    fast = bool(_native.CPU_TARGETS) and _native.CPU_TARGETS[0] != "scalar"
-    return fast and _native.CPU_IS_AMD and torch.backends.mkl.is_available()
+WIDE = bool(_native.CPU_TARGETS) and _native.CPU_TARGETS[0] != "scalar"
 
 
-op = Op("frozen_linear", native_first=_pays())
+def _is_slow_half(x: Tensor | list[Tensor], *_others: Any) -> bool:
+    return WIDE and (x[0] if isinstance(x, list) else x).dtype in SLOW_HALVES
+
+
+op = Op(
+    "frozen_linear",
+    native_first=WIDE and _native.CPU_IS_AMD and torch.backends.mkl.is_available(),
+    native_for=_is_slow_half,
+)
 
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
