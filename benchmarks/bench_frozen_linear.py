@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""frozen_linear beside PyTorch's products: of an encoder layer, forward and backward to the input; of a token, forward."""
+"""frozen_linear beside PyTorch's products: an encoder layer's, forward and backward to the input; a token's, forward."""
 
 from functools import partial
 
@@ -25,6 +25,7 @@ FEW_ROWS = [
     ),  # the head of v1.1-small: one, two or four sequences
     {"M": 4, "N": 2048, "K": 768},
 ]
+HALF = {"M": 64, "N": 1024, "K": 512}  # in bf16 and fp16, on a CPU
 QUICK = {"M": 40, "N": 48, "K": 64}
 
 
@@ -33,7 +34,13 @@ def specs(options: Options) -> list[Spec]:
     shapes = [QUICK] if options.quick else [GOAL, *OTHERS]
     few = [{"M": 2, "N": 48, "K": 512}] if options.quick else FEW_ROWS
     steps = [Spec(STEP, dtype, tuple(sizes.items()), number == 0) for number, sizes in enumerate(shapes)]
-    return [*steps, *(Spec(FORWARD, dtype, tuple(sizes.items())) for sizes in few)]
+    halves = [] if options.device == "cuda" else [torch.bfloat16, torch.float16]
+    sizes = tuple((QUICK if options.quick else HALF).items())
+    return [
+        *steps,
+        *(Spec(FORWARD, dtype, tuple(each.items())) for each in few),
+        *(Spec(STEP, half, sizes) for half in halves),
+    ]
 
 
 def contenders(spec: Spec, options: Options) -> list[str]:
