@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""frozen_linear beside PyTorch's products: an encoder layer's, forward and backward to the input; a token's, forward."""
+"""frozen_linear beside PyTorch's products: a layer's, forward and backward to the input; a token's, forward."""
 
 from functools import partial
 
