@@ -49,7 +49,7 @@ def patch(
         attention: the attention layers, and ``attn_implementation="fastprompt"``.
         norm: the norms, and the stacks' dropout.
         ff: the feed-forward layers.
-        head: the product of the language-model head, on a CPU in fp32.
+        head: the product of the language-model head, on a CPU.
         lm_loss: where gradients are recorded, the loss of labels without the logits of the whole vocabulary, which are
             then missing in the output.
         memory: what is kept for backward, all of it exact: "speed" computes nothing twice; "balanced" computes the
@@ -64,7 +64,8 @@ def patch(
         TypeError: model is no module.
         ValueError: an option is unknown, there is no T5 in the model, or a layer is unsupported and that is an error.
     """
-    _check_options(model, memory, on_unsupported)
+    before = _Patched(model)
+    _check_options(memory, on_unsupported)
     wanted = {
         FastAttention: attention,
         FastNorm: norm,
@@ -79,7 +80,6 @@ def patch(
             f"fastprompt.patch: model must contain a T5 ({', '.join(FAMILY)}), got {type(model).__name__} without any"
             " of their layers"
         )
-    before = _Patched(model)
     bias: tuple[nn.Module, ...] = ()
     for module in leaves(model):
         own: Any = getattr(module, "SelfAttention", None)
@@ -132,6 +132,8 @@ class _Patched:
     """How a model is patched, or that it is not."""
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"fastprompt.patch: model must be a torch.nn.Module, got {type(model).__name__}")
         self.modules = [
             (module, type(module), {name: vars(module)[name] for name in OPTIONS if name in vars(module)})
             for module in model.modules()
@@ -162,9 +164,7 @@ def _missed(model: nn.Module, lm_loss: bool) -> list[str]:
     return missed
 
 
-def _check_options(model: object, memory: str, on_unsupported: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fastprompt.patch: model must be a torch.nn.Module, got {type(model).__name__}")
+def _check_options(memory: str, on_unsupported: str) -> None:
     for name, value, choices in (
         ("memory", memory, MEMORY),
         ("on_unsupported", on_unsupported, ON_UNSUPPORTED),

@@ -224,6 +224,11 @@ def test_outputs_without_gradient(make, batch, labels):
     assert embeds.grad is None or not embeds.grad.any()
 
 
+def test_patched_is_of_modules():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"), patched("t5-small"):
+        pass
+
+
 def test_patched_puts_an_earlier_patch_back(make):
     model = patch(make(), memory="lean")
     before = [type(module) for module in model.modules()], str(explain(model))
