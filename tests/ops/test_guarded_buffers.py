@@ -145,16 +145,20 @@ def test_t5_attention_prompt_sum(kernels, device, dtype):
 
 
 @pytest.mark.parametrize("columns_are_dense", [False, True])
-def test_frozen_linear(kernels, device, columns_are_dense):
-    """Edges in every direction: 13 rows are two tiles and one row, 70 columns a tile and 6, 300 a chain or more."""
+@pytest.mark.parametrize("M", [3, 13])
+def test_frozen_linear(kernels, device, M, columns_are_dense, dtype):
+    """Edges in every direction: 3 rows are part of a tile, 13 are two tiles and one row, 70 columns a tile and 6, 300 a
+    chain or more.
+    """
     if not hasattr(kernels, "frozen_linear"):
         return  # there is no CUDA kernel
-    B, M, columns, depth = 2, 13, 70, 300
+    B, columns, depth = 2, 70, 300
     shapes = (B, M, depth), (B, columns, depth), (B, M, columns)
     x, weight, y = (torch.randn(shape, device=device) for shape in shapes)
+    weight = weight.to(dtype)
     strides = (1, columns) if columns_are_dense else (depth, 1)
-    numbers = [B, M, columns, depth, columns * depth, *strides, 0]
+    numbers = [B, M, columns, depth, columns * depth, *strides, DTYPE_CODES[dtype], 0]
     assert_alignment_is_invisible(kernels.frozen_linear, [x, weight], [y], numbers)
     strides = (1, depth) if columns_are_dense else (columns, 1)
-    numbers = [B, M, depth, columns, columns * depth, *strides, 0, 0]
+    numbers = [B, M, depth, columns, columns * depth, *strides, DTYPE_CODES[dtype], 0, 0]
     assert_alignment_is_invisible(kernels.frozen_linear_backward, [x, weight], [y], numbers)
