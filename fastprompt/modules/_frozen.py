@@ -12,7 +12,7 @@ from fastprompt._hooks import has_global_hooks, is_hooked
 from fastprompt._op import direct as ops
 from fastprompt._op import is_transformed
 from fastprompt.ops._checks import FLOATS
-from fastprompt.ops.frozen_linear import ROWS, SLOW_HALVES, pays, product, product_sum
+from fastprompt.ops.frozen_linear import pays, pays_backward, product, product_sum
 
 Modules = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ def _examine(children: Modules, others: Modules) -> tuple[dict[str, Tensor], str
     weights: dict[str, Tensor] = {}
     dtype = None
     for name, child in children.items():
-        cls = child.__class__
+        cls = type(child)
         if not _has_stock_weight(cls):
             return weights, f"{name} is a {cls.__name__}"
         weight = _tensor(child, "weight")
@@ -65,7 +65,7 @@ def _examine(children: Modules, others: Modules) -> tuple[dict[str, Tensor], str
             return weights, f"{name}.weight is {weight.dtype}, others are {dtype}"
         dtype, weights[name] = weight.dtype, weight
     for name, child in others.items():
-        cls = child.__class__
+        cls = type(child)
         if not is_stock(cls):
             return weights, f"{name} is a {cls.__name__}"
         if is_hooked(child):
@@ -127,8 +127,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of grad @ weight over the pairs, accumulated in the products: [..., N], [N, K] -> [..., K]."""
     grads, weights = (list(each) for each in zip(*pairs, strict=True))
-    few = grads[0].numel() < ROWS * grads[0].shape[-1] and grads[0].dtype not in SLOW_HALVES
-    total: Tensor = (product_sum if few or grads[0].is_cuda else ops.frozen_linear_backward)(grads, weights)
+    own = not grads[0].is_cuda and pays_backward(grads[0])
+    total: Tensor = (ops.frozen_linear_backward if own else product_sum)(grads, weights)
     return total
 
 

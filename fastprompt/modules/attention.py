@@ -146,7 +146,7 @@ class FastAttention:
     def _other_scores(self) -> str | None:
         """Why kernels do not compute its scores; None if they do."""
         attention = self._attention
-        if not is_stock(attention.__class__):
+        if not is_stock(type(attention)):
             return f"{self.attention_name} is a {type(attention).__name__}"
         if attention.key_value_proj_dim not in HEAD_WIDTHS:
             widths = ", ".join(map(str, HEAD_WIDTHS))
@@ -329,7 +329,7 @@ class FastSelfAttention(FastAttention):
     def _other_scores(self) -> str | None:
         for owner in self.fastprompt_bias:
             attention = owner._modules["SelfAttention"]
-            if not (is_stock(attention.__class__) and is_plain_bias(attention)):
+            if not (is_stock(type(attention)) and is_plain_bias(attention)):
                 return "relative_attention_bias is more than its weight"
             # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
             if attention._modules["relative_attention_bias"].weight.requires_grad:

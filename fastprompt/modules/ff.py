@@ -106,7 +106,7 @@ class FastFF:
     def _parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The modules whose weights it reads, and the others that it does not call."""
         dense, outer = self._modules["DenseReluDense"], self._modules
-        if not is_stock(dense.__class__):
+        if not is_stock(type(dense)):
             return {}, {"DenseReluDense": dense}
         inner = dense._modules
         names = ("wi_0", "wi_1", "wo") if "wi_0" in inner else ("wi", "wo")

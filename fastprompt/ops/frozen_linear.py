@@ -182,23 +182,21 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     return rows >= ROWS or weight.numel() >= (1 << 16 if rows > 1 else 1 << 21)
 
 
-def _covered(x: Tensor, weight: Tensor, columns: int) -> bool:
+def pays_backward(dy: Tensor) -> bool:
+    """The same for the gradient of the input."""
+    return dy.numel() >= _least_rows(dy.dtype) * dy.shape[-1]
+
+
+def _least_rows(dtype: torch.dtype) -> int:
+    return 1 if dtype in SLOW_HALVES else ROWS
+
+
+def _covered(x: Tensor, weight: Tensor, columns: int, few_rows: bool = False) -> bool:
     """Does the kernel take products of this dtype and size, and is one of the weight's dimensions dense?"""
     if not takes(x.dtype) or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
         return False
-    least = 1 if x.dtype in SLOW_HALVES else ROWS
+    least = 1 if few_rows else _least_rows(x.dtype)
     return _sizes(x, weight)[1] >= least and columns >= COLUMNS and x.shape[-1] >= DEPTH
-
-
-def _covers_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """The same in fp32, forward, for a row or a few."""
-    return (
-        x.dtype == torch.float32
-        and weight.stride(-1) == 1
-        and weight.shape[-2] >= COLUMNS
-        and x.shape[-1] >= FEW_ROWS_DEPTH
-        and x.numel() > 0
-    )
 
 
 def _place(weight: Tensor) -> tuple[int, ...]:
@@ -215,7 +213,7 @@ def _check_status(status: int) -> None:
 def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -> Any:
     _check("frozen_linear", "x", x, weight, -1)
     N, K = weight.shape[-2:]
-    if not (_covered(x, weight, N) or _covers_few_rows(x, weight)):
+    if not _covered(x, weight, N, few_rows=weight.stride(-1) == 1 and K >= FEW_ROWS_DEPTH):
         return NotImplemented
     rows = x.float().contiguous()
     y = rows.new_empty((*x.shape[:-1], N))
