@@ -17,7 +17,7 @@ from fastprompt import hf_attention
 from fastprompt.prompts.branch import run_branch
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.prefix import PrefixPrompt
-from fastprompt.prompts.sites import Keys, attentions, bias_tables, project
+from fastprompt.prompts.sites import Keys, bias_tables, project, site_layers
 
 
 class SiteKeys(NamedTuple):
@@ -56,7 +56,7 @@ def keyed(model: Any, prompts: Sequence[Tensor | PrefixPrompt]) -> Keyed:
 def _check_layers(model: Any, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         site = name.partition("_")[0]
-        layers = len(attentions(model, site))
+        layers = len(site_layers(model, site))
         if len(tensor) != layers:
             raise ValueError(
                 f"PromptModel: a prefix must have keys for the {layers} {site} layers of the model, got "

@@ -42,11 +42,13 @@ class Keys(NamedTuple):
 
 
 def site_layers(model: Any, site: str) -> list[Layer]:
-    """The layers of a site, first to last."""
-    if site == "cross":
-        return [Layer(None, block.layer[1].EncDecAttention) for block in model.get_decoder().block]
+    """The layers of a site, first to last, looked up for less than nn.Module's own lookup takes."""
     stack = model.get_encoder() if site == "encoder" else model.get_decoder()
-    return [Layer(block.layer[0].layer_norm, block.layer[0].SelfAttention) for block in stack.block]
+    if site == "cross":
+        others = [block._modules["layer"]._modules["1"]._modules for block in stack.block]
+        return [Layer(None, each["EncDecAttention"]) for each in others]
+    own = [block._modules["layer"]._modules["0"]._modules for block in stack.block]
+    return [Layer(each["layer_norm"], each["SelfAttention"]) for each in own]
 
 
 def project(model: Any, site: str, rows: Sequence[Tensor], lens: Sequence[int]) -> Keys:
@@ -77,19 +79,12 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
     return tables[0] if len(tables) == 1 else tuple(tables)
 
 
-def attentions(model: Any, site: str) -> list[Any]:
-    """The attention of each layer of a site, looked up for less than nn.Module's own lookup takes."""
-    place, name = ("1", "EncDecAttention") if site == "cross" else ("0", "SelfAttention")
-    stack = model.get_encoder() if site == "encoder" else model.get_decoder()
-    return [block._modules["layer"]._modules[place]._modules[name] for block in stack.block]
-
-
 def disorder(model: Any, site: str) -> str | None:
     """What a site's layers should be and are not; None if they are.
 
     A layer finds its prompts' keys, its bias and its cache by its number, and T5's first layer has the bias of all.
     """
-    layers = attentions(model, site)
+    layers = [layer.attention for layer in site_layers(model, site)]
     numbers, every = [layer.layer_idx for layer in layers], list(range(len(layers)))
     biased = [i for i, layer in enumerate(layers) if layer.has_relative_attention_bias]
     expected = [] if site == "cross" else every if model.config.model_type == "umt5" else every[:1]
@@ -118,7 +113,8 @@ def serve(model: Any) -> None:
                 "kind='prepend'"
             )
     for stack, sites in ((model.get_encoder(), SITES[:1]), (model.get_decoder(), SITES[1:])):
-        configs = [stack.config, *(each.config for site in sites for each in attentions(model, site))]
+        own = (layer.attention.config for site in sites for layer in site_layers(model, site))
+        configs = [stack.config, *own]
         several = {id(config): config for config in configs}.values()
         if any(config._attn_implementation_internal != hf_attention.NAME for config in several):
             give_config(stack, served_config(stack.config))
