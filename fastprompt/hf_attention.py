@@ -88,6 +88,13 @@ class Keys(NamedTuple):
             return self.prompt.bias_of(layer)
         return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
 
+    def prompt_of(self, layer: Any) -> tuple[Tensor | None, ...]:
+        """What t5_attention is told of the prompts of one layer: keys, values, ids and lens."""
+        prompt = self.prompt
+        if prompt is None:
+            return None, None, None, None
+        return prompt.keys[layer], prompt.values[layer], prompt.ids, prompt.lens
+
     @property
     def ndim(self) -> int:
         """generate makes a static cache's mask itself; T5 asks whether it is one [B, S], then for its mask."""
@@ -193,12 +200,13 @@ def attention(
     if isinstance(attention_mask, Keys) and scaling == 1.0 and not wants_weights(module, kwargs):
         cross = bool(module.is_decoder) and not attention_mask.causal
         bias = None if cross else position_bias
-        prompt, cu = attention_mask.prompt, attention_mask.cu
+        cu = attention_mask.cu
         # A table that comes with the keys is of a bias known to be frozen; a reentrant checkpoint marks it as trained.
         frozen = attention_mask.brings_bias() or (cu is None and _frozen(module, bias, dropout, query, key))
         if frozen and not is_transformed() and _covered(query, key, value, attention_mask):
             rows = [x.transpose(1, 2) for x in (query, key, value)]
             q, k, v = rows if cu is None else [x.flatten(0, 1) for x in rows]
+            prompt_k, prompt_v, prompt_ids, prompt_lens = attention_mask.prompt_of(module.layer_idx)
             out = t5_attention(
                 q,
                 k,
@@ -210,7 +218,10 @@ def attention(
                 dropout_p=dropout,
                 cu_q=cu,
                 cu_k=cu,
-                **_prompt_arguments(prompt, module.layer_idx),
+                prompt_k=prompt_k,
+                prompt_v=prompt_v,
+                prompt_ids=prompt_ids,
+                prompt_lens=prompt_lens,
             )
             return out.reshape(rows[0].shape), None
     if isinstance(attention_mask, Keys) and attention_mask.prompt is not None:
@@ -226,18 +237,6 @@ def attention(
     return _transformers_attention(
         module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
     )
-
-
-def _prompt_arguments(prompt: PromptKeys | None, layer: Any) -> dict[str, Tensor | None]:
-    """What t5_attention is told of the prompts of one layer."""
-    if prompt is None:
-        return {}
-    return {
-        "prompt_k": prompt.keys[layer],
-        "prompt_v": prompt.values[layer],
-        "prompt_ids": prompt.ids,
-        "prompt_lens": prompt.lens,
-    }
 
 
 def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ def step(
 
     ``weights`` of layer_norm, q, k, v, o; ``bias`` fp32 [H, 2M + 1], None in cross-attention.
     """
-    shape, prompt = (*x.shape[:2], heads, -1), allowed.prompt
+    shape = (*x.shape[:2], heads, -1)
     n, _ = ops.rms_norm(x, weights["layer_norm"], eps)
     q = linear(n, weights["q"]).view(shape)
     if allowed.causal:
@@ -42,8 +42,7 @@ def step(
         k.transpose(1, 2),
         v.transpose(1, 2),
         bias,
-        *((None, None) if prompt is None else (prompt.keys[layer], prompt.values[layer])),
-        *((None, None) if prompt is None else (prompt.ids, prompt.lens)),
+        *allowed.prompt_of(layer),
         allowed.mask,
         *(None, None, None, None),  # offsets, cu_q, cu_k, seed
         allowed.offset if allowed.causal else 0,

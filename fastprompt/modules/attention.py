@@ -20,6 +20,7 @@ fastprompt's (hf_attention) where it can be.
 Source: transformers T5LayerSelfAttention, T5LayerCrossAttention.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -190,21 +191,28 @@ class FastAttention:
         length = cache.get_seq_length(self._attention.layer_idx)
         return length if isinstance(length, int) else None
 
-    def _steps(self, allowed: hf_attention.Keys, held: int | None) -> bool:
-        """Is it a step of generation?"""
-        return (
-            bool(held)
+    def _way(self, allowed: hf_attention.Keys, past: Any) -> Callable[..., Tensor] | None:
+        """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
+        held = self._held(past)
+        if self.attention_name == "SelfAttention" and held != allowed.offset:
+            return None
+        if held == 0:
+            return self._run
+        generates = (
+            held is not None
             and not torch.is_grad_enabled()
             and not self._attention.training
             and rate(self._modules["dropout"]) == 0.0
             and not torch.compiler.is_compiling()
             and allowed.cu is None
         )
+        return self._step if generates else None
 
     def _step(
         self,
         weights: dict[str, Tensor],
         x: Tensor,
+        _states: Tensor | None,
         bias: Tensor | None,
         allowed: hf_attention.Keys,
         past: Any,
@@ -232,12 +240,12 @@ class FastAttention:
         attention, memory = self._attention, self.fastprompt_memory
         weight_p, outer_p = attention.dropout if attention.training else 0.0, rate(self._modules["dropout"])
         seeds = [new_seed(x.device) if p > 0.0 else None for p in (weight_p, outer_p)]
-        prompt, layer = allowed.prompt, attention.layer_idx
-        prompts = (None, None) if prompt is None else (prompt.keys[layer], prompt.values[layer])
-        differentiable = any(t is not None and t.requires_grad for t in (x, states, *prompts))
+        layer = attention.layer_idx
+        prompt_k, prompt_v, prompt_ids, prompt_lens = allowed.prompt_of(layer)
+        differentiable = any(t is not None and t.requires_grad for t in (x, states, prompt_k, prompt_v))
         save = torch.is_grad_enabled() and differentiable
         T, K = x.shape[1], attention.key_value_proj_dim
-        shared = prompt is None or (prompt.ids is None and prompt.lens is None)
+        shared = prompt_ids is None and prompt_lens is None
         absorbed = states is not None and past is None and shared and _absorbed.pays(T, K, save)
         made = made_of(states) if memory != "speed" else None
         options = Options(
@@ -265,10 +273,10 @@ class FastAttention:
             made_seed=None if made is None else made.seed,
             bias=bias,
             key_mask=allowed.mask,
-            prompt_k=prompts[0],
-            prompt_v=prompts[1],
-            prompt_ids=None if prompt is None else prompt.ids,
-            prompt_lens=None if prompt is None else prompt.lens,
+            prompt_k=prompt_k,
+            prompt_v=prompt_v,
+            prompt_ids=prompt_ids,
+            prompt_lens=prompt_lens,
             cu=allowed.cu,
             weight_seed=seeds[0],
             outer_seed=seeds[1],
@@ -276,7 +284,7 @@ class FastAttention:
             slot=[] if memory == "minimal" and not torch.compiler.is_compiling() else None,
         )
         origin = origin_of(x, memory, self)  # type: ignore[arg-type]
-        y, out, *keys_and_values = apply(FrozenAttention, x, states, *prompts, a, origin)
+        y, out, *keys_and_values = apply(FrozenAttention, x, states, prompt_k, prompt_v, a, origin)
         if past is not None:
             k, v = (each.transpose(1, 2) for each in keys_and_values)
             if y.requires_grad and not torch.compiler.is_compiling():
@@ -285,8 +293,8 @@ class FastAttention:
             if states is not None:
                 past.is_updated[layer] = True
         if save:
-            step = a.to_save()
-            last = step if memory == "minimal" else step._replace(out=out)
+            last = a.to_save()
+            last = last if memory == "minimal" else last._replace(out=out)
             leave_origin(y, x, origin, last, self)  # type: ignore[arg-type]
         return y
 
@@ -306,22 +314,18 @@ class FastSelfAttention(FastAttention):
     ) -> tuple[Tensor, Tensor | None, None]:
         attention, past, bias = self._attention, past_key_values, position_bias
         weights = self._weights(attention_mask, (hidden_states,), kwargs)
-        if weights is not None:
-            held, T = self._held(past), hidden_states.shape[1]
-            steps = self._steps(attention_mask, held)
-            if held is not None and held == attention_mask.offset and (held == 0 or steps):
-                if bias is None and attention.has_relative_attention_bias:
-                    bias = bias_table(attention)
-                if bias is None or bias.dim() == 2 or bias.shape == (1, attention.n_heads, T, held + T):
-                    table = bias
-                    if bias is not None:
-                        table = hf_attention.table(bias, attention_mask, attention.layer_idx)
-                    y = (
-                        self._step(weights, hidden_states, table, attention_mask, past)
-                        if steps
-                        else self._run(weights, hidden_states, None, table, attention_mask, past)
-                    )
-                    return y, bias, None  # the bias goes on to the next layers as the table that it is
+        way = None if weights is None else self._way(attention_mask, past)
+        if way is not None:
+            if bias is None and attention.has_relative_attention_bias:
+                bias = bias_table(attention)
+            T = hidden_states.shape[1]
+            dense = (1, attention.n_heads, T, attention_mask.offset + T)
+            if bias is None or bias.dim() == 2 or bias.shape == dense:
+                table = bias
+                if bias is not None:
+                    table = hf_attention.table(bias, attention_mask, attention.layer_idx)
+                # The bias goes on to the next layers as the table that it is.
+                return way(weights, hidden_states, None, table, attention_mask, past), bias, None
         return super().forward(  # type: ignore[misc]
             hidden_states, attention_mask, position_bias, past_key_values, **kwargs
         )
@@ -359,14 +363,11 @@ class FastCrossAttention(FastAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
-        if weights is not None and not attention_mask.causal:
-            held = self._held(past_key_values)
-            if self._steps(attention_mask, held):
-                y = self._step(weights, hidden_states, None, attention_mask, past_key_values)
-                return y, position_bias, None
-            if held == 0:
-                y = self._run(weights, hidden_states, key_value_states, None, attention_mask, past_key_values)
-                return y, position_bias, None
+        served = weights is not None and not attention_mask.causal
+        way = self._way(attention_mask, past_key_values) if served else None
+        if way is not None:
+            y = way(weights, hidden_states, key_value_states, None, attention_mask, past_key_values)
+            return y, position_bias, None
         return super().forward(  # type: ignore[misc]
             hidden_states, key_value_states, attention_mask, position_bias, past_key_values, **kwargs
         )
