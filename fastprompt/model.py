@@ -1,49 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PromptModel: a frozen Hugging Face T5 with trainable prompts."""
+"""PromptModel: a frozen Hugging Face T5 with trainable prompts.
+
+Here is what it computes. What it has comes from the classes below it: prompts by name, with their files and stores
+(fastprompt.prompts.holder), and the keys and values that are kept of them (fastprompt.prompts.keeper). How the prompts
+of a batch enter the model is for fastprompt.prompts.row_batch (kind "prepend") and key_batch (the others) to say.
+"""
 
 import inspect
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from fastprompt import hf_attention
-from fastprompt.ops.prompt_embed import prompt_embed
-from fastprompt.prompts import checks, packed
-from fastprompt.prompts.bank import Choice, Names, PromptBank
-from fastprompt.prompts.branch import evaluating
-from fastprompt.prompts.cache import PromptCaches
-from fastprompt.prompts.cache_loading import load_caches, save_cache
+from fastprompt.prompts import checks
+from fastprompt.prompts.bank import Names
 from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
-from fastprompt.prompts.files import read_prompt, write_prompt
-from fastprompt.prompts.identity import ModelIdentity
-from fastprompt.prompts.init import initial_prompt
-from fastprompt.prompts.keyed import Keyed, joined, keyed, prompt_keys
-from fastprompt.prompts.layout import ModelShape
-from fastprompt.prompts.loading import assign, check_fits, config_of, file_of, prompt_of
-from fastprompt.prompts.mask import prepend_mask
-from fastprompt.prompts.prefix import PrefixPrompt
-from fastprompt.prompts.prefix_init import initial_prefix
-from fastprompt.prompts.prompt_file import PromptFile
+
+# Pickles that were made when that hook stood here look for it here.
+from fastprompt.prompts.holder import _after_loading as _after_loading
+from fastprompt.prompts.keeper import KeyKeeper
+from fastprompt.prompts.key_batch import KeyBatch
 from fastprompt.prompts.rank import Choices, Ranking, choice_ids, choice_scores, rank_of
-from fastprompt.prompts.reentrant import gathered, is_reentrant
-from fastprompt.prompts.row_gradient import mark_prompt_rows
-from fastprompt.prompts.sites import serve
-from fastprompt.prompts.store import PromptStore
-from fastprompt.prompts.stored import StoredPrompts
+from fastprompt.prompts.row_batch import RowBatch
 
 # Keywords that HF reads beside the parameters of a T5's forward.
 _FLAGS = ("output_attentions", "output_hidden_states")
 _HF_KEYWORDS = {*_FLAGS, "num_items_in_batch", "return_dict"}
 
 
-class PromptModel(nn.Module):
+class PromptModel(KeyKeeper):
     """A frozen T5 and its prompts (Lester et al. 2021); only the prompts train.
 
     With a prompt of kind "prepend", row b of a batch enters the encoder as [its prompt | its tokens], which is what HF
@@ -83,24 +73,16 @@ class PromptModel(nn.Module):
         tokenizer: Any = None,
         pack: bool | None = None,
     ) -> None:
-        super().__init__()
-        checks.check_model(model)
+        super().__init__(model, tokenizer)
         if not isinstance(config, (PromptConfig, Mapping)):
             got = type(config).__name__
             raise TypeError(f"PromptModel: config must be a PromptConfig or a dict of them, got {got}")
-        self.model: Any = model
-        self.tokenizer = tokenizer
         self.pack = pack
-        self.prompts = PromptBank()
-        self.configs: dict[str, PromptConfig] = {}
-        self._inits: dict[str, str] = {}  # how each prompt began, also one that was loaded
-        self._caches = PromptCaches()
         for name, each in ({"default": config} if isinstance(config, PromptConfig) else config).items():
             self.add_prompt(name, each)
         model.requires_grad_(False)
         self.train(model.training)
         self._keywords = frozenset(inspect.signature(model.forward).parameters) | _HF_KEYWORDS
-        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
         self,
@@ -136,9 +118,9 @@ class PromptModel(nn.Module):
             IndexError: a token id or, on the CPU, a label is outside the vocabulary.
         """
         checks.check_keywords(kwargs, self._keywords)
-        batch = self._batch_size(input_ids, encoder_outputs)
-        checks.check_labels(labels, batch, self.config.vocab_size)
-        choice = self._choose(prompts, batch)
+        size = self._batch_size(input_ids, encoder_outputs)
+        checks.check_labels(labels, size, self.config.vocab_size)
+        batch = self._batch(input_ids, attention_mask, prompts, size)
         return_dict = kwargs.pop("return_dict", True)
         arguments = dict(
             labels=labels,
@@ -147,14 +129,9 @@ class PromptModel(nn.Module):
             return_dict=True,
             **kwargs,
         )
-        if self._is_keyed(choice):
-            output = self._keyed_forward(input_ids, attention_mask, choice, encoder_outputs, arguments)
-        else:
-            if encoder_outputs is None:
-                encoder_outputs = self._encode_rows(input_ids, attention_mask, choice, _flags(arguments))
-            mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
-            with hf_attention.no_prompt_keys(self.model):
-                output = self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
+        if encoder_outputs is None:
+            encoder_outputs = batch.encode({name: kwargs[name] for name in _FLAGS if name in kwargs})
+        output = batch.forward(encoder_outputs, arguments)
         if not return_logits:
             output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
         return output.to_tuple() if return_dict is False else output
@@ -196,19 +173,11 @@ class PromptModel(nn.Module):
                 "PromptModel: assistant_model is not supported, because it has no prompt. "
                 "prompt_lookup_num_tokens needs no second model"
             )
-        choice = self._choose(prompts, self._batch_size(input_ids, encoder_outputs))
-        flags = {name: self._generation_flag(name, kwargs) for name in _FLAGS}
-        if self._is_keyed(choice):
-            return self._keyed_generate(input_ids, attention_mask, choice, encoder_outputs, flags, kwargs)
+        size = self._batch_size(input_ids, encoder_outputs)
+        batch = self._batch(input_ids, attention_mask, prompts, size)
         if encoder_outputs is None:
-            encoder_outputs = self._encode_rows(input_ids, attention_mask, choice, flags)
-        mask = self._cross_mask(encoder_outputs[0], attention_mask, choice)
-        # Given inputs_embeds instead, HF has no token ids for encoder_no_repeat_ngram_size and
-        # encoder_repetition_penalty, and ignores them.
-        with hf_attention.no_prompt_keys(self.model):
-            return self.model.generate(
-                input_ids, attention_mask=mask, encoder_outputs=_own(encoder_outputs), **kwargs
-            )
+            encoder_outputs = batch.encode({name: self._generation_flag(name, kwargs) for name in _FLAGS})
+        return batch.generate(_own(encoder_outputs), kwargs)
 
     def encode(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, prompts: Names = None
@@ -221,13 +190,8 @@ class PromptModel(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: as in ``forward``.
         """
-        input_ids = checks.check_input_ids(input_ids, self._table())
-        choice = self._choose(prompts, len(input_ids))
-        if self._is_keyed(choice):
-            return self._encode_tokens(
-                input_ids, attention_mask, self._site_keys(choice, ["encoder"])["encoder"], {}
-            )
-        return self._encode_rows(input_ids, attention_mask, choice, {})
+        size = self._batch_size(input_ids, None)
+        return self._batch(input_ids, attention_mask, prompts, size, SITES[:1]).encode({})
 
     @torch.no_grad()
     def rank(
@@ -330,225 +294,6 @@ class PromptModel(nn.Module):
         """
         return generated(self, input_ids, attention_mask, prompts, rows_per_pass, kwargs)
 
-    @torch.inference_mode(False)  # a Parameter made in that mode would never train
-    def add_prompt(self, name: str, config: PromptConfig) -> None:
-        """Add a trainable prompt.
-
-        Raises:
-            TypeError: ``config`` is no PromptConfig.
-            ValueError: the name is taken or cannot be one, the initialiser does not work, or the model's attention
-                does not serve this kind.
-        """
-        if not isinstance(config, PromptConfig):
-            got = type(config).__name__
-            raise TypeError(f"PromptModel: the config of {name!r} must be a PromptConfig, got {got}")
-        if name in self.prompts:
-            raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
-        self._serve(config.kind)
-        self._add(name, self._initial(config))
-        self.prompts.trim(self._caches)
-        self.configs[name], self._inits[name] = config, config.init
-
-    def cache_prompts(self, names: str | Iterable[str] | None = None) -> None:
-        """Compute the keys and values of prompts once, and keep them: forward without gradient and ``generate`` then
-        run the tokens only.
-
-        What is kept is computed again by itself once a tensor of a prompt or of the model has changed, or an adapter;
-        writing through ``.data``, and another activation, epsilon or hook, leave no trace: ``drop_caches`` after them.
-        Copies of the PromptModel and its files are without it. Used in eval mode; in training mode dropout makes every
-        call's keys others.
-
-        Args:
-            names: of prompts of kind "cached" or "prefix", one or several, of the bank or of the store attached;
-                None: all of the bank's own.
-
-        Raises:
-            ValueError: an unknown name, or a prompt of kind "prepend", whose keys depend on the tokens.
-        """
-        if names is None:
-            names = [name for name in self.prompts if self.kind(name) != "prepend"]
-        chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-        if not chosen:
-            return
-        prompts = self._keyed_prompts(chosen)
-        with torch.no_grad(), evaluating(self.model):
-            self._caches.keep(chosen, prompts, self.model, keyed(self.model, prompts))
-
-    def drop_caches(self) -> None:
-        """Free what ``cache_prompts`` and ``load_caches`` keep."""
-        self._caches = PromptCaches()
-
-    def save_cache(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Write the keys and values of a prompt beside its file, for ``load_caches``: sst2.cache.safetensors.
-
-        Args:
-            name: of a prompt of kind "cached" or "prefix".
-            path: of the prompt's file, as in ``save_prompt``, such as sst2.safetensors.
-
-        Raises:
-            ValueError: no such prompt, one of kind "prepend", or keys that are not finite.
-        """
-        [prompt] = self._keyed_prompts([name])
-        with torch.autocast(self.device.type, enabled=False):
-            save_cache(path, self.model, self._identity(), prompt)
-        self.prompts.trim(self._caches)
-
-    def load_caches(self, paths: Mapping[str, str | os.PathLike[str]]) -> None:
-        """Keep the keys and values that ``save_cache`` wrote, in place of computing them as ``cache_prompts`` does.
-
-        Args:
-            paths: of the prompts' files, by the prompts' names here; one call for those that batches will mix.
-
-        Raises:
-            FileNotFoundError: there is no cache beside one of them.
-            ValueError: no such prompt, one of kind "prepend", or a file that is broken, of another model or dtype, or
-                older than the prompt. What was kept before stays.
-        """
-        names = list(paths)
-        prompts = self._keyed_prompts(names)
-        with torch.autocast(self.device.type, enabled=False):
-            found = load_caches(list(paths.values()), self.model, self._identity(), prompts)
-            self._caches.keep(names, prompts, self.model, found)
-
-    def kind(self, name: str) -> str:
-        """The kind of a prompt. ValueError: there is none of that name."""
-        stored = self.prompts.kind_of_stored(name)
-        if stored is not None:
-            return stored
-        if isinstance(self.prompts.find(name), PrefixPrompt):
-            return "prefix"
-        return self.configs[name].kind if name in self.configs else "prepend"
-
-    def remove_prompt(self, name: str) -> None:
-        """Remove a prompt from the bank. An optimiser that holds it holds it on. ValueError: there is none."""
-        self._own(name)
-        del self.prompts[name]
-        self.configs.pop(name, None)
-        self._inits.pop(name, None)
-        self._caches.drop([name])
-
-    def rename_prompt(self, name: str, new_name: str) -> None:
-        """Give a prompt another name, in its place among the others; its Parameters stay the same objects.
-
-        Raises:
-            ValueError: there is no such prompt, or the new name is taken or cannot be one.
-        """
-        self._own(name)
-        if new_name in self.prompts:
-            raise ValueError(f"PromptModel: there is a prompt {new_name!r} already. Choose another name")
-        self.prompts.rename(name, new_name)
-        by_name: tuple[dict[str, Any], ...] = (self.configs, self._inits)
-        for known in by_name:
-            if name in known:
-                known[new_name] = known.pop(name)
-        self._caches.drop([name, new_name])  # a stored prompt of the new name is hidden now
-
-    def freeze_prompt(self, name: str, frozen: bool = True) -> None:
-        """Keep a prompt from training, or let it train again. ValueError: there is no such prompt."""
-        self._own(name).requires_grad_(not frozen)
-
-    def attach_store(
-        self, store: PromptStore | None, *, strict: bool = True, keep_bytes: int = 256 << 20
-    ) -> None:
-        """Let batches name the prompts of a store. They are frozen, and read from the disk when they are first named.
-
-        They are no Parameters and in no state dict; ``load_prompt(name, store[name])`` makes one of the bank's own.
-        A prompt of the bank hides a stored one of the same name.
-
-        Args:
-            store: of any number of prompts; None: detach the one there is.
-            strict: refuse a store, or a prompt of a folder, that says it belongs to another model.
-            keep_bytes: of stored prompts that stay in memory, beside those of the batch at hand and those whose keys
-                are kept.
-
-        Raises:
-            TypeError: ``store`` is something else.
-            ValueError: it belongs to another model.
-        """
-        if store is None:
-            self._attach(None)
-            return
-        if not isinstance(store, PromptStore):
-            raise TypeError(f"PromptModel: store must be a PromptStore, got {type(store).__name__}")
-        identity = self._identity() if strict else None
-        difference = store.model.difference(identity) if store.model and identity else None
-        if difference:
-            raise ValueError(
-                f"PromptModel: {store.path!s} belongs to another model: {difference}. Load that model, or pass "
-                "strict=False to use its prompts all the same"
-            )
-        shape = ModelShape.of(self.model)
-        self._attach(StoredPrompts(store, shape, identity, self.device, keep_bytes))
-
-    def save_prompt(
-        self,
-        name: str | Sequence[str],
-        path: str | os.PathLike[str],
-        *,
-        format: str = "safetensors",  # noqa: A002
-    ) -> None:
-        """Write a prompt, and in our own format which model it belongs to.
-
-        Args:
-            name: the prompt's. For ``format="peft"`` a list makes its prompts the tasks of one multitask adapter.
-            path: the file; for PEFT, the folder.
-            format: ``"safetensors"``, ``"npy"`` or ``"peft"``; see :func:`write_prompt`.
-
-        Raises:
-            TypeError: ``name`` is neither. ValueError: there is no such prompt, it is not finite, or the format cannot
-                express it.
-        """
-        if not isinstance(name, Sequence):
-            got = type(name).__name__
-            raise TypeError(f"PromptModel: name must be a prompt's name or a list of names, got {got}")
-        identity = self._identity()
-        files = [
-            file_of(self.prompts.find(each), self.kind(each), self._inits.get(each), each, identity)
-            for each in ([name] if isinstance(name, str) else name)
-        ]
-        write_prompt(path, files[0] if isinstance(name, str) else files, format=format)
-        self.prompts.trim(self._caches)
-
-    @torch.inference_mode(False)
-    def load_prompt(
-        self,
-        name: str,
-        path: str | os.PathLike[str] | PromptFile,
-        *,
-        strict: bool = True,
-        task: int | None = None,
-    ) -> None:
-        """Read a prompt file, in any format of :func:`read_prompt`, into a new or an existing prompt.
-
-        An existing prompt is overwritten in place, so that an optimiser that holds it stays valid.
-
-        Args:
-            name: the prompt's name here.
-            path: the file or folder, or a PromptFile, such as a store's.
-            strict: refuse a file that says it belongs to another model. Files of other projects do not say.
-            task: which task's prompt of a PEFT multitask adapter.
-
-        Raises:
-            FileNotFoundError: there is nothing at ``path``.
-            ValueError: other sizes, kind or model than this one's or the existing prompt's, or a broken file.
-        """
-        shape = ModelShape.of(self.model)
-        file = path if isinstance(path, PromptFile) else read_prompt(path, shape=shape, task=task)
-        source = str(file.name) if isinstance(path, PromptFile) else os.fspath(path)
-        check_fits(f"PromptModel: {source}", file, shape, self._identity() if strict and file.model else None)
-        if name in self.prompts:
-            assign(f"PromptModel: {source}", name, self.prompts[name], self.kind(name), file)
-        else:
-            self._serve(file.kind)
-            self._add(name, prompt_of(file, self._home()))
-        self.configs[name] = config_of(self.prompts[name], file.kind, source)
-        self._inits[name] = file.init or "file"
-
-    @property
-    def num_trainable_parameters(self) -> int:
-        """Elements of the prompts that are not frozen, P * D each where they are rows in the encoder."""
-        return sum(each.numel() for each in self.prompts.parameters() if each.requires_grad)
-
     @property
     def config(self) -> Any:
         """The model's config."""
@@ -593,264 +338,33 @@ class PromptModel(nn.Module):
         """The model's: newer transformers' name for ``gradient_checkpointing_disable``."""
         self.model.activation_checkpointing_disable()
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The prompts, without the frozen model."""
-        more = {"destination": destination, "prefix": f"{prefix}prompts.", "keep_vars": keep_vars}
-        state = self.prompts.state_dict(**more)
-        # Rows do not tell "prepend" from "cached". What keeps this beside the tensors, as torch.save does, is compared.
-        if hasattr(state, "_metadata"):
-            state._metadata[prefix[:-1]] = {"kinds": {name: self.kind(name) for name in self.prompts}}
-        return state
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: Any,
-        unexpected: Any,
-        errors: Any,
-    ) -> None:
-        self._load_prefix = prefix
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        for name, kind in metadata.get("kinds", {}).items():
-            if name in self.prompts and kind != self.kind(name):
-                errors.append(
-                    f"PromptModel: prompt {name!r} must be of kind {self.kind(name)!r}, got {kind!r}. Give its "
-                    "PromptConfig that kind"
-                )
-
-    def _serve(self, kind: str) -> None:
-        """Make the model ready for prompts of a kind, or raise ValueError."""
-        checks.check_kind(kind, self.model)
-        if kind != "prepend":
-            serve(self.model)  # each call does; but torch.compile could not in one that is the model's first
-
-    def _add(self, name: str, prompt: Any) -> None:
-        self.prompts[name] = prompt
-        self._caches.drop([name])  # a stored prompt of that name is hidden now
-
-    def _attach(self, stored: StoredPrompts | None) -> None:
-        self._caches.drop(name for name in self._caches.names if name not in self.prompts)
-        self.prompts.attach(stored)
-
-    def _own(self, name: str) -> Any:
-        """The bank's own prompt of that name."""
-        if name not in self.prompts:
-            raise ValueError(
-                f"PromptModel: there is no prompt {name!r} in the bank; there are {list(self.prompts.keys())}"
-            )
-        return self.prompts[name]
-
-    def _keyed_prompts(self, names: list[str]) -> list[Any]:
-        """The prompts of these names. Raises ValueError if one has no keys of its own."""
-        prompts = self.prompts.choose(names, len(names)).prompts
-        for name in names:
-            if self.kind(name) == "prepend":
-                raise ValueError(
-                    f"PromptModel: prompt {name!r} is of kind 'prepend': its keys depend on the tokens, so there is "
-                    "nothing to keep. Train one of kind 'cached' or 'prefix'"
-                )
-            self._serve(self.kind(name))
-        return prompts
-
-    def _initial(self, config: PromptConfig) -> Tensor | PrefixPrompt:
-        """The first values that a config asks for, where the model is."""
-        table, source = self._table(), None
-        if config.init == "prompt":
-            source = self.prompts.choose(config.source, 1).prompts[0]
-            if len(source) != config.num_tokens:
-                raise ValueError(
-                    f"PromptConfig: source {config.source!r} must have num_tokens={config.num_tokens} rows, "
-                    f"got {len(source)}. Pass num_tokens={len(source)}"
-                )
-        if config.kind == "prefix":
-            return initial_prefix(config, self.model, self.tokenizer, source).to(self._home())
-        if isinstance(source, PrefixPrompt):
-            raise ValueError(
-                f"PromptConfig: source {config.source!r} is a prefix, and has no rows for a {config.kind} prompt"
-            )
-        if source is not None:
-            return source.detach().clone()
-        return initial_prompt(config, table, self.tokenizer).to(self._home())
-
     def _batch_size(self, input_ids: Tensor | None, encoder_outputs: Any) -> int:
         if encoder_outputs is not None:
             return len(encoder_outputs[0])
         return len(checks.check_input_ids(input_ids, self._table()))
 
-    def _choose(self, prompts: Names, batch: int) -> Choice:
-        choice = self.prompts.choose(prompts, batch)
+    def _batch(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        prompts: Names,
+        size: int,
+        sites: Sequence[str] = SITES,
+    ) -> RowBatch | KeyBatch:
+        """The tokens of a call with the prompts that are named: as rows, or as the keys that these sites read."""
+        choice, table = self.prompts.choose(prompts, size), self._table()
         self.prompts.trim(self._caches, choice.names)
         for prompt in choice.prompts:
             tensor = prompt if isinstance(prompt, Tensor) else next(iter(prompt.parameters()))
-            checks.check_device("prompts", tensor, self._table())
+            checks.check_device("prompts", tensor, table)
         kinds = {name: self.kind(name) for name in choice.names}
         checks.check_one_family(kinds)
         for kind in kinds.values():  # a store has prompts of any kind
             checks.check_kind(kind, self.model)
-        return choice
-
-    def _is_keyed(self, choice: Choice) -> bool:
-        """Are they read by attention layers, and no rows of the encoder's input?"""
-        return self.kind(choice.names[0]) != "prepend"
-
-    def _encode_rows(
-        self, input_ids: Any, attention_mask: Tensor | None, choice: Choice, flags: dict[str, Any]
-    ) -> BaseModelOutput:
-        """The encoder over [prompt | tokens]: [B, L, D]."""
-        table, encoder = self._table(), self.model.get_encoder()
-        checks.check_embedding(encoder.get_input_embeddings())
-        checks.check_mask(attention_mask, len(input_ids), input_ids.shape[1], table)
-        layout = self._layout(input_ids, attention_mask, choice.lengths, flags)
-        if layout is None:
-            embeds = prompt_embed(input_ids, table, choice.prompts, choice.ids)
-            mask = prepend_mask(attention_mask, choice.lengths, input_ids.shape[1], table.device)
-            assert isinstance(embeds, Tensor)  # it is a pair for packed ids only
-            mark_prompt_rows(embeds, encoder, max(choice.lengths), flags)
-            return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
-        begins = packed.starts(layout.tokens, table.device)
-        rows, _ = prompt_embed(
-            layout.token_ids(input_ids), table, choice.prompts, choice.ids, cu_seqlens=begins
-        )
-        return self._encode_packed(rows, layout, None)
-
-    def _encode_packed(
-        self, rows: Tensor, layout: packed.Layout, prompt: hf_attention.PromptKeys | None
-    ) -> BaseModelOutput:
-        """The encoder over packed rows [N, D], and its output padded again."""
-        encoder = packed.encoder_of(self.model)
-        embeds = rows[:, None]
-        if torch.is_grad_enabled() and is_reentrant(encoder):
-            embeds, (prompt,) = _as_leaves(embeds, prompt)
-        output = encoder(
-            inputs_embeds=embeds, attention_mask=layout.keys(self.model, prompt), return_dict=True
-        )
-        output.last_hidden_state = layout.padded(output.last_hidden_state)
-        return output
-
-    def _layout(
-        self, input_ids: Tensor, mask: Tensor | None, lengths: Sequence[int], flags: dict[str, Any]
-    ) -> packed.Layout | None:
-        return packed.layout(self.model, mask, input_ids.shape, lengths, self.pack, flags, self.device)
-
-    def _cross_mask(self, hidden: Tensor, attention_mask: Tensor | None, choice: Choice) -> Tensor | None:
-        """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]; one of [B, L] stays."""
-        batch, length = hidden.shape[:2]
-        if attention_mask is not None and tuple(attention_mask.shape) == (batch, length):
-            return attention_mask
-        num_tokens = length - max(choice.lengths)
-        if num_tokens < 0:
-            raise ValueError(
-                f"PromptModel: encoder_outputs must have at least the prompt's {max(choice.lengths)} positions, "
-                f"got {length}. Give those of a PromptModel with the same prompts"
-            )
-        checks.check_mask(attention_mask, batch, num_tokens, self._table())
-        return prepend_mask(attention_mask, choice.lengths, num_tokens, hidden.device)
-
-    def _keyed_forward(
-        self,
-        input_ids: Any,
-        attention_mask: Tensor | None,
-        choice: Choice,
-        encoder_outputs: Any,
-        arguments: dict[str, Any],
-    ) -> Any:
-        sites = self._site_keys(choice)
-        if encoder_outputs is None:
-            encoder_outputs = self._encode_tokens(
-                input_ids, attention_mask, sites["encoder"], _flags(arguments)
-            )
-        hidden = encoder_outputs[0]
-        checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
-        if arguments.get("past_key_values") is not None:
-            # Where the queries stand among the keys is for transformers to say.
-            with hf_attention.prompt_keys(self.model, decoder=sites["decoder"], cross=sites["cross"]):
-                return self.model(attention_mask=attention_mask, encoder_outputs=encoder_outputs, **arguments)
-        decoder, cross = sites["decoder"], sites["cross"]
-        if torch.is_grad_enabled() and is_reentrant(self.model.get_decoder()):
-            embeds = self._decoder_embeds(arguments)
-            if embeds is not None:
-                arguments["decoder_inputs_embeds"], (decoder, cross) = _as_leaves(embeds, decoder, cross)
-        arguments["decoder_attention_mask"] = hf_attention.Keys(
-            _as_bool(arguments["decoder_attention_mask"]), 0, True, decoder
-        )
-        mask = hf_attention.Keys(_as_bool(attention_mask), 0, False, cross)
-        return self.model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
-
-    def _decoder_embeds(self, arguments: dict[str, Any]) -> Tensor | None:
-        """The decoder's input, in place of its ids; None if neither is given, which HF refuses."""
-        if arguments.get("decoder_inputs_embeds") is not None:
-            return arguments["decoder_inputs_embeds"]
-        ids, labels = arguments.pop("decoder_input_ids"), arguments["labels"]
-        if ids is None and labels is not None:
-            ids = self.prepare_decoder_input_ids_from_labels(labels)
-        return None if ids is None else self.model.get_decoder().get_input_embeddings()(ids)
-
-    def _keyed_generate(
-        self,
-        input_ids: Any,
-        attention_mask: Tensor | None,
-        choice: Choice,
-        encoder_outputs: Any,
-        flags: dict[str, bool],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        sites = self._site_keys(choice)
-        if encoder_outputs is None:
-            encoder_outputs = self._encode_tokens(input_ids, attention_mask, sites["encoder"], flags)
-        hidden = encoder_outputs[0]
-        checks.check_mask(attention_mask, len(hidden), hidden.shape[1], self._table())
-        if attention_mask is None:  # generate would guess one from padding ids
-            attention_mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        with hf_attention.prompt_keys(self.model, decoder=sites["decoder"], cross=sites["cross"]):
-            return self.model.generate(
-                input_ids, attention_mask=attention_mask, encoder_outputs=_own(encoder_outputs), **kwargs
-            )
-
-    def _encode_tokens(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        prompt: hf_attention.PromptKeys | None,
-        flags: dict[str, Any],
-    ) -> BaseModelOutput:
-        """The encoder over the tokens [B, S], which attend to the prompt's keys too."""
-        encoder = self.model.get_encoder()
-        checks.check_mask(attention_mask, len(input_ids), input_ids.shape[1], self._table())
-        checks.check_ids(input_ids, self._table())
-        layout = self._layout(input_ids, attention_mask, [0] * len(input_ids), flags)
-        embedding = encoder.get_input_embeddings()
-        if layout is not None:
-            return self._encode_packed(embedding(layout.token_ids(input_ids)), layout, prompt)
-        embeds = embedding(input_ids)
-        if torch.is_grad_enabled() and is_reentrant(encoder):
-            embeds, (prompt,) = _as_leaves(embeds, prompt)
-        mask = hf_attention.Keys(_as_bool(attention_mask), 0, False, prompt)
-        return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
-
-    def _site_keys(
-        self, choice: Choice, sites: Sequence[str] = SITES
-    ) -> dict[str, hf_attention.PromptKeys | None]:
-        """The prompts' keys for these sites, computed or kept."""
-        serve(self.model)
-        ids = [0] * len(choice.lengths) if choice.ids is None else choice.ids
-        fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
-        found = keyed(self.model, choice.prompts) if fresh else self._kept(choice, sites)
-        return {site: prompt_keys(self.model, site, found.get(site), ids) for site in sites}
-
-    def _kept(self, choice: Choice, sites: Sequence[str]) -> Keyed:
-        """What ``cache_prompts`` keeps, and what it does not computed now."""
-        stale = self._caches.stale(dict(zip(choice.names, choice.prompts, strict=True)), self.model)
-        self._caches.drop(stale)
-        self.cache_prompts([name for name in stale if self.prompts.holds(name)])
-        parts, missing = self._caches.parts(choice.names)
-        if missing:
-            prompts = [choice.prompts[i] for i in missing]
-            for site, (keys, rows) in keyed(self.model, prompts).items():
-                parts[site].append((keys, dict(zip(missing, rows, strict=True))))
-        return {site: joined(parts[site], len(choice.names)) for site in sites if parts[site]}
+        if "prepend" in kinds.values():
+            return RowBatch(self.model, table, input_ids, attention_mask, self.pack, choice)
+        keys = self._site_keys(choice, sites)
+        return KeyBatch(self.model, table, input_ids, attention_mask, self.pack, keys)
 
     def _generation_flag(self, name: str, kwargs: dict[str, Any]) -> bool:
         """As HF resolves it: the keyword, else the given generation config, else the model's own."""
@@ -859,54 +373,8 @@ class PromptModel(nn.Module):
                 return bool(value)
         return bool(getattr(self.model.generation_config, name, False))
 
-    def _table(self) -> Tensor:
-        """The encoder's embedding table [V, D]."""
-        return self.model.get_encoder().get_input_embeddings().weight
-
-    def _home(self) -> torch.device:
-        """Where new prompts go. Beside a table without data they would have none either, and nobody would load it."""
-        device = self._table().device
-        return torch.device("cpu") if device.type == "meta" else device
-
-    def _identity(self) -> ModelIdentity:
-        return ModelIdentity.of(self.model.config, self._table())
-
-
-def _flags(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: arguments[name] for name in _FLAGS if name in arguments}
-
 
 def _own(encoder_outputs: Any) -> Any:
     """For HF's generate, which puts the repeated rows of its beams into the object that it is given."""
     is_tuple = isinstance(encoder_outputs, tuple | list)
     return BaseModelOutput(*encoder_outputs) if is_tuple else copy(encoder_outputs)
-
-
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.ne(0)
-
-
-def _as_leaves(
-    embeds: Tensor, *sites: hf_attention.PromptKeys | None
-) -> tuple[Tensor, list[hf_attention.PromptKeys | None]]:
-    """The stack's input and its prompt keys, made ready for reentrant checkpoints."""
-    tensors = [tensor for site in sites if site is not None for tensor in (*site.keys, *site.values)]
-    if not tensors:
-        return embeds, list(sites)
-    embeds, leaves = gathered(embeds, tensors)
-    found: list[hf_attention.PromptKeys | None] = []
-    for site in sites:
-        if site is None:
-            found.append(None)
-            continue
-        layers = len(site.keys)
-        keys, values, leaves = leaves[:layers], leaves[layers : 2 * layers], leaves[2 * layers :]
-        found.append(site._replace(keys=tuple(keys), values=tuple(values)))
-    return embeds, found
-
-
-def _after_loading(module: PromptModel, incompatible: Any) -> None:
-    # state_dict() leaves the frozen model out, so a strict load must not miss it.
-    frozen = f"{module._load_prefix}model."
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
-    module.prompts.float()  # with assign=True they have the dtypes of the state

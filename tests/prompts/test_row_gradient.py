@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-import fastprompt.model
 from fastprompt import patch
 from fastprompt.ops.prompt_embed import prompt_embed
+from fastprompt.prompts import row_batch
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def inputs(monkeypatch):
         found.append(embeds)
         return embeds
 
-    monkeypatch.setattr(fastprompt.model, "prompt_embed", kept)
+    monkeypatch.setattr(row_batch, "prompt_embed", kept)
     return found
 
 

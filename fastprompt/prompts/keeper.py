@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KeyKeeper: keys and values of prompts for a batch, and those that are kept for serving."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastprompt import hf_attention
+from fastprompt.prompts.bank import Choice
+from fastprompt.prompts.branch import evaluating
+from fastprompt.prompts.cache import PromptCaches
+from fastprompt.prompts.cache_loading import load_caches, save_cache
+from fastprompt.prompts.config import SITES
+from fastprompt.prompts.holder import PromptHolder
+from fastprompt.prompts.keyed import Keyed, joined, keyed, prompt_keys
+from fastprompt.prompts.sites import serve
+
+
+class KeyKeeper(PromptHolder):
+    """A PromptHolder that has its prompts' keys and values too, computed or kept."""
+
+    def cache_prompts(self, names: str | Iterable[str] | None = None) -> None:
+        """Compute the keys and values of prompts once, and keep them: forward without gradient and ``generate`` then
+        run the tokens only.
+
+        What is kept is computed again by itself once a tensor of a prompt or of the model has changed, or an adapter;
+        writing through ``.data``, and another activation, epsilon or hook, leave no trace: ``drop_caches`` after them.
+        Copies of the PromptModel and its files are without it. Used in eval mode; in training mode dropout makes every
+        call's keys others.
+
+        Args:
+            names: of prompts of kind "cached" or "prefix", one or several, of the bank or of the store attached;
+                None: all of the bank's own.
+
+        Raises:
+            ValueError: an unknown name, or a prompt of kind "prepend", whose keys depend on the tokens.
+        """
+        if names is None:
+            names = [name for name in self.prompts if self.kind(name) != "prepend"]
+        chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        if not chosen:
+            return
+        prompts = self._keyed_prompts(chosen)
+        with torch.no_grad(), evaluating(self.model):
+            self._caches.keep(chosen, prompts, self.model, keyed(self.model, prompts))
+
+    def drop_caches(self) -> None:
+        """Free what ``cache_prompts`` and ``load_caches`` keep."""
+        self._caches = PromptCaches()
+
+    def save_cache(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Write the keys and values of a prompt beside its file, for ``load_caches``: sst2.cache.safetensors.
+
+        Args:
+            name: of a prompt of kind "cached" or "prefix".
+            path: of the prompt's file, as in ``save_prompt``, such as sst2.safetensors.
+
+        Raises:
+            ValueError: no such prompt, one of kind "prepend", or keys that are not finite.
+        """
+        [prompt] = self._keyed_prompts([name])
+        with torch.autocast(self._table().device.type, enabled=False):
+            save_cache(path, self.model, self._identity(), prompt)
+        self.prompts.trim(self._caches)
+
+    def load_caches(self, paths: Mapping[str, str | os.PathLike[str]]) -> None:
+        """Keep the keys and values that ``save_cache`` wrote, in place of computing them as ``cache_prompts`` does.
+
+        Args:
+            paths: of the prompts' files, by the prompts' names here; one call for those that batches will mix.
+
+        Raises:
+            FileNotFoundError: there is no cache beside one of them.
+            ValueError: no such prompt, one of kind "prepend", or a file that is broken, of another model or dtype, or
+                older than the prompt. What was kept before stays.
+        """
+        names = list(paths)
+        prompts = self._keyed_prompts(names)
+        with torch.autocast(self._table().device.type, enabled=False):
+            found = load_caches(list(paths.values()), self.model, self._identity(), prompts)
+            self._caches.keep(names, prompts, self.model, found)
+
+    def _site_keys(
+        self, choice: Choice, sites: Sequence[str] = SITES
+    ) -> dict[str, hf_attention.PromptKeys | None]:
+        """The prompts' keys for these sites, computed or kept."""
+        serve(self.model)
+        ids = [0] * len(choice.lengths) if choice.ids is None else choice.ids
+        fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
+        found = keyed(self.model, choice.prompts) if fresh else self._kept(choice, sites)
+        return {site: prompt_keys(self.model, site, found.get(site), ids) for site in sites}
+
+    def _kept(self, choice: Choice, sites: Sequence[str]) -> Keyed:
+        """What ``cache_prompts`` keeps, and what it does not computed now."""
+        stale = self._caches.stale(dict(zip(choice.names, choice.prompts, strict=True)), self.model)
+        self._caches.drop(stale)
+        self.cache_prompts([name for name in stale if self.prompts.holds(name)])
+        parts, missing = self._caches.parts(choice.names)
+        if missing:
+            prompts = [choice.prompts[i] for i in missing]
+            for site, (keys, rows) in keyed(self.model, prompts).items():
+                parts[site].append((keys, dict(zip(missing, rows, strict=True))))
+        return {site: joined(parts[site], len(choice.names)) for site in sites if parts[site]}
+
+    def _keyed_prompts(self, names: list[str]) -> list[Any]:
+        """The prompts of these names. Raises ValueError if one has no keys of its own."""
+        prompts = self.prompts.choose(names, len(names)).prompts
+        for name in names:
+            if self.kind(name) == "prepend":
+                raise ValueError(
+                    f"PromptModel: prompt {name!r} is of kind 'prepend': its keys depend on the tokens, so there is "
+                    "nothing to keep. Train one of kind 'cached' or 'prefix'"
+                )
+            self._serve(self.kind(name))
+        return prompts
