@@ -58,6 +58,43 @@ def test_forward_and_gradient(make, batch, labels, layout, padding, memory):
         close(ours, theirs)
 
 
+@each_memory
+@pytest.mark.parametrize("padding", [None, "left", "everywhere"])
+@pytest.mark.parametrize("layout", ["t5", "v1_1"])
+def test_few_targets_without_a_cache(make, batch, labels, layout, padding, memory):
+    """As in training: cross-attention then computes no keys. One example may have no token at all."""
+    model, inputs = make(layout), batch(padding and "left")
+    if padding == "everywhere":
+        inputs["attention_mask"][1] = 0
+    expected = step(model, inputs, labels, use_cache=False)
+    ours = step(patch(model, memory=memory), inputs, labels, use_cache=False)
+    for one, two in zip(ours, expected, strict=True):
+        close(one, two)
+
+
+@each_memory
+def test_each_norm_has_its_own_epsilon(make, batch, labels, memory):
+    def changed():
+        model = make()
+        for number, norm in enumerate(m for m in model.modules() if "LayerNorm" in type(m).__name__):
+            norm.variance_epsilon = 0.1 * number
+        return model
+
+    expected = step(changed(), batch(), labels, use_cache=False)
+    ours = step(patch(changed(), memory=memory), batch(), labels, use_cache=False)
+    for one, two in zip(ours, expected, strict=True):
+        close(one, two)
+
+
+@pytest.mark.parametrize("proj", ["gated-relu", "gelu", "silu"])
+def test_activations_that_no_kernel_has(make, batch, labels, proj):
+    expected = step(make(feed_forward_proj=proj), batch(), labels)
+    model = patch(make(feed_forward_proj=proj))
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    assert any("activation" in (row.reason or "") for row in explain(model))
+
+
 @pytest.mark.parametrize(("buckets", "distance"), [(8, 2), (8, 1), (32, 8), (4, 1), (2, 8), (1, 8)])
 def test_buckets_that_make_no_table_fall_back(make, batch, labels, device, buckets, distance):
     if device.type == "cuda":
@@ -155,21 +192,51 @@ def test_what_is_written_to_is_not_computed_again_as_it_was(make, batch, labels,
         close(ours, theirs)
 
 
-def test_dropout_gradient_is_that_of_the_function(make, batch, labels):
-    """Finite differences in float64, with the masks of one seed."""
-    model, inputs = patch(make(dtype=torch.float64, dropout_rate=0.2).train(), memory="lean"), batch()
+@pytest.mark.parametrize("layout", ["t5", "v1_1"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_dropout_gradient_is_that_of_the_function(make, batch, labels, layout, use_cache):
+    """Finite differences in float64, with the masks of one seed and a rate of its own for each dropout."""
+    model = make(layout, dtype=torch.float64, dropout_rate=0.2, num_layers=2, num_decoder_layers=1)
+    model, inputs = patch(model.train(), memory="lean"), batch()
+    for number, dropout in enumerate(m for m in model.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = (0.1, 0.3, 0.45)[number % 3]
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     direction = torch.randn(embeds.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
     def loss(t):
         torch.manual_seed(7)
-        point = embeds + t * direction.to(embeds.device)
-        return model(inputs_embeds=point, attention_mask=inputs["attention_mask"], labels=labels).loss
+        point, mask = embeds + t * direction.to(embeds.device), inputs["attention_mask"]
+        return model(inputs_embeds=point, attention_mask=mask, labels=labels, use_cache=use_cache).loss
 
     t = torch.zeros((), dtype=torch.float64, device=embeds.device, requires_grad=True)
     (slope,) = torch.autograd.grad(loss(t), t)
     h = 1e-6
     close(slope, ((loss(h) - loss(-h)) / (2 * h)).detach(), 1e-7)
+
+
+@pytest.mark.parametrize("part", ["SelfAttention", "EncDecAttention", "dropout"])
+def test_each_module_drops_by_its_own_mode(make, batch, part):
+    """Of one attention layer: its weights' dropout, or its output's. Also in a step of generation."""
+    model = patch(make(dropout_rate=0.5))
+    layer = model.decoder.block[1].layer[part == "EncDecAttention"]
+    embeds = torch.randn(3, 1, model.config.d_model, device=model.device)
+    start = torch.zeros(3, 5, dtype=torch.int64, device=model.device)
+
+    def results():
+        torch.manual_seed(0)
+        yield model(**batch(), decoder_input_ids=start, use_cache=False).logits
+        yield continued(model, batch(), embeds)
+
+    with torch.no_grad():
+        plain = list(results())
+        getattr(layer, part).training = True  # nothing below it
+        assert not any(map(torch.equal, results(), plain))
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) or type(module).__name__ == "T5Attention":
+                module.training = False
+        for found, expected in zip(results(), plain, strict=True):
+            close(found, expected)
 
 
 def test_dropout_means_what_torch_means_by_it(make, batch):
@@ -188,13 +255,15 @@ def test_dropout_means_what_torch_means_by_it(make, batch):
     assert (mean(200) - (first + second) / 2).pow(2).mean().sqrt() < 1.2 * apart
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("layout", ["t5", "v1_1", "mt5"])
-def test_bfloat16_is_as_close_to_float64_as_the_stock_model(make, batch, labels, layout):
+def test_bfloat16_is_as_close_to_float64_as_the_stock_model(make, batch, labels, layout, use_cache):
+    def steps(model):
+        return [step(model, batch(S=S), labels, use_cache=use_cache) for S in range(14, 22)]
+
     model = make(layout, torch.bfloat16)
-    exact, batches = copy.deepcopy(model).double(), [batch(S=S) for S in range(14, 22)]
-    truth = [step(exact, inputs, labels) for inputs in batches]
-    stock = [step(model, inputs, labels) for inputs in batches]
-    as_close([step(patch(model), inputs, labels) for inputs in batches], stock, truth)
+    truth, stock = steps(copy.deepcopy(model).double()), steps(model)
+    as_close(steps(patch(model)), stock, truth)
 
 
 @each_memory
@@ -539,6 +608,84 @@ def test_hooks_inside_a_layer_still_run(make, batch, labels, register):
     step(model, batch(), labels)
     assert sorted(seen) == sorted(inside)
     assert sum("has hooks" in (row.reason or "") for row in explain(model)) == 2
+
+
+HOOKED = {
+    "attention": "0.SelfAttention",
+    "q": "0.SelfAttention.q",
+    "bias": "0.SelfAttention.relative_attention_bias",
+    "attention's norm": "0.layer_norm",
+    "attention's dropout": "0.dropout",
+    "ff": "1.DenseReluDense",
+    "wi": "1.DenseReluDense.wi_1",
+    "act": "1.DenseReluDense.act",
+    "inner dropout": "1.DenseReluDense.dropout",
+    "ff's norm": "1.layer_norm",
+    "ff's dropout": "1.dropout",
+}
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_single_hook_inside_a_layer_runs_once(make, batch, labels, name, register):
+    """Each by itself: others would make the layer a stock one, too."""
+    model, seen = patch(make()), []
+    getattr(model.encoder.block[0].layer.get_submodule(HOOKED[name]), register)(lambda *_: seen.append(name))
+    step(model, batch(), labels)
+    assert seen == [name]
+
+
+def test_gradients_that_others_hold_are_not_written_to(make, batch, labels):
+    """What a hook on a layer's output was given is still the gradient when the backward pass is over."""
+
+    def gradients(model):
+        embeds, found = model.shared(batch()["input_ids"]).detach().requires_grad_(), []
+        mask = batch()["attention_mask"]
+        output = model.encoder(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
+        for hidden in output.hidden_states:
+            hidden.register_hook(found.append)
+        output.last_hidden_state.square().sum().backward()
+        return found
+
+    expected = gradients(make())
+    for ours, theirs in zip(gradients(patch(make())), expected, strict=True):
+        close(ours, theirs)
+
+
+def test_a_norm_that_others_make_of_ours_is_theirs(make, batch, labels):
+    def halved(model):
+        for layer in model.encoder.block[0].layer:
+            cls = type(layer.layer_norm)
+            forward = lambda self, x, cls=cls: cls.forward(self, x) / 2  # noqa: E731
+            layer.layer_norm.__class__ = type("Halved", (cls,), {"forward": forward})
+        return model
+
+    expected = step(halved(make()), batch(), labels)
+    for ours, theirs in zip(step(halved(patch(make())), batch(), labels), expected, strict=True):
+        close(ours, theirs)
+
+
+def test_a_weight_of_another_class_falls_back(make, batch, labels):
+    """As quantised ones are: what a product with it is, it says itself."""
+
+    class Halved(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            found = super().__torch_function__(function, types, args, kwargs or {})
+            return found.as_subclass(torch.Tensor) / 2 if function is nn.functional.linear else found
+
+    def changed():
+        model = make()
+        for layer, name in ((0, "SelfAttention.v"), (1, "DenseReluDense.wo")):
+            child = model.encoder.block[0].layer[layer].get_submodule(name)
+            child.weight = nn.Parameter(child.weight.detach().as_subclass(Halved), requires_grad=False)
+        return model
+
+    expected = step(changed(), batch(), labels)
+    model = patch(changed())
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    assert "Halved" in str(explain(model))
 
 
 def test_a_replaced_module_inside_a_layer_runs(make, batch, labels):
