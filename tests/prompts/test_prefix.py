@@ -134,6 +134,48 @@ def test_logits_loss_and_gradients(layout, parameterization, memory, make_keyed,
     assert ours.encoder_last_hidden_state.shape[:2] == batch["input_ids"].shape
 
 
+@pytest.mark.parametrize("parameterization", ["rows", "kv"])
+@pytest.mark.parametrize("memory", ["speed", "balanced", "lean", "minimal"])
+def test_few_targets_without_a_cache(parameterization, memory, make_keyed, make_model, make_batch):
+    """Patched cross-attention then computes no keys of the encoder's output, beside those of the prefix."""
+    prompted = make_keyed({"p": prefix(parameterization=parameterization)}, memory=memory)
+    prompt, batch, truth = prompted.prompts["p"], make_batch("left"), reference(make_model)
+    tensors = copies(prompt)
+    with with_prefix(truth, tensors):
+        expected = truth(**batch)
+    expected.loss.backward()
+    ours = prompted(**batch, use_cache=False)
+    ours.loss.backward()
+    assert_exact(ours.logits, expected.logits)
+    for name, tensor in tensors.items():
+        assert_exact(getattr(prompt, name).grad, tensor.grad, 2e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_gradient_with_dropout_is_that_of_the_function(use_cache, make_keyed, make_batch):
+    """Finite differences in float64, with the masks of one seed."""
+    special = {"dropout_rate": 0.3, "num_layers": 1, "num_decoder_layers": 1}
+    prompted = make_keyed({"p": prefix(parameterization="kv")}, memory="lean", **special).train().double()
+    parameters, batch = list(prompted.prompts.parameters()), make_batch("left", B=2)
+
+    def loss():
+        torch.manual_seed(7)
+        return prompted(**batch, use_cache=use_cache).loss
+
+    loss().backward()
+    here = [parameter.detach().clone() for parameter in parameters]
+    steps, losses, points = [1e-4 * torch.randn_like(each) for each in here], [], []
+    with torch.no_grad():
+        for sign in (1.0, -1.0):
+            for parameter, each, step in zip(parameters, here, steps, strict=True):
+                parameter.copy_(each + sign * step)
+            points.append([parameter.detach().double() for parameter in parameters])  # they stay fp32
+            losses.append(float(loss()))
+    pairs = zip(parameters, *points, strict=True)
+    change = sum(float((parameter.grad.double() * (a - b)).sum()) for parameter, a, b in pairs)
+    assert change == pytest.approx(losses[0] - losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("sites", [["encoder"], ["decoder"], ["cross"], ["decoder", "cross"]])
 @pytest.mark.parametrize("memory", [None, "balanced"])
 def test_each_site_by_itself(sites, memory, make_keyed, make_model, make_batch):
