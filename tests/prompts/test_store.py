@@ -255,6 +255,15 @@ HOSTILE = {
         store_file(header(**{A: entry(), "cached/a/prompt": entry(begin=16)}), ONE * 2),
         "two prompts 'a'",
     ),
+    "parameterizations": (
+        store_file(
+            header(
+                **{"prefix.rows/a/cross": entry((1, 1, 2)), "prefix.kv/a/cross_k": entry((1, 1, 1, 2), 8)}
+            ),
+            ONE,
+        ),
+        "two prompts 'a'",
+    ),
     "tensor": (
         store_file(header(**{"prepend/a/w": entry()}), ONE),
         r"must hold tensor \['prompt'\], got \['w'\]",
@@ -308,6 +317,29 @@ def test_not_finite_data_and_a_file_cut_short_after_opening(path):
         assert torch.equal(store["sst2"].rows, first)
     with pytest.raises(FileNotFoundError):
         PromptStore(path.parent / "nothing")
+
+
+def test_large_values_whose_sum_is_infinite_are_read(tmp_path):
+    large = PromptFile(torch.full((P, D), 3e38))
+    write_store(tmp_path / "store", {"large": large})
+    assert torch.equal(PromptStore(tmp_path / "store")["large"].rows, large.rows)
+
+
+def test_tensors_begin_at_multiples_of_eight_bytes(tmp_path):
+    for length in range(1, 9):
+        write_store(tmp_path / "store", {"x" * length: PROMPTS["sst2"]})
+        (header_bytes,) = struct.unpack("<Q", (tmp_path / "store").read_bytes()[:8])
+        assert header_bytes % 8 == 0
+
+
+def test_more_names_than_a_header_holds_are_not_written(path, monkeypatch):
+    before = path.read_bytes()
+    monkeypatch.setattr("fastprompt.prompts.store.HEADER_LIMIT", 1000)
+    with pytest.raises(
+        ValueError, match=r"the names of 20 prompts take .* bytes, more than 1000\. Write several"
+    ):
+        write_store(path, {f"p{i}": PromptFile(rows(i)) for i in range(20)})
+    assert path.read_bytes() == before
 
 
 def bytes_read():
