@@ -373,6 +373,16 @@ def test_kept_and_saved_prompts_leave_the_stores_memory_alone(
     assert len(model.prompts._stored._kept) <= 1
 
 
+def test_of_a_stores_prompts_the_last_ones_used_stay(stored, empty, make_batch, monkeypatch):
+    reads, read = [], PromptStore.__getitem__
+    monkeypatch.setattr(PromptStore, "__getitem__", lambda self, name: reads.append(name) or read(self, name))
+    model, batch = empty(), make_batch()
+    model.attach_store(stored, keep_bytes=4 * 5 * 32)  # one prompt of rows, beside the batch's
+    for name in ("cached", "prepend", "cached", "rows", "cached"):
+        logits(model, batch, name)
+    assert reads == ["cached", "prepend", "rows"]
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_stale_keys_of_stored_prompts_are_made_again(own, stored, empty, make_batch, branches):
     model, batch = empty(), make_batch()
