@@ -140,9 +140,11 @@ def test_a_row_or_a_few(backend, layout, examples):
 
 
 @pytest.mark.parametrize("sizes", [(48, 48), (48, 70, 50)], ids=str)
-def test_gradients_of_several_layers_add_up(backend, sizes):
-    drawn = [draw(100, N, 90, number) for number, N in enumerate(sizes)]
-    weights, grads = [each[1] for each in drawn], [each[2] for each in drawn]
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("M", [ROWS, 100, 330])
+def test_gradients_of_several_layers_add_up(backend, sizes, layout, M):
+    drawn = [draw(M, N, 90, number) for number, N in enumerate(sizes)]
+    weights, grads = [strided(each[1], layout) for each in drawn], [each[2] for each in drawn]
     dx = torch.ops.fastprompt.frozen_linear_backward(grads, weights)
     assert_as_exact(dx, torch.cat(grads, 1), torch.cat(weights))
 
