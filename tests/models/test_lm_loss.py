@@ -75,6 +75,14 @@ def test_arguments_by_position_and_as_tuple(make, batch, labels):
     close(ours[-1], stock[-1])
 
 
+@pytest.mark.parametrize("given", [None, True, False])
+def test_the_configuration_may_ask_for_tuples(make, batch, labels, given):
+    model = patch(make(), lm_loss=True)
+    model.config.return_dict = False
+    output = model(**batch(), labels=labels, return_dict=given)
+    assert isinstance(output, tuple) == (given is not True)
+
+
 def test_decoder_inputs_of_the_user(make, embeds, labels):
     ids = labels.clamp(min=3).flip(1)
     for more in (
