@@ -125,15 +125,21 @@ class Op:
             found.append("triton")  # interpreted: for tests, never the default
         return found + [name for name, (_, key) in self._extra.items() if key == device.upper()]
 
+    def first_backend(self, member: str, device: str) -> str:
+        """What a call on ``device`` ("cpu" or "cuda") tries first now."""
+        running = self._running.get((member, device.upper()))
+        return running[-1].backends[0] if running else "reference"  # type: ignore[attr-defined]
+
     def add_native_backend(self, backend: str, kernels: SimpleNamespace, key: str) -> None:
         """Offer one more build of the native kernels under dispatch ``key``: the tests' emulated CUDA kernels."""
         self._extra[backend] = (kernels, key)
 
     @contextmanager
     def use(self, backend: str) -> Iterator[None]:
-        keys = [key for key in ("CPU", "CUDA") if backend in self.backends(key.lower())]
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        keys = [device.upper() for device in devices if backend in self.backends(device)]
         if not keys:
-            available = sorted({*self.backends("cpu"), *self.backends("cuda")})
+            available = sorted({name for device in devices for name in self.backends(device)})
             raise ValueError(
                 f"fastprompt::{self.name}: backend must be one of {', '.join(available)} here, got {backend!r}"
             )
@@ -192,7 +198,8 @@ class Op:
             self.last_backend[member] = "reference"
             return self._reference[member](*args, **kwargs)
 
-        run.__name__ = "_".join((member, *(backend for backend, _ in choices)))
+        run.backends = [backend for backend, _ in choices]  # type: ignore[attr-defined]
+        run.__name__ = "_".join((member, *run.backends))  # type: ignore[attr-defined]
         return run
 
 

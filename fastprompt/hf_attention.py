@@ -80,6 +80,10 @@ class Keys(NamedTuple):
     # distances they do not have
     bias: Tensor | tuple[Tensor, ...] | None = None
 
+    def fits(self, S: int) -> bool:
+        """Has the mask a column per key? generate's chunked prefill leaves cross-attention fewer."""
+        return self.mask is None or self.cu is not None or self.mask.shape[1] == S
+
     def brings_bias(self) -> bool:
         return self.prompt is not None or self.bias is not None
 
@@ -107,7 +111,8 @@ class Keys(NamedTuple):
 
 
 _UNCOVERED = (
-    "attention weights as output, a trained bias, heads that no kernel takes, or forward mode and torch.func"
+    "attention weights as output, a trained bias, a mask shorter than the keys, heads that no kernel takes, or forward"
+    " mode and torch.func"
 )
 
 # The configurations of a model, which tell its stacks from others, and the prompts that the mask function adds there:
@@ -261,6 +266,7 @@ def _covered(query: Tensor, key: Tensor, value: Tensor, allowed: Keys) -> bool:
         and query.dtype in FLOATS
         and query.dtype == key.dtype == value.dtype
         and (isinstance(allowed.offset, Tensor) or not allowed.causal or allowed.offset + T <= S)
+        and allowed.fits(S)
     )
 
 

@@ -16,7 +16,7 @@ from fastprompt.modules.ff import FastFF
 from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.norm import FastNorm
-from fastprompt.modules.tree import heads, leaves, stacks, stock_class
+from fastprompt.modules.tree import check_module, heads, leaves, stacks, stock_class
 from fastprompt.report import NOT_CHOSEN, explain
 
 MEMORY = ("speed", "balanced", "lean", "minimal")
@@ -110,6 +110,7 @@ def patch(
 
 def unpatch(model: M) -> M:
     """The inverse of :func:`patch`: every module has its class back. Harmless on a model that is not patched."""
+    check_module("unpatch", model)
     for module in model.modules():
         _restore(module)
     for stack in stacks(model):
@@ -132,8 +133,7 @@ class _Patched:
     """How a model is patched, or that it is not."""
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"fastprompt.patch: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("patch", model)
         self.modules = [
             (module, type(module), {name: vars(module)[name] for name in OPTIONS if name in vars(module)})
             for module in model.modules()

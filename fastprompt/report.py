@@ -11,7 +11,7 @@ from fastprompt.modules.attention import FastAttention
 from fastprompt.modules.ff import FastFF
 from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
-from fastprompt.modules.tree import heads, is_family_layer, leaves, stock_class
+from fastprompt.modules.tree import check_module, heads, is_family_layer, leaves, stock_class
 
 NOT_CHOSEN = "not patched"
 
@@ -65,6 +65,7 @@ def explain(model: nn.Module) -> Report:
     A served layer may still fall back in one call, for what only the call knows: a cache, autocast, a mask of the
     user's own, attention weights as output.
     """
+    check_module("explain", model)
     report, listed = Report(), {id(module) for module in (*leaves(model), *heads(model))}
     module: Any
     attended: set[str] = set()  # blocks with a served attention layer, which the layers behind it read from

@@ -369,6 +369,7 @@ public:
     }
 
     bool active() const { return active_; }
+    float scale() const { return scale_; }  // of what is kept
 
     // factors[i] for elements [first, first + count) of the tensor. `stream` is the counter's third word.
     void factors(int64_t first, int64_t count, float* factors, uint32_t stream = 0) const {

@@ -140,6 +140,8 @@ struct Keys {
 
 using WeightDropout = Dropout<true>;
 
+constexpr uint32_t kSign = 1u << 31;
+
 // One example and head. The pieces that a pass does not use have no size.
 struct Work {
     Work(const fp::Attention& a, const WeightDropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
@@ -154,7 +156,7 @@ struct Work {
     float *key_panels = nullptr, *value_panels = nullptr;                // [panels][K][kPanel]
     float *key_rows = nullptr, *value_rows = nullptr;                    // [keys][K]
     float *q = nullptr, *out = nullptr, *dout = nullptr, *dq = nullptr;  // [kQueries][K]
-    float *scores = nullptr, *dweights = nullptr;                        // [kQueries][kScoreRow]
+    float *scores = nullptr, *dweights = nullptr;                        // [chunks][kQueries][kScoreRow]; forward: one
     float *dkeys = nullptr, *dvalues = nullptr;                          // [keys][K]
     float *starved_dk = nullptr, *starved_dv = nullptr;                  // [own][K], of rows that may attend to nothing
     float *top = nullptr, *total = nullptr, *delta = nullptr;            // [kQueries]
@@ -168,16 +170,19 @@ struct Work {
         key_panels = arena.take<float>(keys_up * K);
         (backward ? value_panels : value_rows) = arena.take<float>(keys_up * K);
         q = arena.take<float>(kQueries * K);
-        out = arena.take<float>(kQueries * K);
-        scores = arena.take<float>(kQueries * kScoreRow);
+        const int64_t chunks = backward ? round_up(most.keys, kKeys) / kKeys : 1;
+        scores = arena.take<float>(chunks * kQueries * kScoreRow);
         top = arena.take<float>(kQueries);
         total = arena.take<float>(kQueries);
         limit = arena.take<int64_t>(kQueries);
-        if (!backward) return;
+        if (!backward) {
+            out = arena.take<float>(kQueries * K);
+            return;
+        }
         key_rows = arena.take<float>(keys_up * K);
         dout = arena.take<float>(kQueries * K);
         dq = arena.take<float>(kQueries * K);
-        dweights = arena.take<float>(kQueries * kScoreRow);
+        dweights = arena.take<float>(chunks * kQueries * kScoreRow);
         dkeys = arena.take<float>(keys_up * K);
         dvalues = arena.take<float>(keys_up * K);
         starved_dk = arena.take<float>(keys_up * K);
@@ -262,19 +267,20 @@ struct Work {
     void forward(void* to, float* stats, int64_t part, int64_t parts);
     void forward_block(int64_t first, int64_t count);
     void weigh(int64_t i, int64_t row, int64_t chunk, int64_t width);
-    void score_few(int64_t chunk, int64_t width);
+    void score_few(int64_t chunk, int64_t width, float* to);
     template <int64_t kColumns>
     void add_few(int64_t chunk, int64_t width, int64_t column);
     void forward_few(void* to, float* stats);
     void finish_rows(int64_t first, int64_t count, void* to, float* stats);
     void starved_forward(int64_t i, float* row) const;
-    void backward(const void* dout_rows, const void* out_rows, const float* stats, void* dq_rows, void* dk_rows,
-                  void* dv_rows, float* share_k, float* share_v);
+    void backward(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows,
+                  float* share_k, float* share_v);
     void backward_block(int64_t first, int64_t count);
-    void differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width);
+    void weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw);
+    void differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const;
     bool is_silent(const void* dout_rows, const float* stats, int64_t i) const;
     void clear_queries(void* dq_rows, int64_t first, int64_t end) const;
-    void load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first, int64_t count);
+    void load_gradients(const void* dout_rows, const float* stats, int64_t first, int64_t count);
     void starved_backward(int64_t i, int64_t row);
     void store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const;
 };
@@ -361,7 +367,7 @@ void Work::finish_rows(int64_t first, int64_t count, void* to, float* stats) {
 }
 
 // The scores of a few queries: a product of each query with each key, which is read where it lies.
-void Work::score_few(int64_t chunk, int64_t width) {
+void Work::score_few(int64_t chunk, int64_t width, float* to) {
     with_type(dtype, [&](auto type) {
         for (int64_t n = 0; n < width; ++n) {
             const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, false);
@@ -370,7 +376,7 @@ void Work::score_few(int64_t chunk, int64_t width) {
                 for (int64_t d = 0; d < a.K; d += kLanes) {
                     sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
                 }
-                scores[i * kScoreRow + n] = sum_lanes(sum);
+                to[i * kScoreRow + n] = sum_lanes(sum);
             }
         }
     });
@@ -404,7 +410,7 @@ void Work::forward_few(void* to, float* stats) {
     const int64_t most = limit[T - 1];
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
-        score_few(chunk, width);
+        score_few(chunk, width, scores);
         for (int64_t i = 0; i < T; ++i) weigh(i, i, chunk, width);
         int64_t column = 0;
         for (; column + 64 <= a.K; column += 64) add_few<64>(chunk, width, column);
@@ -428,13 +434,14 @@ void Work::forward(void* to, float* stats, int64_t part, int64_t parts) {
     }
 }
 
-// scores become weights times dropout's factors, dweights become the gradient of the scores.
-void Work::differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width) {
-    float *s = scores + row * kScoreRow, *dw = dweights + row * kScoreRow;
+// s [width] of row `row`: scores become weights, negative where dropped. dw: gradients of the weights, with dropout.
+// Their product adds to delta, which is dout . out: so nobody has to keep out.
+void Work::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw) {
     const int64_t left = limit[row] - chunk, allowed = left < 0 ? 0 : left < width ? left : width;
     const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
     if (dropout.active() && allowed > 0) draw(i, chunk, allowed);
     const float inverse = 1.0f / total[row];
+    vfloat sum{};
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat value = load(s + n);
         if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
@@ -442,41 +449,70 @@ void Work::differentiate(int64_t i, int64_t row, int64_t chunk, int64_t width) {
         if (n + kLanes > allowed) {
             for (int64_t lane = allowed - n; lane < kLanes; ++lane) weight[lane] = 0.0f, dweight[lane] = 0.0f;
         }
-        vfloat kept = weight;
         if (dropout.active()) {
             const vfloat factor = keys.at(factors, chunk + n);
-            kept = drop(weight, factor);
             dweight = drop(dweight, factor);
+            sum = fused_multiply_add(weight, dweight, sum);
+            const vuint sign = bit_cast<vuint>(factor == 0.0f) & kSign;
+            weight = bit_cast<vfloat>((bit_cast<vuint>(weight) & ~kSign) | sign);  // of a NaN, too
+        } else {
+            sum = fused_multiply_add(weight, dweight, sum);
         }
-        store(s + n, kept);
-        store(dw + n, weight * (dweight - delta[row]));
+        store(s + n, weight);
+        store(dw + n, dweight);
     }
+    delta[row] += sum_lanes(sum);
     for (int64_t n = round_up(allowed, kLanes); n < width; n += kLanes) {
         store(s + n, vfloat{});
         store(dw + n, vfloat{});
     }
 }
 
+// Of what weigh_again left, s becomes weights times dropout's factors, dw the gradient of the scores.
+void Work::differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const {
+    const int64_t left = limit[row] - chunk, allowed = left < width ? left : width;
+    for (int64_t n = 0; n < allowed; n += kLanes) {
+        const vfloat found = load(s + n);
+        vfloat weight = found;
+        if (dropout.active()) {
+            const vuint bits = bit_cast<vuint>(found), kept = bit_cast<vuint>((bits & kSign) == 0u);
+            weight = bit_cast<vfloat>(bits & ~kSign);
+            store(s + n, bit_cast<vfloat>(bit_cast<vuint>(weight * dropout.scale()) & kept));
+        }
+        store(dw + n, weight * (load(dw + n) - delta[row]));
+    }
+}
+
 void Work::backward_block(int64_t first, int64_t count) {
     const int64_t most = limit[count - 1];
-    for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
-        const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
-        if (T <= kFewQueries) {
-            score_few(chunk, width);  // as in the forward pass: a weight must not depend on the order of a sum
-        } else {
-            product(q, count, key_panels, chunk, width, scores);
+    const auto each_chunk = [&](auto run) {
+        for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
+            const int64_t block = chunk / kKeys * kQueries * kScoreRow;
+            run(chunk, most - chunk < kKeys ? most - chunk : kKeys, scores + block, dweights + block);
         }
-        product(dout, count, value_panels, chunk, width, dweights);
-        for (int64_t i = 0; i < count; ++i) differentiate(first + i, i, chunk, width);
-        multiply({scores, 1, kScoreRow}, width, dout, a.K, a.K, dvalues + chunk * a.K, a.K, count);
-        multiply({dweights, 1, kScoreRow}, width, q, a.K, a.K, dkeys + chunk * a.K, a.K, count);
-        multiply({dweights, kScoreRow, 1}, count, key_rows + chunk * a.K, a.K, a.K, dq, a.K, width);
-    }
+    };
+    each_chunk([&](int64_t chunk, int64_t width, float* s, float* dw) {
+        if (T <= kFewQueries) {
+            score_few(chunk, width, s);  // as in the forward pass: a weight must not depend on the order of a sum
+        } else {
+            product(q, count, key_panels, chunk, width, s);
+        }
+        product(dout, count, value_panels, chunk, width, dw);
+        for (int64_t i = 0; i < count; ++i) {
+            weigh_again(first + i, i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+        }
+    });
+    each_chunk([&](int64_t chunk, int64_t width, float* s, float* dw) {
+        for (int64_t i = 0; i < count; ++i) differentiate(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+        multiply({s, 1, kScoreRow}, width, dout, a.K, a.K, dvalues + chunk * a.K, a.K, count);
+        multiply({dw, 1, kScoreRow}, width, q, a.K, a.K, dkeys + chunk * a.K, a.K, count);
+        multiply({dw, kScoreRow, 1}, count, key_rows + chunk * a.K, a.K, a.K, dq, a.K, width);
+    });
 }
 
 // The gradient of a row that took the mean of all own values.
 void Work::starved_backward(int64_t i, int64_t row) {
-    float key[256], value[256];
+    float key[256], value[256], *dweights_of_row = dweights;  // whose rows have had their turn
     const float *row_q = q + row * a.K, *row_dout = dout + row * a.K;
     float* row_dq = dq + row * a.K;
     if (dropout.active()) {
@@ -484,12 +520,17 @@ void Work::starved_backward(int64_t i, int64_t row) {
     }
     const float weight = 1.0f / static_cast<float>(keys.own);
     for (int64_t s = 0; s < keys.own; ++s) {
-        keys.load_key(a, b, h, s, false, dtype, key);
         keys.load_key(a, b, h, s, true, dtype, value);
         const float factor = dropout.active() ? factors[s] : 1.0f;
         float dweight = 0.0f;
         for (int64_t d = 0; d < a.K; ++d) dweight += row_dout[d] * value[d];
-        const float dscore = weight * ((factor != 0.0f ? factor * dweight : 0.0f) - delta[row]);
+        dweights_of_row[s] = factor != 0.0f ? factor * dweight : 0.0f;
+        delta[row] += weight * dweights_of_row[s];
+    }
+    for (int64_t s = 0; s < keys.own; ++s) {
+        keys.load_key(a, b, h, s, false, dtype, key);
+        const float factor = dropout.active() ? factors[s] : 1.0f;
+        const float dscore = weight * (dweights_of_row[s] - delta[row]);
         for (int64_t d = 0; d < a.K; ++d) {
             row_dq[d] += dscore * key[d];
             starved_dk[s * a.K + d] += dscore * row_q[d];
@@ -514,17 +555,12 @@ void Work::clear_queries(void* dq_rows, int64_t first, int64_t end) const {
     for (int64_t i = first; i < end; ++i) store_row(zeros, dq_rows, row_offset(i), dtype, a.K);
 }
 
-// Loads a block of queries, the gradients of their outputs, and delta.
-void Work::load_gradients(const void* dout_rows, const void* out_rows, const float* stats, int64_t first,
-                          int64_t count) {
+// Loads a block of queries and the gradients of their outputs; delta is still to be summed.
+void Work::load_gradients(const void* dout_rows, const float* stats, int64_t first, int64_t count) {
     load_queries(first, count);
     for (int64_t i = 0; i < count; ++i) {
-        float *row_out = out, *row_dout = dout + i * a.K;
-        load_row(out_rows, row_offset(first + i), dtype, row_out, a.K);
-        load_row(dout_rows, row_offset(first + i), dtype, row_dout, a.K);
-        vfloat sum{};
-        for (int64_t d = 0; d < a.K; d += kLanes) sum = fused_multiply_add(load(row_dout + d), load(row_out + d), sum);
-        delta[i] = sum_lanes(sum);
+        load_row(dout_rows, row_offset(first + i), dtype, dout + i * a.K, a.K);
+        delta[i] = 0.0f;
         top[i] = stats[stats_offset(first + i)];
         total[i] = stats[a.H * a.N + stats_offset(first + i)];
     }
@@ -555,8 +591,8 @@ void Work::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share
     }
 }
 
-void Work::backward(const void* dout_rows, const void* out_rows, const float* stats, void* dq_rows, void* dk_rows,
-                    void* dv_rows, float* share_k, float* share_v) {
+void Work::backward(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows,
+                    float* share_k, float* share_v) {
     pack_panels(false, key_panels);
     pack_panels(true, value_panels);
     pack_rows(false, key_rows);
@@ -572,7 +608,7 @@ void Work::backward(const void* dout_rows, const void* out_rows, const float* st
     for (int64_t first = begin; first < end; first += kQueries) {
         const int64_t count = end - first < kQueries ? end - first : kQueries;
         clear(dq, count * a.K);
-        load_gradients(dout_rows, out_rows, stats, first, count);
+        load_gradients(dout_rows, stats, first, count);
         backward_block(first, count);
         for (int64_t i = 0; i < count; ++i) {
             if (limit[i] > 0 || keys.own == 0) continue;
@@ -632,7 +668,7 @@ int64_t t5_attention(const void* q, const void* k, const void* v, const float* b
                      [&](Work& work, int64_t part, int64_t parts) { work.forward(out, stats, part, parts); });
 }
 
-int64_t t5_attention_backward(const void* dout, const void* out, const float* stats, const void* q, const void* k,
+int64_t t5_attention_backward(const void* dout, const float* stats, const void* q, const void* k,
                               const void* v, const float* bias, const void* prompt_k, const void* prompt_v,
                               const int64_t* prompt_ids, const int64_t* prompt_lens, const uint8_t* key_mask,
                               const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k, const int64_t* sizes,
@@ -641,7 +677,7 @@ int64_t t5_attention_backward(const void* dout, const void* out, const float* st
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
                                       cu_q, cu_k, sizes, offset, causal);
     return each_head(a, seed, dropout_p, dtype, true, [&](Work& work, int64_t /*part*/, int64_t /*parts*/) {
-        work.backward(dout, out, stats, dq, dk, dv, share_k, share_v);
+        work.backward(dout, stats, dq, dk, dv, share_k, share_v);
     });
 }
 

@@ -122,13 +122,18 @@ def kept_by(o: "Options", kept: Kept) -> Kept:
     return kept if o.memory == "speed" else ()
 
 
+def keeps_out(_x: Tensor) -> bool:
+    """Does backward read out?"""
+    return False
+
+
 def again(a: "Attend", norm: Callable[[], Tensor], kept: Kept) -> Kept:
     """All of it, from what was saved; ``norm`` computes n again."""
     return kept or _attend(a, norm())
 
 
 def backward(
-    a: "Attend", dout: Tensor, out: Tensor, kept: Kept, needs: tuple[bool, ...]
+    a: "Attend", dout: Tensor, _out: Tensor | None, kept: Kept, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of n [B, T, D], states, prompt_k and prompt_v, those of ``needs``."""
     assert a.states is not None

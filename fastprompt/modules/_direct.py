@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastprompt.modules._frozen import linear, ops, products
+from fastprompt.ops.t5_attention import keeps_out as keeps_out  # Does backward read out?
 
 if TYPE_CHECKING:
     from fastprompt.modules._attend import Attend, Options
@@ -64,12 +65,13 @@ def again(a: "Attend", norm: Callable[[], Tensor], kept: Kept) -> Kept:
 
 
 def backward(
-    a: "Attend", dout: Tensor, out: Tensor, kept: Kept, needs: tuple[bool, ...]
+    a: "Attend", dout: Tensor, out: Tensor | None, kept: Kept, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of n [B, T or rows, D], states, prompt_k and prompt_v, those of ``needs``."""
     stats, *qkv = kept
     shape = qkv[0].shape
-    grads = ops.t5_attention_backward(dout.reshape(shape), out.reshape(shape), stats, *_inputs(a, qkv))
+    out = None if out is None else out.reshape(shape)
+    grads = ops.t5_attention_backward(dout.reshape(shape), out, stats, *_inputs(a, qkv))
     dq, dk, dv = (grad.flatten(-2) for grad in grads[:3])
     needs_n, needs_states, *needs_prompt = needs
     dn = dstates = None

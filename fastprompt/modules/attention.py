@@ -3,9 +3,9 @@
 
 Saved for backward, per row: rstd, two fp32 per head; by memory policy also
 
-    speed       x [D], the attention's output [I], q, k and v [3 I]
-    balanced    the same, but x only at the beginning of a block: inside, it is computed from that (_origin.py);
-                in a decoder, whose rows are few, as lean
+    speed       x [D], q, k and v [3 I], and the attention's output [I] where its backward reads that: on a GPU
+    balanced    the same and that output, but x only at the beginning of a block: inside, it is computed from that
+                (_origin.py); in a decoder, whose rows are few, as lean
     lean        without q, k and v: the norm and the three products are computed again, the attention never is
     minimal     only x at the beginning of a block: the attention is computed again
 
@@ -70,8 +70,9 @@ class FrozenAttention(torch.autograd.Function):
         if o.save:
             ctx.kept, ctx.attend = o.memory != "minimal", a.without_tensors()
             lasting = a.to_save()
-            tensors = (*lasting._replace(out=out).tensors(), *a.kernel.kept_by(o, kept))
-            save(ctx, origin, rstd, *(tensors if ctx.kept else lasting.tensors()))
+            if ctx.kept and (o.memory != "speed" or a.kernel.keeps_out(x)):
+                lasting = lasting._replace(out=out)
+            save(ctx, origin, rstd, *lasting.tensors(), *(a.kernel.kept_by(o, kept) if ctx.kept else ()))
         keys_and_values = () if o.absorbed else kept[-2:]
         if ctx is not None:
             ctx.set_materialize_grads(False)  # of what has no gradient: they would be zeros as large
@@ -164,6 +165,7 @@ class FastAttention:
             return int(4 + x)
         if self.attention_name == "SelfAttention":
             projections = 3 * out if _direct.keeps_projections(memory, attention.is_decoder) else 0
+            out = out if memory != "speed" or _direct.keeps_out(attention.q.weight) else 0
             return int(4 + x + out + 8 * attention.n_heads + projections)
         return None if memory == "speed" else int(4 + x + out)
 
@@ -363,7 +365,8 @@ class FastCrossAttention(FastAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
-        served = weights is not None and not attention_mask.causal
+        fits = weights is not None and attention_mask.fits(key_value_states.shape[1])
+        served = fits and not attention_mask.causal
         way = self._way(attention_mask, past_key_values) if served else None
         if way is not None:
             y = way(weights, hidden_states, key_value_states, None, attention_mask, past_key_values)

@@ -12,6 +12,11 @@ from fastprompt.modules import FAMILY, MIXINS, TORCH, mixin_for
 from fastprompt.modules.lm_loss import FastLoss
 
 
+def check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastprompt.{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def stock_class(cls: Any) -> type:
     """The class that a module had before it was swapped, if it was."""
     found: type = cls.__dict__.get("stock_class", cls)  # not of a class that others make of it

@@ -129,22 +129,26 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    dout: Tensor, a: Inputs, out: Tensor, stats: Tensor
+    dout: Tensor, a: Inputs, out: Tensor | None, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv in their tensors' dtypes, and each example's share of the prompt's: wide [B, P, H, K]."""
+    """dq, dk, dv in their tensors' dtypes, and each example's share of the prompt's: wide [B, P, H, K].
+
+    dout . out of a row is the sum of its weights times their gradients, if there is no out.
+    """
     wide = wide_dtype(a.q)
     dq, dk, dv = (torch.zeros(rows(x).shape, dtype=wide, device=x.device) for x in (a.q, a.k, a.v))
-    dout, out = rows(dout).to(wide), rows(out).to(wide)
+    dout = rows(dout).to(wide)
     B = len(bounds(a.cu_q, a.q)) - 1
     P = 0 if a.prompt_k is None else a.prompt_k.shape[1]
     share_k, share_v = (torch.zeros((B, P, *a.q.shape[-2:]), dtype=wide, device=a.q.device) for _ in "kv")
     for b, e in enumerate(examples(a)):
-        b_dout, b_out = dout[e.queries].transpose(0, 1), out[e.queries].transpose(0, 1)
+        b_dout = dout[e.queries].transpose(0, 1)
         top, total = stats[:, :, e.queries].to(wide)
         total = torch.where(e.starved, float(e.k.shape[1]), total)  # the scores of a starved row are 0
         weights = (e.scores - top[..., None]).exp() / total[..., None]
-        delta = (b_dout * b_out).sum(-1, keepdim=True)
-        dscores = weights * ((b_dout @ e.v.transpose(1, 2)) * e.factors - delta)
+        dweights = (b_dout @ e.v.transpose(1, 2)) * e.factors
+        parts = weights * dweights if out is None else b_dout * rows(out)[e.queries].to(wide).transpose(0, 1)
+        dscores = weights * (dweights - parts.sum(-1, keepdim=True))
         b_dk, b_dv = dscores.transpose(1, 2) @ e.q, (weights * e.factors).transpose(1, 2) @ b_dout
         dq[e.queries] = (dscores @ e.k).transpose(0, 1)
         dk[e.keys], dv[e.keys] = b_dk[:, e.P :].transpose(0, 1), b_dv[:, e.P :].transpose(0, 1)

@@ -19,8 +19,9 @@ Dropout: key j (prompt first, then own) of query i and head h of example b takes
 with counter (j // 8, i, b * H + h, 0), low halves first; its p is rounded to a multiple of 2^-16. The mask depends on
 neither padding nor blocking, so every backend, padded or packed, draws the same one.
 
-Backward saves q, k, v, out, stats and the seed. (a, t) may be the row's largest score and its sum of exponentials, or
-the log of the sum and 1: the pair loses less to rounding. With w the weight and f the dropout factor:
+Backward saves q, k, v, stats and the seed, and out where it is read: on a CPU the kernel makes dout . out of the
+weights and their gradients, which it has in its caches. (a, t) may be the row's largest score and its sum of
+exponentials, or the log of the sum and 1: the pair loses less to rounding. With w the weight and f the dropout factor:
 dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
 prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias has none.
 
@@ -253,9 +254,16 @@ def _check_values(a: reference.Inputs) -> None:
         fail(name, f"prompt_lens must lie in [0, P]=[0, {P}], got {a.prompt_lens.tolist()[:8]}")
 
 
-def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor, stats: Tensor) -> None:
+def keeps_out(q: Tensor) -> bool:
+    """Does the backward pass of q's device read the output?"""
+    return not (q.device.type == "cpu" and op.first_backend("t5_attention_backward", "cpu").startswith("cpu"))
+
+
+def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor | None, stats: Tensor) -> None:
     name = "t5_attention_backward"
     for what, x in (("dout", dout), ("out", out)):
+        if x is None:
+            continue
         check_tensor(name, what, x, (a.q.dtype,))
         check_shape(name, what, x, tuple(a.q.shape), "that of q")
         check_same_device(name, what, x, "q", a.q)
@@ -339,7 +347,7 @@ def _empty_gradients(a: reference.Inputs) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _fake_backward(
-    dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
+    dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a = reference.Inputs(*arguments)
     _check(a)
@@ -348,14 +356,16 @@ def _fake_backward(
 
 
 @op.define(
-    f"t5_attention_backward(Tensor dout, Tensor out, Tensor stats, {SCHEMA})"
+    f"t5_attention_backward(Tensor dout, Tensor? out, Tensor stats, {SCHEMA})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor share_k, Tensor share_v)",
     fake=_fake_backward,
 )
 def t5_attention_backward_reference(
-    dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
+    dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """share_k, share_v [B, P, H, K] wide: what each example adds to the gradients of its prompt's keys and values."""
+    """share_k, share_v [B, P, H, K] wide: what each example adds to the gradients of its prompt's keys and values. out
+    may be None; Triton's kernels need it.
+    """
     a = _checked(arguments)
     _check_backward(dout, a, out, stats)
     return reference.backward(dout, a, out, stats)
@@ -363,7 +373,7 @@ def t5_attention_backward_reference(
 
 @op.native
 def _native_t5_attention_backward(
-    kernels: SimpleNamespace, dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any
+    kernels: SimpleNamespace, dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any
 ) -> Any:
     a = _checked(arguments)
     _check_backward(dout, a, out, stats)
@@ -371,23 +381,24 @@ def _native_t5_attention_backward(
         return NotImplemented
     gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
-        strides, (dout, out, stats) = Strides(a), contiguous(dout, out, stats)
+        strides, (dout, stats) = Strides(a), contiguous(dout, stats)
         status = kernels.t5_attention_backward(
-            dout.data_ptr(), out.data_ptr(), stats.data_ptr(), *strides.pointers,
-            strides.address, pointer(a.seed), *(x.data_ptr() for x in gradients),
-            a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
+            dout.data_ptr(), stats.data_ptr(), *strides.pointers, strides.address, pointer(a.seed),
+            *(x.data_ptr() for x in gradients), a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype],
+            stream(a.q),
         )  # fmt: skip
         _check_status(status)
     return gradients
 
 
 @op.triton
-def _triton_t5_attention_backward(dout: Tensor, out: Tensor, stats: Tensor, *arguments: Any) -> Any:
+def _triton_t5_attention_backward(dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any) -> Any:
     from fastprompt.triton_kernels import t5_attention as kernels
 
     a = _checked(arguments)
     _check_backward(dout, a, out, stats)
-    if a.q.dtype not in DTYPE_CODES or not kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device):
+    covered = kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device)
+    if a.q.dtype not in DTYPE_CODES or not covered or out is None:
         return NotImplemented
     gradients = _empty_gradients(a)
     kernels.t5_attention_backward(*contiguous(dout, out, stats), a, *gradients)
@@ -466,7 +477,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         refuse_gradient("t5_attention", "bias")
     ctx.mark_non_differentiable(output[1])
     tensors, ctx.scalars = a[:13], a[13:]
-    ctx.save_for_backward(*output, *tensors)
+    out, stats = output
+    ctx.save_for_backward(out if keeps_out(a.q) else None, stats, *tensors)
 
 
 def _backward(ctx: Any, dout: Tensor | None, _dstats: None) -> tuple[Tensor | None, ...]:

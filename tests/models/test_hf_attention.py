@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, create_bidirectio
 from transformers.models.pop2piano.modeling_pop2piano import Pop2PianoStack
 from transformers.models.udop.modeling_udop import UdopStack
 
-from fastprompt import PromptConfig, PromptModel, backend_used, hf_attention, use_backend
+from fastprompt import PromptConfig, PromptModel, backend_used, hf_attention, patched, use_backend
 from fastprompt.testing import assert_within_budget
 
 LAYERS = {"t5": 6, "v1_1": 7, "mt5": 6, "umt5": 6}  # attention layers: encoder, and two per decoder block
@@ -251,6 +251,17 @@ def test_generate(mode, padding, pair, batch, ran):
 def test_generate_layouts(layout, mode, pair, batch, ran):
     generates_the_same(*pair(layout), batch(), **GENERATE[mode])
     assert len(ran) == 2 + 16 * 4
+
+
+def test_prefill_in_chunks(pair, batch):
+    """transformers gives cross-attention a mask of fewer columns than keys there."""
+    eager, ours = pair()
+    with patched(copy.deepcopy(eager)) as fused:
+        generated = [
+            model.generate(**batch("right"), prefill_chunk_size=2, max_new_tokens=4, do_sample=False)
+            for model in (eager, ours, fused)
+        ]
+    assert all(torch.equal(each, generated[0]) for each in generated)
 
 
 def test_prompt_lookup(pair, batch):

@@ -127,14 +127,14 @@ def test_t5_attention(kernels, device, dtype, seed, sizes, p):
     assert_alignment_is_invisible(forward, [*inputs, seed], [out, stats], last)
     if not hasattr(kernels, "t5_attention_backward"):
         return
-    out, stats = run(forward, [*inputs, seed], [out, stats], last, 0)
+    _out, stats = run(forward, [*inputs, seed], [out, stats], last, 0)
     share = torch.empty(B, P, H, K, device=device)
 
     def backward(*arguments):
-        return kernels.t5_attention_backward(*arguments[:15], host.data_ptr(), *arguments[15:])
+        return kernels.t5_attention_backward(*arguments[:14], host.data_ptr(), *arguments[14:])
 
     outputs = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), share, share]
-    assert_alignment_is_invisible(backward, [dout, out, stats, *inputs, seed], outputs, last)
+    assert_alignment_is_invisible(backward, [dout, stats, *inputs, seed], outputs, last)
 
 
 def test_t5_attention_prompt_sum(kernels, device, dtype):

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastprompt import backends, use_backend
+from fastprompt._native import CPU_TARGETS
 from fastprompt.ops import t5_attention, t5_bias_table
 from fastprompt.ops._dropout import keep_scale
 from fastprompt.ops._t5_attention_reference import keep_keys
@@ -330,18 +332,38 @@ def test_shifting_all_positions_changes_nothing(backend, device):
 
 
 def test_what_is_saved(backend, device):
-    """q, k, v, out, two numbers per row and head: nothing of size T x S, and nothing without gradients."""
+    """q, k, v, two numbers per row and head, and but for a CPU's kernel out: nothing of size T x S, and nothing without
+    gradients.
+    """
     case = Case(device, T=12, S=40, H=2, K=16, P=8, dropout_p=0.1, key_mask=key_mask("right", 2, 40, device))
     leaves = [x.requires_grad_() for x in case.tensors]
-    small = sum(
-        x.numel() * x.element_size() for x in (*leaves, leaves[0], case.bias, case.options["key_mask"])
-    )
+    out = [] if backend.startswith("cpu") else [leaves[0]]
+    small = sum(x.numel() * x.element_size() for x in (*leaves, *out, case.bias, case.options["key_mask"]))
     with saved_bytes() as saved:
         case.ours(*leaves)
     assert saved.bytes <= small + 2 * 4 * 2 * 12 * 2 + 64
     with saved_bytes() as saved, torch.no_grad():
         case.ours(*leaves)
     assert saved.bytes == 0
+
+
+@pytest.mark.skipif(not CPU_TARGETS, reason="needs the compiled extension")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_what_the_cpu_saves_is_enough_for_every_backend(dropout_p):
+    """A pass forward on the CPU's kernel keeps no output; the pass backward may run under another backend."""
+    device = torch.device("cpu")
+    case = Case(device, T=5, S=7, P=3, dropout_p=dropout_p, key_mask=key_mask("left", 2, 7, device))
+    leaves = [x.requires_grad_() for x in case.tensors]
+
+    def gradients(backend):
+        out = case.ours(*leaves)
+        with use_backend(OP, backend):
+            return torch.autograd.grad(out.square().sum(), leaves)
+
+    expected = gradients("cpu")
+    for backend in backends(OP):
+        for ours, theirs in zip(gradients(backend), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_only_what_needs_a_gradient_gets_one(backend, device):
