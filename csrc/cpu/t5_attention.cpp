@@ -451,7 +451,7 @@ void Work::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, flo
         }
         if (dropout.active()) {
             const vfloat factor = keys.at(factors, chunk + n);
-            dweight = drop(dweight, factor);
+            dweight *= factor;  // of what is not finite NaN, also where it is dropped, as in PyTorch
             sum = fused_multiply_add(weight, dweight, sum);
             const vuint sign = bit_cast<vuint>(factor == 0.0f) & kSign;
             weight = bit_cast<vfloat>((bit_cast<vuint>(weight) & ~kSign) | sign);  // of a NaN, too
@@ -475,9 +475,9 @@ void Work::differentiate(int64_t row, int64_t chunk, int64_t width, float* s, fl
         const vfloat found = load(s + n);
         vfloat weight = found;
         if (dropout.active()) {
-            const vuint bits = bit_cast<vuint>(found), kept = bit_cast<vuint>((bits & kSign) == 0u);
+            const vuint bits = bit_cast<vuint>(found);
             weight = bit_cast<vfloat>(bits & ~kSign);
-            store(s + n, bit_cast<vfloat>(bit_cast<vuint>(weight * dropout.scale()) & kept));
+            store(s + n, weight * ((bits & kSign) == 0u ? splat(dropout.scale()) : vfloat{}));
         }
         store(dw + n, weight * (load(dw + n) - delta[row]));
     }
@@ -524,7 +524,7 @@ void Work::starved_backward(int64_t i, int64_t row) {
         const float factor = dropout.active() ? factors[s] : 1.0f;
         float dweight = 0.0f;
         for (int64_t d = 0; d < a.K; ++d) dweight += row_dout[d] * value[d];
-        dweights_of_row[s] = factor != 0.0f ? factor * dweight : 0.0f;
+        dweights_of_row[s] = factor * dweight;
         delta[row] += weight * dweights_of_row[s];
     }
     for (int64_t s = 0; s < keys.own; ++s) {

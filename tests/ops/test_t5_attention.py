@@ -347,6 +347,24 @@ def test_what_is_saved(backend, device):
     assert saved.bytes == 0
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("isa", CPU_TARGETS)
+def test_gradients_on_a_cpu_are_finite_where_the_references_are(isa, value, dropout_p):
+    """A weight or its gradient that is NaN is so in PyTorch where it is dropped, too."""
+    device = torch.device("cpu")
+    for which in range(5):
+        case = Case(device, T=5, S=7, P=3, prompt_ids=torch.tensor([0, 1]), dropout_p=dropout_p)
+        case.tensors[which][0, 1, 0, 2] = value
+        leaves = [x.requires_grad_() for x in case.tensors]
+        found = []
+        for backend in (f"cpu:{isa}", "reference"):
+            with use_backend(OP, backend):
+                found.append(torch.autograd.grad(case.ours(*leaves).sum(), leaves))
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
 @pytest.mark.skipif(not CPU_TARGETS, reason="needs the compiled extension")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_what_the_cpu_saves_is_enough_for_every_backend(dropout_p):
