@@ -7,6 +7,7 @@ MAX_JOBS.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -17,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CXX = os.environ.get("CXX") or "g++"
 CXX_FLAGS = [
     "-std=c++17",
     "-fPIC",
@@ -59,6 +61,9 @@ def cuda_home(nvcc: str) -> Path:
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        compiler = shlex.split(CXX)[:1]
+        if not compiler or not shutil.which(compiler[0]):
+            raise SystemExit(f"no C++ compiler {CXX!r} on PATH: install g++, or name yours in CXX")
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -91,7 +96,7 @@ class NinjaBuild(build_ext):
         compile_flags = f"$flags {includes} -MD -MF $out.d -c $in -o $out"
         lines = [
             "ninja_required_version = 1.5",
-            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"cxx = {CXX}",
             f"rule cxx\n  command = $cxx {' '.join(cxx_flags)} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
             f"rule cuda\n  command = {nvcc} -ccbin $cxx {' '.join(nvcc_flags)} {compile_flags}",

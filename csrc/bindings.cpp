@@ -33,7 +33,8 @@ int64_t call(const fp::Kernel& kernel, const py::args& args) {
     const std::string signature = kernel.signature;
     const size_t count = signature.size();
     if (args.size() != count || count > kMaxArguments) {
-        bad_arguments(kernel, "takes " + std::to_string(count) + " arguments, got " + std::to_string(args.size()));
+        bad_arguments(kernel, "takes " + std::to_string(count) + " arguments, got " + std::to_string(args.size()) +
+                                  ". If the Python files are newer than this extension, build it again");
     }
     std::array<fp::Slot, kMaxArguments> slots;
     for (size_t i = 0; i < count; ++i) {

@@ -4,6 +4,7 @@
 ``FASTPROMPT_ISA=scalar|avx2|avx512`` caps the instruction set that the CPU kernels use.
 """
 
+import importlib
 import os
 import warnings
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/co
 def _load() -> tuple[dict[str, SimpleNamespace], bool]:
     """The kernels of each target, and whether the CPU is AMD's."""
     try:
-        from fastprompt import _C  # type: ignore[attr-defined]
+        _C: Any = importlib.import_module("fastprompt._C")
     except ImportError as error:
         warnings.warn(
             f"fastprompt runs without its compiled kernels ({error}): results are the same, CPU speed is PyTorch's. "

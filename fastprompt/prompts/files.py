@@ -30,7 +30,7 @@ def write_prompt(
     path: str | os.PathLike[str],
     prompt: PromptFile | Sequence[PromptFile],
     *,
-    format: str = "safetensors",  # noqa: A002
+    format: str | None = None,  # noqa: A002
 ) -> None:
     """Write ``prompt`` for :func:`read_prompt` and for others to read.
 
@@ -42,12 +42,15 @@ def write_prompt(
         format: ``"safetensors"``: one file, tensors in fp32, the rest as metadata. ``"npy"``: the rows [P, D] of a
             ``"prepend"`` prompt, as google-research/prompt-tuning has them. ``"peft"``: a folder that
             ``PeftModel.from_pretrained`` loads; see :func:`fastprompt.prompts.peft_files.write_peft` and
-            :func:`fastprompt.prompts.peft_files.write_peft_tasks`.
+            :func:`fastprompt.prompts.peft_files.write_peft_tasks`. None: ``"npy"`` for a path that ends in ``.npy``,
+            else ``"safetensors"``.
 
     Raises:
         TypeError, ValueError: values that are not finite floats, tensors that are no prompt of this kind, or a
             prompt that the format cannot express. OSError: as the file system has it.
     """
+    if format is None:
+        format = "npy" if Path(path).suffix == ".npy" else "safetensors"  # noqa: A001
     if format not in FORMATS:
         raise ValueError(f"write_prompt: format must be one of {list(FORMATS)}, got {format!r}")
     if not isinstance(prompt, (PromptFile, Sequence)) or isinstance(prompt, str):

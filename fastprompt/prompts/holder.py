@@ -138,14 +138,14 @@ class PromptHolder(nn.Module):
         name: str | Sequence[str],
         path: str | os.PathLike[str],
         *,
-        format: str = "safetensors",  # noqa: A002
+        format: str | None = None,  # noqa: A002
     ) -> None:
         """Write a prompt, and in our own format which model it belongs to.
 
         Args:
             name: the prompt's. For ``format="peft"`` a list makes its prompts the tasks of one multitask adapter.
             path: the file; for PEFT, the folder.
-            format: ``"safetensors"``, ``"npy"`` or ``"peft"``; see :func:`write_prompt`.
+            format: ``"safetensors"``, ``"npy"`` or ``"peft"``; None: by the path's ending; see :func:`write_prompt`.
 
         Raises:
             TypeError: ``name`` is neither. ValueError: there is no such prompt, it is not finite, or the format cannot

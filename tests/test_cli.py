@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. The installed script: tests/packaging; the demo: tests/demo."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastprompt.cli import main
+from fastprompt.prompts.files import write_prompt
+from fastprompt.prompts.prompt_file import PromptFile
+
+
+def inspect(capsys, *arguments):
+    status = main(["inspect", *map(str, arguments)])
+    return status, "".join(capsys.readouterr())
+
+
+def test_inspect_rows(tmp_path, capsys):
+    write_prompt(tmp_path / "p.safetensors", PromptFile(torch.ones(3, 8), "cached", name="topic"))
+    status, text = inspect(capsys, tmp_path / "p.safetensors")
+    assert status == 0
+    assert "cached prompt of 3 rows, width 8 (24 trained parameters)" in text
+    assert "name: topic" in text
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "tensors", "shown"),
+    [
+        ("rows", {"encoder": torch.ones(2, 3, 8)}, "encoder: 2 x 3 x 8"),
+        ("kv", {f"cross_{part}": torch.ones(2, 3, 4, 16) for part in "kv"}, "cross_v: 2 x 3 x 4 x 16"),
+    ],
+)
+def test_inspect_a_prefix(parameterization, tensors, shown, tmp_path, capsys):
+    prompt = PromptFile(tensors, "prefix", parameterization=parameterization)
+    write_prompt(tmp_path / "p.safetensors", prompt)
+    status, text = inspect(capsys, tmp_path / "p.safetensors")
+    assert status == 0
+    assert f"prefix prompt, parameterization {parameterization}" in text
+    assert shown in text
+
+
+def test_inspect_a_task(tmp_path, capsys):
+    write_prompt(tmp_path, [PromptFile(torch.full((2, 4), 2.0)), PromptFile(torch.ones(2, 4))], format="peft")
+    assert inspect(capsys, tmp_path)[0] == 1
+    status, text = inspect(capsys, tmp_path, "--task", 1)
+    assert status == 0
+    assert "greatest 2" in text
+
+
+def test_what_is_no_prompt_is_told(tmp_path, capsys):
+    (tmp_path / "p").write_text("hello")
+    status, text = inspect(capsys, tmp_path / "p")
+    assert status == 1
+    assert "is no safetensors file" in text
+
+
+def test_the_ending_decides_the_format(tmp_path):
+    write_prompt(tmp_path / "p.npy", PromptFile(torch.ones(3, 8)))
+    assert np.load(tmp_path / "p.npy").shape == (3, 8)
+
+
+def test_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "fastprompt", "--version"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("fastprompt ")
+
+
+def test_a_reader_may_leave():
+    script = f"{sys.executable} -m fastprompt doctor | true"
+    run = subprocess.run(script, shell=True, capture_output=True, text=True)
+    assert "BrokenPipe" not in run.stderr
