@@ -130,7 +130,8 @@ def t5_attention(
         q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets, cu_q, cu_k, seed,
         offset, causal, dropout_p,
     )  # fmt: skip
-    _check(arguments)
+    if not all(isinstance(x, Tensor) or (x is None and i > 2) for i, x in enumerate(arguments[:13])):
+        _check(arguments)  # which whoever runs the op does, of what the dispatcher lets pass
     return direct.t5_attention(*arguments)[0]
 
 
