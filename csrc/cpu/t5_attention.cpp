@@ -668,12 +668,12 @@ int64_t t5_attention(const void* q, const void* k, const void* v, const float* b
                      [&](Work& work, int64_t part, int64_t parts) { work.forward(out, stats, part, parts); });
 }
 
-int64_t t5_attention_backward(const void* dout, const float* stats, const void* q, const void* k,
-                              const void* v, const float* bias, const void* prompt_k, const void* prompt_v,
-                              const int64_t* prompt_ids, const int64_t* prompt_lens, const uint8_t* key_mask,
-                              const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k, const int64_t* sizes,
-                              const int64_t* seed, void* dq, void* dk, void* dv, float* share_k, float* share_v,
-                              int64_t offset, int64_t causal, double dropout_p, int64_t dtype, void* /*stream*/) {
+int64_t t5_attention_backward(const void* dout, const float* stats, const void* q, const void* k, const void* v,
+                              const float* bias, const void* prompt_k, const void* prompt_v, const int64_t* prompt_ids,
+                              const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
+                              const int64_t* cu_q, const int64_t* cu_k, const int64_t* sizes, const int64_t* seed,
+                              void* dq, void* dk, void* dv, float* share_k, float* share_v, int64_t offset,
+                              int64_t causal, double dropout_p, int64_t dtype, void* /*stream*/) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
                                       cu_q, cu_k, sizes, offset, causal);
     return each_head(a, seed, dropout_p, dtype, true, [&](Work& work, int64_t /*part*/, int64_t /*parts*/) {
