@@ -80,11 +80,10 @@ def inspect_prompt(path: str, task: int | None = None) -> int:
         )
         for name, tensor in prompt.tensors.items():
             print(f"{name}: {' x '.join(map(str, tensor.shape))}")
-        norms = torch.cat([tensor.flatten(0, -2).norm(dim=1) for tensor in prompt.tensors.values()])
     else:
         P, D = prompt.rows.shape
         print(f"{path}: {prompt.kind} prompt of {P} rows, width {D} ({parameters:,} trained parameters)")
-        norms = prompt.rows.norm(dim=1)
+    norms = torch.cat([tensor.flatten(0, -2).norm(dim=1) for tensor in prompt.tensors.values()])
     print(f"row norms: least {norms.min():.3g}, median {norms.median():.3g}, greatest {norms.max():.3g}")
     for what, value in (("name", prompt.name), ("initialiser", prompt.init), ("model", prompt.model)):
         if value is not None:

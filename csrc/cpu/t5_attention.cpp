@@ -211,6 +211,9 @@ struct Work {
         fill(bias + end, count - end, table[a.M]);
     }
 
+    // How many of the keys [chunk, chunk + width) a row of the block may attend to.
+    int64_t allowed_in(int64_t row, int64_t chunk, int64_t width) const { return clamp(limit[row] - chunk, 0, width); }
+
     // Entry [index] of the result is for a key of that index and query i.
     const float* bias_of(int64_t i) const { return bias + (T - 1) - i; }
 
@@ -288,8 +291,8 @@ struct Work {
 // Turns a row of scores into weights by the online softmax: top and total are the row's so far, out is rescaled.
 void Work::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
     float* s = scores + row * kScoreRow;
-    const int64_t allowed = limit[row] - chunk < width ? limit[row] - chunk : width;
-    if (allowed <= 0) return clear(s, round_up(width, kLanes));
+    const int64_t allowed = allowed_in(row, chunk, width);
+    if (allowed == 0) return clear(s, round_up(width, kLanes));
     vfloat most = splat(-INFINITY);
     const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
     for (int64_t n = 0; n < allowed; n += kLanes) {
@@ -435,9 +438,10 @@ void Work::forward(void* to, float* stats, int64_t part, int64_t parts) {
 }
 
 // s [width] of row `row`: scores become weights, negative where dropped. dw: gradients of the weights, with dropout.
-// Their product adds to delta, which is dout . out: so nobody has to keep out.
+// Their product adds to delta, which is dout . out: so nobody has to keep out. A NaN may have either sign: times 0 or
+// not, it stays one.
 void Work::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw) {
-    const int64_t left = limit[row] - chunk, allowed = left < 0 ? 0 : left < width ? left : width;
+    const int64_t allowed = allowed_in(row, chunk, width);
     const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
     if (dropout.active() && allowed > 0) draw(i, chunk, allowed);
     const float inverse = 1.0f / total[row];
@@ -449,16 +453,14 @@ void Work::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, flo
         if (n + kLanes > allowed) {
             for (int64_t lane = allowed - n; lane < kLanes; ++lane) weight[lane] = 0.0f, dweight[lane] = 0.0f;
         }
+        vuint dropped{};
         if (dropout.active()) {
             const vfloat factor = keys.at(factors, chunk + n);
             dweight *= factor;  // of what is not finite NaN, also where it is dropped, as in PyTorch
-            sum = fused_multiply_add(weight, dweight, sum);
-            const vuint sign = bit_cast<vuint>(factor == 0.0f) & kSign;
-            weight = bit_cast<vfloat>((bit_cast<vuint>(weight) & ~kSign) | sign);  // of a NaN, too
-        } else {
-            sum = fused_multiply_add(weight, dweight, sum);
+            dropped = bit_cast<vuint>(factor == 0.0f) & kSign;
         }
-        store(s + n, weight);
+        sum = fused_multiply_add(weight, dweight, sum);
+        store(s + n, bit_cast<vfloat>(bit_cast<vuint>(weight) | dropped));
         store(dw + n, dweight);
     }
     delta[row] += sum_lanes(sum);
@@ -470,7 +472,7 @@ void Work::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, flo
 
 // Of what weigh_again left, s becomes weights times dropout's factors, dw the gradient of the scores.
 void Work::differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const {
-    const int64_t left = limit[row] - chunk, allowed = left < width ? left : width;
+    const int64_t allowed = allowed_in(row, chunk, width);
     for (int64_t n = 0; n < allowed; n += kLanes) {
         const vfloat found = load(s + n);
         vfloat weight = found;
