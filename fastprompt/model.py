@@ -27,6 +27,7 @@ from fastprompt.prompts.keeper import KeyKeeper
 from fastprompt.prompts.key_batch import KeyBatch
 from fastprompt.prompts.rank import Choices, Ranking, choice_ids, choice_scores, rank_of
 from fastprompt.prompts.row_batch import RowBatch
+from fastprompt.prompts.tokens import Tokens
 
 # Keywords that HF reads beside the parameters of a T5's forward.
 _FLAGS = ("output_attentions", "output_hidden_states")
@@ -361,10 +362,10 @@ class PromptModel(KeyKeeper):
         checks.check_one_family(kinds)
         for kind in kinds.values():  # a store has prompts of any kind
             checks.check_kind(kind, self.model)
+        tokens = Tokens(self.model, table, input_ids, attention_mask, self.pack)
         if "prepend" in kinds.values():
-            return RowBatch(self.model, table, input_ids, attention_mask, self.pack, choice)
-        keys = self._site_keys(choice, sites)
-        return KeyBatch(self.model, table, input_ids, attention_mask, self.pack, keys)
+            return RowBatch(tokens, choice)
+        return KeyBatch(tokens, self._site_keys(choice, sites))
 
     def _generation_flag(self, name: str, kwargs: dict[str, Any]) -> bool:
         """As HF resolves it: the keyword, else the given generation config, else the model's own."""

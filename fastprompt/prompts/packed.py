@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
 from fastprompt._op import is_capturing
@@ -115,6 +116,16 @@ def token_counts(mask: Tensor) -> list[int] | None:
     late = (real[:, 1:] & ~real[:, :-1]).any()
     *counts, broken = torch.cat((real.sum(1), late[None])).tolist()
     return None if broken else counts
+
+
+def encode(
+    model: Any, rows: Tensor, layout: Layout, prompt: hf_attention.PromptKeys | None = None
+) -> BaseModelOutput:
+    """The encoder over rows [N, D], which attend to the prompt's keys too, and its output padded again: [B, L, D]."""
+    encoder = encoder_of(model)
+    output = encoder(inputs_embeds=rows[:, None], attention_mask=layout.keys(model, prompt), return_dict=True)
+    output.last_hidden_state = layout.padded(output.last_hidden_state)
+    return output
 
 
 def encoder_of(model: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprompt.hf_attention import PromptKeys
+
 
 def is_reentrant(stack: Any) -> bool:
     """Is this stack to be checkpointed in the reentrant way?"""
@@ -22,10 +24,27 @@ def is_reentrant(stack: Any) -> bool:
     return False
 
 
-def gathered(x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _gathered(x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """x, the input of a stack, and leaves in place of ``tensors``, whose gradients x brings back."""
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
     return _Gather.apply(x, leaves, *tensors), leaves
+
+
+def as_leaves(embeds: Tensor, *sites: PromptKeys | None) -> tuple[Tensor, list[PromptKeys | None]]:
+    """The stack's input and its prompt keys, made ready for reentrant checkpoints."""
+    tensors = [tensor for site in sites if site is not None for tensor in (*site.keys, *site.values)]
+    if not tensors:
+        return embeds, list(sites)
+    embeds, leaves = _gathered(embeds, tensors)
+    found: list[PromptKeys | None] = []
+    for site in sites:
+        if site is None:
+            found.append(None)
+            continue
+        layers = len(site.keys)
+        keys, values, leaves = leaves[:layers], leaves[layers : 2 * layers], leaves[2 * layers :]
+        found.append(site._replace(keys=tuple(keys), values=tuple(values)))
+    return embeds, found
 
 
 class _Gather(torch.autograd.Function):

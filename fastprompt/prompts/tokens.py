@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a call, which both kinds of batch have: row_batch and key_batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastprompt.prompts import checks, packed
+
+
+class Tokens(NamedTuple):
+    """A call's tokens, and the model that they enter."""
+
+    model: Any
+    table: Tensor  # the encoder's embedding table [V, D]
+    ids: Any  # [B, S]
+    mask: Tensor | None  # [B, S], 0 where a token is padding
+    pack: bool | None  # as PromptModel has it
+
+    def check_mask(self, rows: Tensor) -> None:
+        """Does the mask fit ``rows``, the ids [B, S] or hidden states [B, S, D]?"""
+        checks.check_mask(self.mask, len(rows), rows.shape[1], self.table)
+
+    def layout(self, lengths: Sequence[int], flags: Mapping[str, Any]) -> packed.Layout | None:
+        """How to pack them, behind prompts of these lengths in the encoder; None to run them padded."""
+        device = self.table.device
+        return packed.layout(self.model, self.mask, self.ids.shape, lengths, self.pack, flags, device)
