@@ -67,8 +67,10 @@ def test_launchers(name, member):
 @each_schema
 @pytest.mark.parametrize("source", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.cu"])
 def test_kernels_are_in_the_table(name, member, source):
+    """A schema's kernel is in the op's file, or in one of the schema's name."""
     path = source.format(name)
-    in_table = f"FP_KERNEL({member});" in (ROOT / path).read_text() if (ROOT / path).exists() else False
+    files = [ROOT / file for file in {path, source.format(member)} if (ROOT / file).exists()]
+    in_table = any(f"FP_KERNEL({member});" in file.read_text() for file in files)
     assert in_table or excused(name, path) or excused(name, f"{member} in {path}")
 
 

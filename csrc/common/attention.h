@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// t5_attention's tensors as Python hands them over. Shapes and meaning: fastprompt/ops/t5_attention.py; the order of
-// `sizes`: fastprompt/ops/_strides.py.
+// t5_attention's tensors as Python hands them over (fastprompt/ops/_t5_attention_layout.py). Shapes and meaning:
+// fastprompt/ops/t5_attention.py.
 #pragma once
 #include "common/dtype.h"
 
@@ -44,6 +44,7 @@ struct Attention {
 
 namespace {
 
+// sizes: B to packed, then the strides, in the order of the struct.
 inline fp::Attention attention(const void* q, const void* k, const void* v, const float* bias, const void* prompt_k,
                                const void* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
                                const uint8_t* key_mask, const int64_t* offsets, const int64_t* cu_q,

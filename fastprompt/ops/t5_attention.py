@@ -51,7 +51,7 @@ from fastprompt.ops._checks import (
     refuse_gradient,
 )
 from fastprompt.ops._dropout import check_dropout, new_seed
-from fastprompt.ops._strides import Strides
+from fastprompt.ops._t5_attention_layout import NativeLayout
 
 op = Op("t5_attention")
 
@@ -315,9 +315,9 @@ def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
         return NotImplemented
     out, stats = _empty(a)
     if out.numel():
-        strides = Strides(a)
+        layout = NativeLayout(a)
         status = kernels.t5_attention(
-            *strides.pointers, strides.address, pointer(a.seed), out.data_ptr(), stats.data_ptr(),
+            *layout.pointers, layout.address, pointer(a.seed), out.data_ptr(), stats.data_ptr(),
             a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
         _check_status(status)
@@ -382,9 +382,9 @@ def _native_t5_attention_backward(
         return NotImplemented
     gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
-        strides, (dout, stats) = Strides(a), contiguous(dout, stats)
+        layout, (dout, stats) = NativeLayout(a), contiguous(dout, stats)
         status = kernels.t5_attention_backward(
-            dout.data_ptr(), stats.data_ptr(), *strides.pointers, strides.address, pointer(a.seed),
+            dout.data_ptr(), stats.data_ptr(), *layout.pointers, layout.address, pointer(a.seed),
             *(x.data_ptr() for x in gradients), a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype],
             stream(a.q),
         )  # fmt: skip
@@ -394,7 +394,7 @@ def _native_t5_attention_backward(
 
 @op.triton
 def _triton_t5_attention_backward(dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any) -> Any:
-    from fastprompt.triton_kernels import t5_attention as kernels
+    from fastprompt.triton_kernels import t5_attention_backward as kernels
 
     a = _checked(arguments)
     _check_backward(dout, a, out, stats)
@@ -460,7 +460,7 @@ def _native_t5_attention_prompt_sum(
 def _triton_t5_attention_prompt_sum(
     share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype
 ) -> Any:
-    from fastprompt.triton_kernels import t5_attention as kernels
+    from fastprompt.triton_kernels import t5_attention_prompt_sum as kernels
 
     _check_prompt_sum(share, prompt_ids, R, dtype)
     if share.dtype != torch.float32 or dtype not in DTYPE_CODES:

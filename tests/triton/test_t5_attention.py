@@ -6,7 +6,10 @@ import sys
 
 import pytest
 import torch
-from fastprompt.triton_kernels import t5_attention as kernels
+from fastprompt.triton_kernels import _t5_attention_shared as shared
+from fastprompt.triton_kernels.t5_attention import t5_attention
+from fastprompt.triton_kernels.t5_attention_backward import t5_attention_backward, t5_attention_rows_kernel
+from fastprompt.triton_kernels.t5_attention_prompt_sum import t5_attention_prompt_sum
 
 from fastprompt import ops, use_backend
 from fastprompt.ops import _t5_attention_reference as reference
@@ -22,7 +25,7 @@ def inputs(device, **changed):
 
 def forward(a):
     out, stats = torch.empty_like(a.q), a.q.new_empty(2, a.q.shape[-2], a.q.numel() // 32)
-    kernels.t5_attention(a, out, stats)
+    t5_attention(a, out, stats)
     return out, stats
 
 
@@ -49,7 +52,7 @@ def test_lengths_are_clamped(device, lens):
 def kernels_backward(a, out, stats):
     gradients = [torch.empty_like(x) for x in (a.q, a.k, a.v)]
     gradients += [a.q.new_empty(2, 4, 2, 16) for _ in "kv"]
-    kernels.t5_attention_backward(torch.ones_like(out), out, stats, a, *gradients)
+    t5_attention_backward(torch.ones_like(out), out, stats, a, *gradients)
     return gradients
 
 
@@ -80,7 +83,7 @@ def packed_backward(a, out, stats):
     gradients = [torch.empty_like(x) for x in (a.q, a.k, a.v)] + [
         a.q.new_empty(len(a.cu_q) - 1, 4, 2, 16)
     ] * 2
-    kernels.t5_attention_backward(torch.ones_like(out), out, stats, a, *gradients)
+    t5_attention_backward(torch.ones_like(out), out, stats, a, *gradients)
     return gradients[:3]
 
 
@@ -124,7 +127,7 @@ def test_wrong_packed_lengths_lead_out_of_no_tensor(device, what, wrong):
     )
     a = a._replace(prompt_ids=torch.tensor([2, 0], device=device))
     out, stats = torch.empty_like(q), q.new_empty(2, 2, 5)
-    kernels.t5_attention(a, out, stats)
+    t5_attention(a, out, stats)
     gradients = packed_backward(a, out, stats)
     begins = torch.tensor(wrong[:-1]).clamp(0, rows[what])
     ends = torch.maximum(torch.tensor(wrong[1:]).clamp(0, rows[what]), begins)
@@ -136,21 +139,21 @@ def test_wrong_packed_lengths_lead_out_of_no_tensor(device, what, wrong):
 
 def test_a_padded_bias_is_of_one_stream_and_of_no_graph(device, monkeypatch):
     bias, streams, capturing = torch.randn(2, 9, device=device), [1], [False]
-    monkeypatch.setattr(kernels, "stream", lambda x: streams[0])
-    monkeypatch.setattr(kernels, "is_capturing", lambda device: capturing[0])
-    first = kernels._padded(bias)
-    assert kernels._padded(bias) is first
+    monkeypatch.setattr(shared, "stream", lambda x: streams[0])
+    monkeypatch.setattr(shared, "is_capturing", lambda device: capturing[0])
+    first = shared.padded(bias)
+    assert shared.padded(bias) is first
     streams[0] = 2
-    second = kernels._padded(bias)
+    second = shared.padded(bias)
     assert second is not first
-    assert kernels._padded(bias) is second
+    assert shared.padded(bias) is second
     capturing[0] = True
-    graphs = kernels._padded(bias)
+    graphs = shared.padded(bias)
     assert graphs is not second
     capturing[0], streams[0] = False, 1
-    assert kernels._padded(bias) is first
+    assert shared.padded(bias) is first
     bias += 1
-    assert torch.equal(kernels._padded(bias), first + 1)
+    assert torch.equal(shared.padded(bias), first + 1)
     assert torch.equal(graphs, first)
 
 
@@ -160,7 +163,7 @@ def test_no_packed_examples(device):
     none = torch.zeros(1, dtype=torch.int64, device=device)
     a = a._replace(q=q, k=k, v=v, prompt_k=None, prompt_v=None, prompt_ids=None, cu_q=none, cu_k=none)
     out, stats = torch.zeros_like(q), q.new_zeros(2, 2, 10)
-    kernels.t5_attention(a, out, stats)
+    t5_attention(a, out, stats)
     packed_backward(a, out, stats)
 
 
@@ -188,14 +191,14 @@ def test_rows_past_two_to_the_31(device):
 
     dout, stats, rows = sparse(N, H, 1), sparse(2, H, N), sparse(3, H, N)
     stats[0, 0, :32], stats[1, 0, :32], dout[:32, 0] = 3.0, 2.0, 5.0
-    kernels.t5_attention_rows_kernel[(1, 1)](dout, dout, stats, rows, N, H=H, K=1, BM=32)
+    t5_attention_rows_kernel[(1, 1)](dout, dout, stats, rows, N, H=H, K=1, BM=32)
     assert (rows[:, 0, :32] == torch.tensor([25.0, 3.0, 0.5])[:, None]).all()
 
 
 def test_prompt_sum_of_more_columns_than_a_tile(device):
     share, ids = torch.randn(5, 3, 4, 128, device=device), torch.tensor([2, 0, 2, 2, 0], device=device)
     total = torch.empty(3, 3, 4, 128, device=device)
-    kernels.t5_attention_prompt_sum(share, ids, total)
+    t5_attention_prompt_sum(share, ids, total)
     with use_backend("t5_attention", "reference"):
         expected = torch.ops.fastprompt.t5_attention_prompt_sum(share, ids, 3, torch.float32)
     assert torch.equal(total, expected)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastprompt.triton_kernels import _launch, t5_attention
+from fastprompt.triton_kernels import _launch
 from fastprompt.triton_kernels._launch import launch, specialize
+from fastprompt.triton_kernels.t5_attention import t5_attention
+from fastprompt.triton_kernels.t5_attention_backward import t5_attention_backward
+from fastprompt.triton_kernels.t5_attention_prompt_sum import t5_attention_prompt_sum
 from triton.runtime.jit import JITFunction
 
 from fastprompt.ops._t5_attention_reference import Inputs
@@ -146,8 +149,8 @@ def test_batches_of_all_lengths_share_a_variant(check, monkeypatch):
 
         with check.compiling_for(90):
             monkeypatch.setattr(JITFunction, "run", record)
-            t5_attention.t5_attention(a, q, stats.to("meta"))
-            t5_attention.t5_attention_backward(q, q, stats.to("meta"), a, q, q, q, q[:, :0], q[:, :0])
+            t5_attention(a, q, stats.to("meta"))
+            t5_attention_backward(q, q, stats.to("meta"), a, q, q, q, q[:, :0], q[:, :0])
         return calls
 
     assert len(variants(200)) == 4
@@ -167,5 +170,5 @@ def test_grids_of_many_prompts(check, monkeypatch):
     share, total = torch.empty(2, 1, 1, 16, device="meta"), torch.empty(100_000, 1, 1, 16, device="meta")
     with check.compiling_for(90):
         monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, **kwargs: grids.append(grid))
-        t5_attention.t5_attention_prompt_sum(share, None, total)
+        t5_attention_prompt_sum(share, None, total)
     assert grids == [(100_000,)]

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0
+// What t5_attention's forward and backward pass on a CPU share: one example and head at a time, in blocks of queries
+// and chunks of keys that stay in the caches. Shapes and formulas: fastprompt/ops/t5_attention.py. Everything is fp32
+// between loads and stores.
+//
+// Keys that are not allowed are left out when an example's keys are gathered, so they cost nothing.
+#pragma once
+#include <omp.h>
+#include <stdlib.h>
+
+#include "common/attention.h"
+#include "common/kernel.h"
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace {
+
+constexpr int64_t kQueries = 72;  // of a block; a multiple of kTileRows
+constexpr int64_t kKeys = 256;    // of a chunk
+constexpr int64_t kPanel = 64;    // keys side by side in a transposed panel
+constexpr int64_t kScoreRow = kKeys + 16;
+constexpr int64_t kFewQueries = 4;  // up to so many, transposing the keys would cost more than it brings
+constexpr int64_t kNoMemory = -1, kBadDType = -2;
+
+void load_row(const void* from, int64_t offset, int64_t dtype, float* to, int64_t count) {
+    with_type(dtype, [&](auto type) {
+        const auto* row = static_cast<const decltype(type)*>(from) + offset;
+        for (int64_t d = 0; d < count; d += kLanes) store(to + d, load(row + d));
+    });
+}
+
+void store_row(const float* from, void* to, int64_t offset, int64_t dtype, int64_t count) {
+    with_type(dtype, [&](auto type) {
+        auto* row = static_cast<decltype(type)*>(to) + offset;
+        for (int64_t d = 0; d < count; d += kLanes) store(row + d, load(from + d));
+    });
+}
+
+int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
+
+// May write up to kLanes - 1 more.
+void fill(float* to, int64_t count, float value) {
+    for (int64_t d = 0; d < count; d += kLanes) store(to + d, splat(value));
+}
+
+void clear(float* to, int64_t count) { memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
+
+// Aligned memory of one thread, cut into pieces. Sized by a first pass over the same cuts with base null.
+class Arena {
+public:
+    explicit Arena(char* base) : base_(base) {}
+    template <class T>
+    T* take(int64_t count) {
+        T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+        return piece;
+    }
+    int64_t used() const { return used_; }
+
+private:
+    char* base_;
+    int64_t used_ = 0;
+};
+
+struct Limits {
+    int64_t queries = 0, keys = 0, span = 0;  // the most of any example; span: positions that its distances cover
+};
+
+Limits limits(const fp::Attention& a) {
+    Limits most;
+    for (int64_t b = 0; b < a.B; ++b) {
+        const int64_t queries = a.queries(b), keys = a.keys(b) + a.P;
+        if (queries > most.queries) most.queries = queries;
+        if (keys > most.keys) most.keys = keys;
+        if (queries + keys > most.span) most.span = queries + keys;
+    }
+    return most;
+}
+
+// The keys of one example that some query may attend to, in order of position: prompt first. index[n] is key n's place
+// among all P + S keys of the example, which fixes its position, index - P, and its dropout.
+struct Keys {
+    int32_t* index;
+    int64_t count, prompt, own;  // `prompt` of the `count` are the prompt's; own: all of the example's, allowed or not
+
+    void gather(const fp::Attention& a, int64_t b) {
+        prompt = a.prompt_keys(b);
+        own = a.keys(b);
+        count = 0;
+        for (int64_t p = 0; p < prompt; ++p) index[count++] = static_cast<int32_t>(p);
+        const uint8_t* mask = a.key_mask == nullptr ? nullptr : a.key_mask + a.key_begin(b);
+        for (int64_t s = 0; s < own; ++s) {
+            if (mask == nullptr || mask[s] != 0) index[count++] = static_cast<int32_t>(prompt + s);
+        }
+        for (int64_t pad = 0; pad < kPanel; ++pad) index[count + pad] = static_cast<int32_t>(prompt + own + pad);
+    }
+
+    int64_t source(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values) const {
+        if (i < prompt) {
+            const fp::Strides& s = values ? a.prompt_v_strides : a.prompt_k_strides;
+            return a.prompt(b) * s.example + i * s.row + h * s.head;
+        }
+        return a.own(values ? a.v_strides : a.k_strides, b, a.key_begin(b), i - prompt, h);
+    }
+
+    void load_key(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values, int64_t dtype,
+                  float* to) const {
+        const void* base = i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
+        load_row(base, source(a, b, h, i, values), dtype, to, a.K);
+    }
+
+    // Row n of the gathered keys or values, where it lies.
+    template <class T>
+    FP_INLINE const T* row(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values) const {
+        const int64_t i = index[n];
+        const void* base = i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
+        return static_cast<const T*>(base) + source(a, b, h, i, values);
+    }
+
+    // How many of them a query at `position` may attend to: they are sorted.
+    int64_t allowed(const fp::Attention& a, int64_t position) const {
+        if (a.causal == 0) return count;
+        int64_t low = 0, high = count;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            (index[middle] - prompt <= position ? low : high) = middle + (index[middle] - prompt <= position ? 1 : 0);
+        }
+        return low;
+    }
+
+    // table[index[n]] for the kLanes keys from n on.
+    FP_INLINE vfloat at(const float* table, int64_t n) const {
+        const int64_t first = index[n];
+        if (index[n + kLanes - 1] - first == kLanes - 1) return load(table + first);
+        vfloat value;
+        for (int64_t lane = 0; lane < kLanes; ++lane) value[lane] = table[index[n + lane]];
+        return value;
+    }
+};
+
+using WeightDropout = Dropout<true>;
+
+// One example and head, as both passes see it.
+struct Work {
+    Work(const fp::Attention& a, const WeightDropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
+
+    const fp::Attention& a;
+    const WeightDropout& dropout;
+    const int64_t dtype;
+    Keys keys = {};
+    int64_t b = -1, h = 0, T = 0, offset = 0;  // no example yet
+    float* bias = nullptr;                     // by index - query + T - 1
+    float* factors = nullptr;                  // [P + S]: dropout's, of one row
+    float* key_panels = nullptr;               // [panels][K][kPanel]
+    float* q = nullptr;                        // [kQueries][K]
+    float* scores = nullptr;                   // [chunks][kQueries][kScoreRow]
+    float *top = nullptr, *total = nullptr;    // [kQueries]
+    int64_t* limit = nullptr;                  // [kQueries]: keys that a row may attend to
+
+    // Keys of an example in whole panels, and one more.
+    static int64_t panelled(const Limits& most) { return round_up(most.keys, kPanel) + kPanel; }
+
+    void cut(Arena& arena, const Limits& most, int64_t chunks) {
+        const int64_t keys_up = panelled(most);
+        keys.index = arena.take<int32_t>(keys_up + kPanel);
+        bias = arena.take<float>(most.span + 2 * kPanel);
+        factors = arena.take<float>(keys_up);
+        key_panels = arena.take<float>(keys_up * a.K);
+        q = arena.take<float>(kQueries * a.K);
+        scores = arena.take<float>(chunks * kQueries * kScoreRow);
+        top = arena.take<float>(kQueries);
+        total = arena.take<float>(kQueries);
+        limit = arena.take<int64_t>(kQueries);
+    }
+
+    void begin(int64_t task) {
+        h = task % a.H;
+        if (b != task / a.H) {
+            b = task / a.H;
+            T = a.queries(b);
+            offset = a.query_offset(b);
+            keys.gather(a, b);
+        }
+        if (a.bias != nullptr) lay_out_bias();
+    }
+
+    // Entry e is for the distance e - (T - 1) - P - offset, which is clamped to the table's ends.
+    void lay_out_bias() {
+        const int64_t first = -(T - 1) - keys.prompt - offset, count = T + keys.prompt + keys.own + kPanel;
+        const int64_t begin = clamp(-a.M - first, 0, count), end = clamp(a.M + 1 - first, begin, count);
+        const float* table = a.bias + h * (2 * a.M + 1) + a.M;
+        fill(bias, begin, table[-a.M]);
+        memcpy(bias + begin, table + (first + begin), static_cast<size_t>(end - begin) * sizeof(float));
+        fill(bias + end, count - end, table[a.M]);
+    }
+
+    // How many of the keys [chunk, chunk + width) a row of the block may attend to.
+    int64_t allowed_in(int64_t row, int64_t chunk, int64_t width) const { return clamp(limit[row] - chunk, 0, width); }
+
+    // Entry [index] of the result is for a key of that index and query i.
+    const float* bias_of(int64_t i) const { return bias + (T - 1) - i; }
+
+    // to[panel][d][key]: rows become columns.
+    void pack_panels(bool values, float* to) const {
+        float rows[kLanes * 256];
+        for (int64_t n = 0; n < round_up(keys.count, kPanel); n += kLanes) {
+            float* panel = to + n / kPanel * kPanel * a.K + n % kPanel;
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                if (n + lane < keys.count) {
+                    keys.load_key(a, b, h, keys.index[n + lane], values, dtype, rows + lane * a.K);
+                } else {
+                    clear(rows + lane * a.K, a.K);
+                }
+            }
+            for (int64_t d = 0; d < a.K; d += kLanes) {
+                transpose(rows + d, a.K, panel + d * kPanel, kPanel);
+            }
+        }
+    }
+
+    void pack_rows(bool values, float* to) const {
+        for (int64_t n = 0; n < keys.count; ++n) {
+            keys.load_key(a, b, h, keys.index[n], values, dtype, to + n * a.K);
+        }
+    }
+
+    // Row i of this example in a contiguous tensor like q.
+    int64_t row_offset(int64_t i) const { return ((a.query_begin(b) + i) * a.H + h) * a.K; }
+    int64_t stats_offset(int64_t i) const { return h * a.N + a.query_begin(b) + i; }
+
+    void load_queries(int64_t first, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            load_row(a.q, a.own(a.q_strides, b, a.query_begin(b), first + i, h), dtype, q + i * a.K, a.K);
+            limit[i] = keys.allowed(a, offset + first + i);
+        }
+    }
+
+    // to[count][kScoreRow] = rows[count][K] times the panels of keys [chunk, chunk + width).
+    void product(const float* rows, int64_t count, const float* panels, int64_t chunk, int64_t width, float* to) const {
+        for (int64_t n = 0; n < width; n += kPanel) {
+            const int64_t left = round_up(width - n, kLanes), columns = left < kPanel ? left : kPanel;
+            multiply({rows, a.K, 1}, count, panels + (chunk + n) * a.K, kPanel, columns, to + n, kScoreRow, a.K, false);
+        }
+    }
+
+    // Dropout's factors for query i, by index, for the keys [n, n + width).
+    void draw(int64_t i, int64_t n, int64_t width) const {
+        const int64_t first = keys.index[n], last = keys.index[n + round_up(width, kLanes) - 1];
+        const uint32_t pair = static_cast<uint32_t>(b * a.H + h);
+        dropout.factors((i << 35) + first, last - first + 1, factors + first, pair);
+    }
+
+    // Inlined into the forward pass, its one caller there, it takes a third longer.
+    __attribute__((noinline)) void score_few(int64_t chunk, int64_t width, float* to) const;
+};
+
+// The scores of a few queries: a product of each query with each key, which is read where it lies.
+void Work::score_few(int64_t chunk, int64_t width, float* to) const {
+    with_type(dtype, [&](auto type) {
+        for (int64_t n = 0; n < width; ++n) {
+            const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, false);
+            for (int64_t i = 0; i < T; ++i) {
+                vfloat sum{};
+                for (int64_t d = 0; d < a.K; d += kLanes) {
+                    sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
+                }
+                to[i * kScoreRow + n] = sum_lanes(sum);
+            }
+        }
+    });
+}
+
+// Calls run(pass, part, parts) for every example and head, cut into parts where a pass allows that and there are too
+// few for all threads. A Pass is a Work that cuts its own memory.
+template <class Pass, class Run>
+int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p, int64_t dtype, const Run& run) {
+    if (!is_dtype(dtype)) return kBadDType;
+    const WeightDropout dropout(seed, dropout_p);
+    const Limits most = limits(a);
+    const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
+    const int64_t threads = omp_get_max_threads();
+    const int64_t wanted = tasks > 0 && Pass::kHasParts ? 2 * threads / tasks : 1;
+    const int64_t limited = wanted < blocks ? wanted : blocks, parts = limited > 1 ? limited : 1;
+    int64_t failed = 0;
+#pragma omp parallel reduction(+ : failed) if (a.N * a.H * a.K >= kParallelElements || most.keys >= kKeys)
+    {
+        Pass pass(a, dropout, dtype);
+        Arena measure(nullptr);
+        pass.cut(measure, most);
+        auto* memory = static_cast<char*>(allocate_lines(measure.used()));
+        failed += memory == nullptr ? 1 : 0;
+        Arena arena(memory);
+        pass.cut(arena, most);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks * parts; ++task) {
+            if (memory == nullptr) continue;
+            pass.begin(task / parts);
+            run(pass, task % parts, parts);
+        }
+        free(memory);
+    }
+    return failed > 0 ? kNoMemory : 0;
+}
+
+}  // namespace

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward pass of t5_attention. A block of queries has all its weights and their gradients in the second-level
+// cache, so that dout . out of a row is summed from them and nobody has to keep out.
+#include <cmath>
+
+#include "cpu/t5_attention.h"
+
+namespace {
+
+constexpr uint32_t kSign = 1u << 31;
+
+struct Backward : Work {
+    using Work::Work;
+    static constexpr bool kHasParts = false;             // all queries add to the gradients of the keys
+    float *value_panels = nullptr, *key_rows = nullptr;  // [panels][K][kPanel]; [keys][K]
+    float *dout = nullptr, *dq = nullptr;                // [kQueries][K]
+    float* dweights = nullptr;                           // [chunks][kQueries][kScoreRow]
+    float *dkeys = nullptr, *dvalues = nullptr;          // [keys][K]
+    float *starved_dk = nullptr, *starved_dv = nullptr;  // [own][K], of rows that may attend to nothing
+    float* delta = nullptr;                              // [kQueries]
+
+    void cut(Arena& arena, const Limits& most) {
+        const int64_t keys_elements = panelled(most) * a.K, chunks = round_up(most.keys, kKeys) / kKeys;
+        Work::cut(arena, most, chunks);
+        value_panels = arena.take<float>(keys_elements);
+        key_rows = arena.take<float>(keys_elements);
+        dout = arena.take<float>(kQueries * a.K);
+        dq = arena.take<float>(kQueries * a.K);
+        dweights = arena.take<float>(chunks * kQueries * kScoreRow);
+        dkeys = arena.take<float>(keys_elements);
+        dvalues = arena.take<float>(keys_elements);
+        starved_dk = arena.take<float>(keys_elements);
+        starved_dv = arena.take<float>(keys_elements);
+        delta = arena.take<float>(kQueries);
+    }
+
+    void run(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows, float* share_k,
+             float* share_v);
+    void run_block(int64_t first, int64_t count);
+    void weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw);
+    void differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const;
+    bool is_silent(const void* dout_rows, const float* stats, int64_t i) const;
+    void clear_queries(void* dq_rows, int64_t first, int64_t end) const;
+    void load_gradients(const void* dout_rows, const float* stats, int64_t first, int64_t count);
+    void starve(int64_t i, int64_t row);
+    void store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const;
+};
+
+// s [width] of row `row`: scores become weights, negative where dropped. dw: gradients of the weights, with dropout.
+// Their product adds to delta. A NaN may have either sign: times 0 or not, it stays one.
+void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw) {
+    const int64_t allowed = allowed_in(row, chunk, width);
+    const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
+    if (dropout.active() && allowed > 0) draw(i, chunk, allowed);
+    const float inverse = 1.0f / total[row];
+    vfloat sum{};
+    for (int64_t n = 0; n < allowed; n += kLanes) {
+        vfloat value = load(s + n);
+        if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
+        vfloat weight = exp(value - top[row]) * inverse, dweight = load(dw + n);
+        if (n + kLanes > allowed) {
+            for (int64_t lane = allowed - n; lane < kLanes; ++lane) weight[lane] = 0.0f, dweight[lane] = 0.0f;
+        }
+        vuint dropped{};
+        if (dropout.active()) {
+            const vfloat factor = keys.at(factors, chunk + n);
+            dweight *= factor;  // of what is not finite NaN, also where it is dropped, as in PyTorch
+            dropped = bit_cast<vuint>(factor == 0.0f) & kSign;
+        }
+        sum = fused_multiply_add(weight, dweight, sum);
+        store(s + n, bit_cast<vfloat>(bit_cast<vuint>(weight) | dropped));
+        store(dw + n, dweight);
+    }
+    delta[row] += sum_lanes(sum);
+    for (int64_t n = round_up(allowed, kLanes); n < width; n += kLanes) {
+        store(s + n, vfloat{});
+        store(dw + n, vfloat{});
+    }
+}
+
+// Of what weigh_again left, s becomes weights times dropout's factors, dw the gradient of the scores.
+void Backward::differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const {
+    const int64_t allowed = allowed_in(row, chunk, width);
+    for (int64_t n = 0; n < allowed; n += kLanes) {
+        const vfloat found = load(s + n);
+        vfloat weight = found;
+        if (dropout.active()) {
+            const vuint bits = bit_cast<vuint>(found);
+            weight = bit_cast<vfloat>(bits & ~kSign);
+            store(s + n, weight * ((bits & kSign) == 0u ? splat(dropout.scale()) : vfloat{}));
+        }
+        store(dw + n, weight * (load(dw + n) - delta[row]));
+    }
+}
+
+void Backward::run_block(int64_t first, int64_t count) {
+    const int64_t most = limit[count - 1];
+    const auto each_chunk = [&](auto run) {
+        for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
+            const int64_t block = chunk / kKeys * kQueries * kScoreRow;
+            run(chunk, most - chunk < kKeys ? most - chunk : kKeys, scores + block, dweights + block);
+        }
+    };
+    each_chunk([&](int64_t chunk, int64_t width, float* s, float* dw) {
+        if (T <= kFewQueries) {
+            score_few(chunk, width, s);  // as in the forward pass: a weight must not depend on the order of a sum
+        } else {
+            product(q, count, key_panels, chunk, width, s);
+        }
+        product(dout, count, value_panels, chunk, width, dw);
+        for (int64_t i = 0; i < count; ++i) {
+            weigh_again(first + i, i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+        }
+    });
+    each_chunk([&](int64_t chunk, int64_t width, float* s, float* dw) {
+        for (int64_t i = 0; i < count; ++i) differentiate(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+        multiply({s, 1, kScoreRow}, width, dout, a.K, a.K, dvalues + chunk * a.K, a.K, count);
+        multiply({dw, 1, kScoreRow}, width, q, a.K, a.K, dkeys + chunk * a.K, a.K, count);
+        multiply({dw, kScoreRow, 1}, count, key_rows + chunk * a.K, a.K, a.K, dq, a.K, width);
+    });
+}
+
+// The gradient of a row that took the mean of all own values.
+void Backward::starve(int64_t i, int64_t row) {
+    float key[256], value[256], *dweights_of_row = dweights;  // whose rows have had their turn
+    const float *row_q = q + row * a.K, *row_dout = dout + row * a.K;
+    float* row_dq = dq + row * a.K;
+    if (dropout.active()) {
+        dropout.factors(i << 35, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
+    }
+    const float weight = 1.0f / static_cast<float>(keys.own);
+    for (int64_t s = 0; s < keys.own; ++s) {
+        keys.load_key(a, b, h, s, true, dtype, value);
+        const float factor = dropout.active() ? factors[s] : 1.0f;
+        float dweight = 0.0f;
+        for (int64_t d = 0; d < a.K; ++d) dweight += row_dout[d] * value[d];
+        dweights_of_row[s] = factor * dweight;
+        delta[row] += weight * dweights_of_row[s];
+    }
+    for (int64_t s = 0; s < keys.own; ++s) {
+        keys.load_key(a, b, h, s, false, dtype, key);
+        const float factor = dropout.active() ? factors[s] : 1.0f;
+        const float dscore = weight * (dweights_of_row[s] - delta[row]);
+        for (int64_t d = 0; d < a.K; ++d) {
+            row_dq[d] += dscore * key[d];
+            starved_dk[s * a.K + d] += dscore * row_q[d];
+            starved_dv[s * a.K + d] += weight * factor * row_dout[d];
+        }
+    }
+}
+
+// Is the gradient of the output of query i zero, as it is where the model's padding is? Such a query adds nothing.
+bool Backward::is_silent(const void* dout_rows, const float* stats, int64_t i) const {
+    float row[256];
+    load_row(dout_rows, row_offset(i), dtype, row, a.K);
+    vfloat size{};
+    for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
+    const float most = stats[stats_offset(i)], sum = stats[a.H * a.N + stats_offset(i)];
+    const bool finite = std::isfinite(most) && std::isfinite(sum);  // NaN and infinity among scores must spread
+    return sum_lanes(size) == 0.0f && (finite || keys.allowed(a, offset + i) == 0);
+}
+
+void Backward::clear_queries(void* dq_rows, int64_t first, int64_t end) const {
+    const float zeros[256] = {};
+    for (int64_t i = first; i < end; ++i) store_row(zeros, dq_rows, row_offset(i), dtype, a.K);
+}
+
+// Loads a block of queries and the gradients of their outputs; delta is still to be summed.
+void Backward::load_gradients(const void* dout_rows, const float* stats, int64_t first, int64_t count) {
+    load_queries(first, count);
+    for (int64_t i = 0; i < count; ++i) {
+        load_row(dout_rows, row_offset(first + i), dtype, dout + i * a.K, a.K);
+        delta[i] = 0.0f;
+        top[i] = stats[stats_offset(first + i)];
+        total[i] = stats[a.H * a.N + stats_offset(first + i)];
+    }
+}
+
+// Gradients of keys and values to where these came from; zero for keys that nothing may attend to.
+void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const {
+    const float zeros[256] = {};
+    for (int64_t p = 0; p < a.P; ++p) {
+        const int64_t to = ((b * a.P + p) * a.H + h) * a.K;
+        store_row(p < keys.prompt ? dkeys + p * a.K : zeros, share_k, to, fp::kFloat32, a.K);
+        store_row(p < keys.prompt ? dvalues + p * a.K : zeros, share_v, to, fp::kFloat32, a.K);
+    }
+    int64_t n = keys.prompt;
+    for (int64_t s = 0; s < keys.own; ++s) {
+        const bool allowed = n < keys.count && keys.index[n] == keys.prompt + s;
+        float *key = dkeys + n * a.K, *value = dvalues + n * a.K;
+        const float *from_k = allowed ? key : zeros, *from_v = allowed ? value : zeros;
+        if (starved) {
+            float *sum_k = starved_dk + s * a.K, *sum_v = starved_dv + s * a.K;
+            for (int64_t d = 0; d < a.K; ++d) sum_k[d] += from_k[d], sum_v[d] += from_v[d];
+            from_k = sum_k, from_v = sum_v;
+        }
+        const int64_t to = ((a.key_begin(b) + s) * a.H + h) * a.K;
+        store_row(from_k, dk_rows, to, dtype, a.K);
+        store_row(from_v, dv_rows, to, dtype, a.K);
+        n += allowed ? 1 : 0;
+    }
+}
+
+void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows,
+                   float* share_k, float* share_v) {
+    pack_panels(false, key_panels);
+    pack_panels(true, value_panels);
+    pack_rows(false, key_rows);
+    clear(dkeys, keys.count * a.K);
+    clear(dvalues, keys.count * a.K);
+    int64_t begin = 0, end = T;
+    while (begin < end && is_silent(dout_rows, stats, begin)) ++begin;
+    while (begin < end && is_silent(dout_rows, stats, end - 1)) --end;
+    if (T <= kFewQueries) begin = 0, end = T;
+    clear_queries(dq_rows, 0, begin);
+    clear_queries(dq_rows, end, T);
+    bool starved = false;
+    for (int64_t first = begin; first < end; first += kQueries) {
+        const int64_t count = end - first < kQueries ? end - first : kQueries;
+        clear(dq, count * a.K);
+        load_gradients(dout_rows, stats, first, count);
+        run_block(first, count);
+        for (int64_t i = 0; i < count; ++i) {
+            if (limit[i] > 0 || keys.own == 0) continue;
+            if (!starved) {
+                clear(starved_dk, keys.own * a.K);
+                clear(starved_dv, keys.own * a.K);
+                starved = true;
+            }
+            starve(first + i, i);
+        }
+        for (int64_t i = 0; i < count; ++i) store_row(dq + i * a.K, dq_rows, row_offset(first + i), dtype, a.K);
+    }
+    store_keys(dk_rows, dv_rows, share_k, share_v, starved);
+}
+
+int64_t t5_attention_backward(const void* dout, const float* stats, const void* q, const void* k, const void* v,
+                              const float* bias, const void* prompt_k, const void* prompt_v, const int64_t* prompt_ids,
+                              const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
+                              const int64_t* cu_q, const int64_t* cu_k, const int64_t* sizes, const int64_t* seed,
+                              void* dq, void* dk, void* dv, float* share_k, float* share_v, int64_t offset,
+                              int64_t causal, double dropout_p, int64_t dtype, void* /*stream*/) {
+    const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
+                                      cu_q, cu_k, sizes, offset, causal);
+    return each_head<Backward>(a, seed, dropout_p, dtype, [&](Backward& pass, int64_t /*part*/, int64_t /*parts*/) {
+        pass.run(dout, stats, dq, dk, dv, share_k, share_v);
+    });
+}
+
+FP_KERNEL(t5_attention_backward);
+
+}  // namespace
