@@ -36,6 +36,7 @@ from fastprompt.ops._checks import (
 )
 from fastprompt.ops._device_errors import device_error_word, raise_device_errors
 from fastprompt.ops._dropout import check_dropout, keep_mask, keep_scale, new_seed
+from fastprompt.ops._indices import indices
 
 op = Op("prompt_embed")
 
@@ -189,7 +190,7 @@ def _select(
     for length in lengths:
         begins.append(begins[-1] + length)
     lens = [lengths[i] for i in chosen]
-    table = torch.tensor([[begins[i] for i in chosen], lens], dtype=torch.int64).to(device, non_blocking=True)
+    table = indices([[begins[i] for i in chosen], lens], device)
     return table[0], table[1], max(lens, default=0), sum(lens)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastprompt import hf_attention
+from fastprompt.ops._indices import indices
 from fastprompt.prompts.sites import serve
 
 
@@ -36,9 +37,7 @@ def run_branch(model: Any, prompts: Sequence[Tensor]) -> tuple[list[Tensor], Ten
     lens = [len(prompt) for prompt in prompts]
     mask = None
     if min(lens) < max(lens):
-        mask = (
-            torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lens, device=rows.device)[:, None]
-        )
+        mask = torch.arange(rows.shape[1], device=rows.device) < indices(lens, rows.device)[:, None]
     hidden, entering = encoder.dropout(rows), []
     bias: tuple[Tensor, ...] = ()  # T5's first block makes it for the others; UMT5's have each their own
     for block in encoder.block:

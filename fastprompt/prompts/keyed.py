@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fastprompt import hf_attention
+from fastprompt.ops._indices import indices
 from fastprompt.prompts.branch import run_branch
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.prefix import PrefixPrompt
@@ -132,8 +133,8 @@ def prompt_keys(
     return hf_attention.PromptKeys(
         keys,
         values,
-        torch.tensor([found.rows[i] for i in ids], device=device) if many else None,
-        torch.tensor(lens, device=device) if ragged else None,
+        indices([found.rows[i] for i in ids], device) if many else None,
+        indices(lens, device) if ragged else None,
         bias_tables(model, site),
     )
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastprompt.ops._indices import indices
+
 
 def prepend_mask(
     mask: Tensor | None, lengths: Sequence[int], num_tokens: int, device: torch.device
@@ -29,6 +31,6 @@ def prepend_mask(
     tokens = torch.ones(shape, dtype=torch.int64, device=device) if mask is None else mask.ne(0).long()
     if not ragged:
         return torch.cat((tokens.new_ones(len(lengths), longest), tokens), 1)
-    start = torch.tensor(lengths, device=tokens.device)[:, None]
+    start = indices(lengths, tokens.device)[:, None]
     position = torch.arange(longest + num_tokens, device=tokens.device)
     return (position < start).long().scatter(1, start + position[:num_tokens], tokens)

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastprompt import hf_attention
 from fastprompt._op import is_capturing
 from fastprompt.modules._bias import has_bias_table, is_plain_bias
+from fastprompt.ops._indices import indices
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
 from fastprompt.prompts.sites import bias_tables, disorder
@@ -52,13 +53,15 @@ class Layout(NamedTuple):
 
 def starts(lens: Sequence[int], device: torch.device) -> Tensor:
     """[B + 1] int64: where each example begins, and the end."""
-    return torch.tensor([0, *accumulate(lens)], device=device)
+    return indices([0, *accumulate(lens)], device)
 
 
 def _places(lens: Sequence[int], width: int, device: torch.device) -> Tensor:
     """[sum of lens] int64: the first lens[b] of each example among all B * width."""
-    first = torch.arange(width) < torch.tensor(lens)[:, None]
-    return first.flatten().nonzero()[:, 0].to(device)
+    gaps = [b * width - begin for b, begin in enumerate(accumulate(lens[:-1], initial=0))]
+    before, counts = indices([gaps, lens], device)  # all places from the host would have to be waited for
+    N = sum(lens)
+    return torch.arange(N, device=device) + before.repeat_interleave(counts, output_size=N)
 
 
 def layout(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from fastprompt.ops._indices import indices
 from fastprompt.prompts.bank import Names
 
 Choices = Sequence[str] | Sequence[Sequence[int]]
@@ -95,7 +96,7 @@ def choice_scores(
     """
     scorer = _Scorer(model, input_ids, attention_mask, prompts, encoder_outputs)
     first, cache = scorer.first(any(len(choice) > 1 for choice in choices), past_key_values)
-    columns = list(first[:, [choice[0] for choice in choices]].unbind(1))
+    columns = list(first[:, indices([choice[0] for choice in choices], first.device)].unbind(1))
     longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
     at_once = max(1, ROWS_PER_PASS // len(first))
     for start in range(0, len(longer), at_once):
@@ -104,7 +105,9 @@ def choice_scores(
         for number, scores in zip(numbers, rest.unbind(1), strict=True):
             columns[number] = columns[number] + scores
     scores = torch.stack(columns, 1)
-    return scores / scores.new_tensor([len(choice) for choice in choices]) if length_normalized else scores
+    return (
+        scores / indices([len(choice) for choice in choices], scores.device) if length_normalized else scores
+    )
 
 
 def sequence_scores(logits: Tensor, targets: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ class _Scorer:
     def rest(self, cache: Any, choices: Sequence[Sequence[int]]) -> Tensor:
         """[B, c]: what the tokens after the first add to the scores of c choices of two or more tokens."""
         B, c = len(self.hidden), len(choices)
-        tokens = [torch.tensor(choice, device=self.hidden.device) for choice in choices]
+        tokens = [indices(choice, self.hidden.device) for choice in choices]
         pad = nn.utils.rnn.pad_sequence
         given = pad([each[:-1] for each in tokens], batch_first=True).repeat(B, 1)
         wanted = pad([each[1:] for each in tokens], batch_first=True, padding_value=-100).repeat(B, 1)
