@@ -2,7 +2,7 @@
 # For a machine with an NVIDIA GPU and no network: builds into build/gpu with the machine's own Python and torch, runs
 # the GPU tests and the benchmarks, and writes logs and JSONL to $OUT. Says what failed.
 #
-#     tools/gpu.sh [tests] [benchmarks]     they take up to 6 and 13 minutes; without arguments, both
+#     tools/gpu.sh [tests] [benchmarks]     they take up to 6 and 14 minutes; without arguments, both
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}") site=$PWD/build/gpu
@@ -31,7 +31,7 @@ if [[ $parts == *tests* ]]; then
     grep -aoE '(FAILED|ERROR) tests/.*' "$OUT/tests.log" | sort -u
 fi
 if [[ $parts == *benchmarks* ]]; then
-    for limit_of in training_step:260 t5_attention:120 prompt_kinds:150 linear_cross_entropy:60 rms_norm:40 gated_act:40 \
+    for limit_of in training_step:260 t5_attention:140 prompt_kinds:150 linear_cross_entropy:60 rms_norm:40 gated_act:40 \
         dropout_add:40 relu_dropout:40 prompt_embed:40; do
         name=${limit_of%:*}
         step "$name" "${limit_of#*:}" "$PYTHON" "benchmarks/bench_$name.py" --device cuda --seconds 0.3 --results "$OUT" || failed=1
