@@ -132,6 +132,15 @@ def long_rows(x):
     return torch.full((*x.shape[:-1], x.shape[-1] + 1), NAN, dtype=x.dtype)[..., :-1].copy_(x)
 
 
+def uneven(x, dim):
+    """A copy of x, one element more from an example, row or head (``dim``) to the next. All else is aligned."""
+    strides, size = [0, 0, 0, 1], x.shape[-1]
+    for i in (2, 1, 0):
+        strides[i] = size + (i == dim)
+        size = -(-strides[i] * x.shape[i] // 8) * 8
+    return torch.full((size,), NAN, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", [16, 64, 256])
 @pytest.mark.parametrize("T", [1, 6])
@@ -146,6 +155,8 @@ def test_strides_and_alignments(emulated, dtype, K, T):
     ]
     for name, by in itertools.product(floats(a), (1, 2, 4, 8)):
         placed.append(a._replace(**{name: shifted(getattr(a, name), by)}))
+    for name, dim in itertools.product(floats(a), range(3)):
+        placed.append(a._replace(**{name: uneven(getattr(a, name), dim)}))
     for other in placed:
         assert torch.equal(run(other)[0], expected)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastprompt.ops import dropout_add
-from fastprompt.ops._dropout import keep_mask, keep_scale
+from fastprompt.ops._dropout import keep_mask, keep_scale, philox
 from fastprompt.testing import saved_bytes
 
 OP = "dropout_add"
@@ -54,6 +54,23 @@ def test_any_shape(backend, device, examples):
         check(tuple(shape), dtype, device, dropout_p, add, number)
 
     any_case()
+
+
+def test_an_element_is_kept_from_the_threshold_on(backend, device):
+    x, seed = torch.ones(4, device=device), SEED.to(device)
+    words = philox(seed, torch.zeros(1, dtype=torch.int64, device=device))[0].tolist()
+    for i, word in enumerate(words):
+        kept, dropped = (dropout_add(x, None, dropout_p=n / 2**32, seed=seed) for n in (word, word + 1))
+        assert kept[i] > 0
+        assert dropped[i] == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_every_number_of_two_bytes_is_read_and_written(backend, device, dtype):
+    """Infinities, NaNs and subnormals too."""
+    x = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    h = dropout_add(x, torch.zeros_like(x), dropout_p=0.0)
+    torch.testing.assert_close(h, x, rtol=0, atol=0, equal_nan=True)
 
 
 def test_output_never_shares_memory_with_the_input(backend, device):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Native kernels on bare pointers, at every alignment: they write their tensors only, and use nothing outside."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -15,24 +17,30 @@ def pointers(tensors):
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def run(kernel, inputs, outputs, numbers, offset):
-    """What ``kernel`` writes with every tensor ``offset`` elements past an aligned address, and NaN all around."""
-    blank = [torch.full_like(output, float("nan")) for output in outputs]
-    with guarded(*(t for t in inputs if t is not None), *blank, offset=offset) as copies:
-        placed = iter(copies)
-        given = [None if t is None else next(placed) for t in inputs]
-        results = list(placed)
-        status = kernel(*pointers(given), *pointers(results), *numbers)
+def run(kernel, inputs, outputs, numbers, offset, alone=None):
+    """What ``kernel`` writes with every tensor, or number ``alone`` only, ``offset`` elements past an aligned address,
+    and NaN all around."""
+    blank = [torch.full_like(out, float("nan") if out.is_floating_point() else 255) for out in outputs]
+    with ExitStack() as stack:
+        given = []
+        for i, tensor in enumerate([*inputs, *blank]):
+            here = offset if alone in (None, i) else 0
+            given.append(None if tensor is None else stack.enter_context(guarded(tensor, offset=here))[0])
+        results = given[len(inputs) :]
+        status = kernel(*pointers(given), *numbers)
     assert status == 0
     return [result.clone() for result in results]
 
 
-def assert_alignment_is_invisible(kernel, inputs, outputs, numbers):
+def assert_alignment_is_invisible(kernel, inputs, outputs, numbers, each=False):
+    """``each``: of one tensor alone, too. (Sums over a row may add up in another order where vectors are shorter.)"""
     expected = run(kernel, inputs, outputs, numbers, 0)
     assert all(value.isfinite().all() for value in expected)
-    for offset in range(1, 17):
-        got = run(kernel, inputs, outputs, numbers, offset)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), f"{offset=}"
+    cases = [(offset, None) for offset in ((1, 2, 4, 8) if each else range(1, 17))]
+    cases += [(offset, i) for offset in (1, 4) for i in range(len(inputs) + len(outputs)) if each]
+    for offset, alone in cases:
+        got = run(kernel, inputs, outputs, numbers, offset, alone)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), f"{offset=} {alone=}"
 
 
 @pytest.fixture(params=FLOATS, ids=str)
@@ -43,6 +51,22 @@ def dtype(request):
 @pytest.fixture
 def seed(device):
     return torch.tensor([9], device=device)
+
+
+@pytest.mark.parametrize("count", [37, 64])
+def test_elementwise(kernels, device, dtype, seed, count):
+    """One element at a time, or in vectors where all of the tensors allow them."""
+    a, b, dy = (torch.randn(count).to(device, dtype) for _ in range(3))
+    kept = torch.randint(256, (-(-count // 8),), device=device).to(torch.uint8)
+    last = [0.25, DTYPE_CODES[dtype], 0]
+    for kernel, inputs, outputs, numbers in (
+        (kernels.dropout_add, [a, b, seed], [a], [count]),
+        (kernels.relu_dropout, [a, seed], [a, kept], [count]),
+        (kernels.relu_dropout_backward, [dy, kept], [a], [count]),
+        (kernels.gated_act, [a, b, seed], [a], [count, 0]),
+        (kernels.gated_act_backward, [dy, a, b, seed], [a, b], [count, 0]),
+    ):
+        assert_alignment_is_invisible(kernel, inputs, outputs, [*numbers, *last], each=True)
 
 
 def norm_inputs(dtype, device):
@@ -137,11 +161,12 @@ def test_t5_attention(kernels, device, dtype, seed, sizes, p):
     assert_alignment_is_invisible(backward, [dout, stats, *inputs, seed], outputs, last)
 
 
-def test_t5_attention_prompt_sum(kernels, device, dtype):
-    share, ids = torch.randn(4, 37, device=device), torch.tensor([2, 0, 2, 2], device=device)
-    total = torch.empty(3, 37, device=device, dtype=dtype)
-    numbers = [4, 3, 37, DTYPE_CODES[dtype], 0]
-    assert_alignment_is_invisible(kernels.t5_attention_prompt_sum, [share, ids], [total], numbers)
+@pytest.mark.parametrize("columns", [37, 40])
+def test_t5_attention_prompt_sum(kernels, device, dtype, columns):
+    share, ids = torch.randn(4, columns, device=device), torch.tensor([2, 0, 2, 2], device=device)
+    total = torch.empty(3, columns, device=device, dtype=dtype)
+    numbers = [4, 3, columns, DTYPE_CODES[dtype], 0]
+    assert_alignment_is_invisible(kernels.t5_attention_prompt_sum, [share, ids], [total], numbers, each=True)
 
 
 @pytest.mark.parametrize("columns_are_dense", [False, True])
