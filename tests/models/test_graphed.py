@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """graphed: the model's own loss and gradients, from a CUDA graph where there is a GPU."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastprompt import PromptConfig, PromptModel, graphed, patch
+from fastprompt import PromptConfig, PromptModel, graphed, graphs, patch
 
 
 @pytest.fixture
@@ -152,3 +154,70 @@ def test_a_second_shape_while_an_earlier_loss_lives(prompted, batch, labels, on_
     model(**batch(S=12), labels=labels).loss.backward()
     torch.testing.assert_close(found, prompt.grad)
     assert earlier.isfinite()
+
+
+def test_all_that_a_graph_has_fixed_is_in_its_key(prompted, batch, labels, monkeypatch):
+    """Under another key the step is recorded anew. This needs no GPU."""
+    model = prompted().eval()
+    step = graphed(model)
+
+    def key(**changes):
+        arguments = batch() | {"labels": labels} | changes
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        return step._key(arguments, tensors, list(model.parameters()))
+
+    (prompt,) = (p for p in model.parameters() if p.requires_grad)
+    seen = [key()]
+    assert key(labels=labels.clone()) == seen[0]
+    mask = batch()["attention_mask"].float()
+    for changes in (
+        {"labels": labels[:, 1:]},
+        {"input_ids": batch()["input_ids"].int()},
+        {"attention_mask": mask},
+        {"attention_mask": mask.clone().requires_grad_()},
+        {"return_logits": False},
+        {"return_logits": True},
+    ):
+        seen.append(key(**changes))
+    seen.append((model.train(), key())[1])
+    seen.append((prompt.requires_grad_(False), key())[1])
+    prompt.data = prompt.data.clone()
+    seen.append(key())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device, dtype=dtype: dtype)
+        seen.append(key())
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_graph_that_was_not_used_for_longest_goes_first(monkeypatch):
+    """Told by tensors that say they are on a GPU, with nothing recorded."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    recorded = []
+    monkeypatch.setattr(
+        graphs, "_Recorded", lambda model, batch, *_: recorded.append(len(batch["x"])) or "graph"
+    )
+    monkeypatch.setattr(graphs._Replay, "apply", lambda *_: torch.ones(()))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    step = graphed(torch.nn.Identity(), shapes=2)
+    for length in (1, 2, 1, 3, 1, 2):
+        step(x=torch.ones(length).as_subclass(OnGpu))
+        assert len(step) == min(2, len(recorded))
+    assert recorded == [1, 2, 3, 2]
+
+
+def test_what_recording_changes_is_put_back(prompted):
+    """Also where it fails."""
+    model = prompted()
+    model.pack = True
+    (prompt,) = (p for p in model.parameters() if p.requires_grad)
+    alias = torch.nn.Parameter(prompt.detach())
+    with suppress(KeyError), graphs._padded(model), graphs._replaced(model, {prompt: alias}):
+        found = (model.pack, model.prompts["a"] is alias)
+        raise KeyError
+    assert found == (False, True)
+    assert model.pack is True
+    assert model.prompts["a"] is prompt

@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastprompt import patch
+from fastprompt.prompts import identity
 from fastprompt.prompts.cache_file import CacheOrigin, cache_path, read_cache, write_cache
 from fastprompt.prompts.identity import ModelIdentity, model_sha256, tensors_sha256
 from fastprompt.prompts.layout import ModelShape
@@ -115,6 +116,20 @@ def test_one_bit_of_a_weight_makes_another_model(name, saved, prompt):
     flip_one(model.get_parameter(name))
     with pytest.raises(ValueError, match="other weights"):
         read(path, model, prompt)
+
+
+def test_large_weights_are_read_to_the_end(make_model, monkeypatch):
+    """In chunks, which the hash does not show."""
+    model = make_model("byt5")
+    whole = model_sha256(model)
+    monkeypatch.setattr(identity, "_CHUNK_ELEMENTS", 100)
+    assert model_sha256(model) == whole
+    weight = model.encoder.block[0].layer[0].SelfAttention.k.weight.data
+    for place in ((0, 0), (5, 7), (-1, -1)):
+        before = weight[place].clone()
+        weight[place] += 1.0
+        assert model_sha256(model) != whole
+        weight[place] = before
 
 
 @pytest.mark.parametrize(

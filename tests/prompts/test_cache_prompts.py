@@ -103,6 +103,11 @@ def change(prompted, how):
         with torch.enable_grad():
             prompt.grad = torch.ones_like(prompt)
             torch.optim.AdamW([prompt], lr=1.0, fused=True).step()
+    elif how == "step before others":  # of another optimiser
+        with torch.enable_grad():
+            for parameter in (prompt, nn.Parameter(torch.ones_like(prompt))):
+                parameter.grad = torch.ones_like(prompt)
+                torch.optim.AdamW([parameter], lr=1.0, fused=True).step()
     elif how == "load":
         prompted.load_state_dict({**prompted.state_dict(), "prompts.c5": torch.ones(5, 32)})
     elif how == "replace":
@@ -111,6 +116,8 @@ def change(prompted, how):
         attention.k.weight.mul_(1.5)
     elif how == "weight":
         attention.k.weight = nn.Parameter(attention.k.weight * 1.5, requires_grad=False)
+    elif how == "buffer":
+        attention.k.factor.fill_(1.5)
     elif how == "float64":
         prompted.double()
     elif how == "rounded":  # to bf16 and back: storages of the same size, perhaps at the same address
@@ -122,11 +129,29 @@ def change(prompted, how):
         attention.k = nn.Sequential(attention.k, added)
 
 
+class Scaled(nn.Linear):
+    """What it multiplies by is a buffer, as the scales of quantised weights are."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+        self.weight = linear.weight
+        self.register_buffer("factor", torch.ones((), device=linear.weight.device))
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
 @pytest.mark.parametrize(
-    "how", ["step", "optimizer", "fused", "load", "replace", "model", "weight", "float64", "rounded", "child"]
+    "how",
+    [
+        *("step", "optimizer", "fused", "step before others", "load", "replace"),
+        *("model", "weight", "buffer", "float64", "rounded", "child"),
+    ],
 )
 def test_a_stale_cache_is_made_again(how, served, make_batch):
     prompted, batch = served({"c5": CONFIGS["c5"], "c2": CONFIGS["c2"]}), make_batch()
+    attention = prompted.model.get_encoder().block[1].layer[0].SelfAttention
+    attention.k = Scaled(attention.k) if how == "buffer" else attention.k
     prompted.cache_prompts()
     before = logits(prompted, batch, "c5")
     assert prompted.passes == [3]
@@ -140,6 +165,38 @@ def test_a_stale_cache_is_made_again(how, served, make_batch):
     assert torch.equal(again, after)
     prompted.drop_caches()
     torch.testing.assert_close(logits(prompted, batch, "c5"), after)
+
+
+def test_a_prompt_that_is_gone_is_not_made_again(served, make_batch):
+    prompted, batch = served({"c5": CONFIGS["c5"], "c2": CONFIGS["c2"]}), make_batch()
+    prompted.cache_prompts()
+    del prompted.prompts["c2"]
+    prompted.prompts["c5"].add_(1.0)
+    found = logits(prompted, batch, "c5")
+    assert prompted.passes == [1, 3]
+    prompted.drop_caches()
+    torch.testing.assert_close(logits(prompted, batch, "c5"), found)
+
+
+def test_another_active_adapter_makes_it_stale(served, make_batch):
+    peft = pytest.importorskip("peft")
+    prompted, batch = served({"c5": CONFIGS["c5"]}), make_batch()
+    for name in ("first", "second"):
+        config = peft.LoraConfig(r=2, target_modules=["k", "v"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, prompted.model, adapter_name=name)
+    layers = [each for each in prompted.model.modules() if isinstance(each, peft.tuners.lora.Linear)]
+    found = []
+    for name in ("first", "second"):
+        for layer in layers:
+            layer.set_adapter(name)
+        prompted.model.requires_grad_(False)
+        if name == "first":
+            prompted.cache_prompts()
+        found.append(logits(prompted, batch, "c5"))
+    assert prompted.passes == [1, 3]
+    assert not torch.allclose(*found, atol=1e-3)
+    prompted.drop_caches()
+    torch.testing.assert_close(logits(prompted, batch, "c5"), found[1])
 
 
 @pytest.mark.parametrize("how", ["disable", "scale", "merge"])
@@ -217,12 +274,15 @@ def test_a_step_of_other_parameters_makes_nothing_stale(served, make_batch):
 def test_autocast_has_keys_of_its_own(served, make_batch):
     prompted, batch = served(), make_batch()
     prompted.cache_prompts()
-    plain = logits(prompted, batch, "c5")
-    with torch.autocast(prompted.device.type, torch.bfloat16):
-        cast = logits(prompted, batch, "c5")
-        prompted.drop_caches()
-        torch.testing.assert_close(logits(prompted, batch, "c5"), cast)
-    assert not torch.equal(plain, cast.float())
+    found = [logits(prompted, batch, "c5")]
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(prompted.device.type, dtype):
+            found.append(logits(prompted, batch, "c5").float())
+    for dtype, cast in zip((torch.bfloat16, torch.float16), found[1:], strict=True):
+        with torch.autocast(prompted.device.type, dtype):
+            prompted.drop_caches()
+            torch.testing.assert_close(logits(prompted, batch, "c5").float(), cast)
+            assert not torch.equal(found[0], cast)
 
 
 def test_training_and_gradients_do_not_read_the_cache(served, make_batch):

@@ -67,6 +67,21 @@ def test_a_checkpointed_decoders_input(reentrant, make_keyed, make_batch):
         assert torch.equal(prompted(**batch, prompts=MIXED, **given).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": True}], ids=str)
+def test_gradients_add_up_over_two_checkpointed_backwards(options, make_keyed, make_batch):
+    """Through one graph, which is kept; and where torch decides how to checkpoint."""
+    prompted, batch = make_keyed(CONFIGS, dropout_rate=0.0).train(), make_batch()
+    expected = {name: 2 * value for name, value in gradients(prompted, batch, MIXED).items()}
+    prompted.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    prompted.zero_grad()
+    loss = prompted(**batch, prompts=MIXED).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    found = {name: each.grad for name, each in prompted.prompts.named_parameters() if each.grad is not None}
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_add_up_over_two_checkpointed_forwards(reentrant, make_keyed, make_batch):
     prompted, batch = make_keyed(CONFIGS, dropout_rate=0.0).train(), make_batch()
@@ -350,8 +365,9 @@ def test_no_mask(make_keyed, make_batch):
     padded = batch["input_ids"].clone()
     padded[:, -1] = 0  # without a mask a padding id is a token, for generate too
     ones = torch.ones_like(padded)
-    options = {"prompts": MIXED, "max_new_tokens": 5}
-    assert torch.equal(prompted.generate(padded, **options), prompted.generate(padded, ones, **options))
+    options = {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    guessed, told = (prompted.generate(padded, mask, prompts=MIXED, **options) for mask in (None, ones))
+    assert all(map(torch.equal, guessed.logits, told.logits))
 
 
 def test_output_options(make_keyed, make_batch):

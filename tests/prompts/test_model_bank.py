@@ -371,6 +371,9 @@ def test_kept_and_saved_prompts_leave_the_stores_memory_alone(
     for name in KINDS:
         model.save_prompt(name, tmp_path / name)
     assert len(model.prompts._stored._kept) <= 1
+    for name in ("rows", "kv", "mlp"):
+        model.save_cache(name, tmp_path / name)
+    assert len(model.prompts._stored._kept) <= 1
 
 
 def test_of_a_stores_prompts_the_last_ones_used_stay(stored, empty, make_batch, monkeypatch):

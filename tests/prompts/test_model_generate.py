@@ -7,6 +7,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt.prompts import PromptConfig
+from fastprompt.prompts.mask import prepend_mask
 
 MODES = {
     "greedy": {},
@@ -149,6 +150,8 @@ def test_encoder_outputs_are_reused(make_prompted, make_batch):
     handle = prompted.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
     again = prompted(**batch, prompts=names, encoder_outputs=encoded)
     assert torch.equal(again.logits, full.logits)
+    whole = batch | {"attention_mask": prepend_mask(batch["attention_mask"], [2, 5, 2], 7, prompted.device)}
+    assert torch.equal(prompted(**whole, prompts=names, encoder_outputs=encoded).logits, full.logits)
     generated = prompted.generate(
         batch["input_ids"], batch["attention_mask"], prompts=names, encoder_outputs=encoded, max_new_tokens=6
     )
