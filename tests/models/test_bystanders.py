@@ -77,6 +77,16 @@ def torch_norm(model):
     return model
 
 
+class OwnDropout(nn.Dropout):
+    def forward(self, x):
+        return 1.5 * super().forward(x)
+
+
+def other_dropout(model):
+    model.encoder.block[0].layer[0].dropout.__class__ = OwnDropout
+    return model
+
+
 def wrapped_ff(model):
     layer = model.encoder.block[1].layer[1]
     layer.DenseReluDense = nn.Sequential(layer.DenseReluDense)
@@ -98,7 +108,7 @@ def wrapped_attention(model):
     return model
 
 
-@pytest.mark.parametrize("change", [other_norm, torch_norm, wrapped_ff, wrapped_attention])
+@pytest.mark.parametrize("change", [other_norm, torch_norm, other_dropout, wrapped_ff, wrapped_attention])
 def test_modules_of_ones_own_run(make, batch, labels, change):
     model = same_step(make, batch, labels, change)
     assert any(" is a " in (row.reason or "") for row in explain(model))
@@ -169,6 +179,19 @@ def test_transforms(make, batch, labels, transform):
         else:
             results.append(torch.jit.trace(loss, (embeds,), check_trace=False)(0.5 * embeds))
     close(*reversed(results))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_transforms_of_a_dropout(make, device, transform):
+    """They know torch's own dropout only. Each element is dropped, or twice as large."""
+    dropout, x = patch(make(dropout_rate=0.5)).encoder.dropout.train(), torch.ones(64, device=device)
+    if transform == "grad":
+        y = torch.func.grad(lambda x: dropout(x).sum())(x)
+    elif transform == "jvp":
+        y = torch.func.jvp(dropout, (x,), (x,))[1]
+    else:
+        y = torch.func.vmap(dropout, randomness="different")(x[None])[0]
+    assert set(y.tolist()) == {0.0, 2.0}
 
 
 def test_a_gradient_through_a_cache_is_refused(make, batch, labels):

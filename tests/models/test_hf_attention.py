@@ -20,11 +20,19 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    create_bidirectional_mask,
+    create_causal_mask,
+    eager_mask,
+)
 from transformers.models.pop2piano.modeling_pop2piano import Pop2PianoStack
+from transformers.models.t5.modeling_t5 import eager_attention_forward
 from transformers.models.udop.modeling_udop import UdopStack
 
 from fastprompt import PromptConfig, PromptModel, backend_used, hf_attention, patched, use_backend
+from fastprompt.ops import t5_attention
 from fastprompt.testing import assert_within_budget
 
 LAYERS = {"t5": 6, "v1_1": 7, "mt5": 6, "umt5": 6}  # attention layers: encoder, and two per decoder block
@@ -294,6 +302,24 @@ def test_several_queries_behind_a_static_cache(pair, batch, device):
         close(torch.cat(parts, 1), whole)
 
 
+def test_keys_that_a_caller_passes_stand_where_the_cache_ends(pair, batch, device, ran):
+    """They say who is padding; where the next queries are, only the cache knows."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    _, ours = pair()
+    ids = torch.randint(2, VOCAB, (3, 8), generator=torch.Generator().manual_seed(3)).to(device)
+    whole = ours(**batch(), decoder_input_ids=ids).logits
+    cache = EncoderDecoderCache(
+        DynamicCache(config=ours.decoder.config), DynamicCache(config=ours.decoder.config)
+    )
+    options = {"encoder_outputs": ours.get_encoder()(**batch()), "past_key_values": cache, "use_cache": True}
+    options |= {"attention_mask": batch()["attention_mask"]}
+    options |= {"decoder_attention_mask": hf_attention.Keys(None, 0, causal=True)}
+    parts = [ours(decoder_input_ids=part, **options).logits for part in ids.split((5, 3), 1)]
+    close(torch.cat(parts, 1), whole)
+    assert [call["offset"] for call in ran if call["causal"]] == [0] * 4 + [5] * 2
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradient_checkpointing(reentrant, frozen, pair, batch, labels, ran):
@@ -446,6 +472,106 @@ def test_a_mask_of_the_users_own(boolean, pair, batch, labels, ran):
         ran.clear()
     else:
         assert len(ran) == 2  # the decoder's self-attention has its mask from us
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 7), (1, 4, 1, 7), (1, 1, 5, 7)], ids=str)
+def test_a_bias_that_is_no_table_of_distances(shape, pair, device, ran):
+    """Of each example, of keys alone, or of all heads: transformers adds whatever it is."""
+    module = pair()[1].encoder.block[0].layer[0].SelfAttention
+    q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
+    bias, everything = torch.randn(shape, device=device), hf_attention.Keys(None, 0, causal=False)
+    out, _ = hf_attention.attention(module, q, k, v, everything, scaling=1.0, position_bias=bias)
+    expected, _ = eager_attention_forward(module, q, k, v, None, scaling=1.0, position_bias=bias)
+    close(out, expected)
+    assert not ran
+
+
+def test_queries_behind_more_keys_than_there_are(pair, device, ran):
+    """All of them may be attended to, at the distances that the bias was made for."""
+    module = pair()[1].decoder.block[0].layer[0].SelfAttention
+    q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
+    distance = torch.arange(7, device=device) - torch.arange(5, device=device)[:, None]
+    bias = torch.randn(4, 11, device=device)[:, distance + 4][None]
+    behind = hf_attention.Keys(None, 11, causal=True)
+    out, _ = hf_attention.attention(module, q, k, v, behind, scaling=1.0, position_bias=bias)
+    close(out, eager_attention_forward(module, q, k, v, None, scaling=1.0, position_bias=bias)[0])
+    assert not ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("causal", "offset"), [(False, 0), (True, 2), (True, 9)])
+def test_a_table_is_the_same_bias_for_transformers_functions(causal, offset, dtype, pair, device, ran):
+    """Fused layers hand one on. Its last entries differ, as T5's do not; a key mask may leave a row nothing."""
+    module = pair()[1].decoder.block[0].layer[0].SelfAttention
+    q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
+    mask = torch.arange(7, device=device) < torch.tensor([[7], [4], [0]], device=device)
+    allowed, table = hf_attention.Keys(mask, offset, causal), torch.randn(4, 7, device=device)
+    expected = t5_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), table, key_mask=mask, offset=offset, causal=causal
+    )
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    for options in ({"output_attentions": True}, {"scaling": 1.0 + 2**-20}):  # of which no kernel knows
+        if "scaling" in options and dtype == torch.float16:
+            continue  # sdpa overflows there in the row that may attend to nothing
+        options = {"scaling": 1.0} | options
+        out, _ = hf_attention.attention(module, q, k, v, allowed, position_bias=table, **options)
+        assert out.dtype == dtype
+        close(out.float(), expected, 1e-4 if dtype == torch.float32 else 0.01)
+    assert not ran
+
+
+def test_a_dense_bias_has_a_table_for_each_mask(device):
+    """All layers of a stack ask for that of one bias; another mask counts its distances from elsewhere."""
+    bias = torch.randn(1, 4, 5, 9, device=device)
+    for causal, offset in ((False, 0), (True, 0), (True, 4), (True, 0), (False, 0)):
+        allowed = hf_attention.Keys(None, offset, causal)
+        expected = hf_attention.table(bias.clone(), allowed, 0)
+        assert torch.equal(hf_attention.table(bias, allowed, 0), expected)
+        assert hf_attention.table(bias, allowed, 1) is hf_attention.table(bias, allowed, 0)
+
+
+def test_prompts_are_read_by_their_own_model_alone(pair, batch):
+    """Another of its class may run meanwhile, as in a logits processor."""
+    (_, first), (_, other) = pair("t5"), pair("t5")
+    keys = [tuple(torch.randn(1, 3, 4, 16, device=first.device) for _ in range(2)) for _ in "kv"]
+    prompt = hf_attention.PromptKeys(*keys, bias=torch.zeros(4, 25, device=first.device))
+    expected, before = (model.encoder(**batch())[0] for model in (other, first))
+    with hf_attention.prompt_keys(first, encoder=prompt):
+        assert torch.equal(other.encoder(**batch())[0], expected)
+        assert not torch.allclose(first.encoder(**batch())[0], before)
+    assert torch.equal(first.encoder(**batch())[0], before)
+
+
+def test_keys_that_do_not_begin_at_the_first_have_transformers_mask(device):
+    """As those of a window that slides over the past."""
+    config = T5Config(**TINY, attn_implementation="fastprompt")
+    given = {
+        "batch_size": 3,
+        "q_length": 5,
+        "kv_length": 7,
+        "q_offset": 2,
+        "kv_offset": 0,
+        "attention_mask": None,
+    }
+    given |= {
+        "mask_function": causal_mask_function,
+        "dtype": torch.float32,
+        "device": device,
+        "config": config,
+    }
+    assert isinstance(hf_attention.keys(**given), hf_attention.Keys)
+    given["kv_offset"] = 2
+    assert torch.equal(hf_attention.keys(**given), eager_mask(**given))
+
+
+@pytest.mark.parametrize("columns", [4, 9])
+def test_a_mask_has_a_column_per_key(columns, device):
+    """A static cache has more keys than the mask knows of, which are free; a longer mask speaks of keys to come."""
+    config, mask = T5Config(**TINY), torch.ones(3, columns, dtype=torch.bool, device=device)
+    found = hf_attention.keys(
+        config=config, mask_function=causal_mask_function, attention_mask=mask, kv_length=7, batch_size=3
+    )
+    assert torch.equal(found.mask, (torch.arange(7, device=device) < columns).expand(3, -1))
 
 
 def test_another_scale(pair, batch, labels, ran):

@@ -397,6 +397,19 @@ def test_hidden_states_and_attentions(make, batch, labels):
                 close(one, two)
 
 
+def test_attentions_that_the_configuration_asks_for(make, batch, labels):
+    outputs = []
+    for change in (lambda model: model, patch):
+        model = change(make())
+        for part in (model, model.encoder, model.decoder):
+            part.config.output_attentions = True
+        outputs.append(model(**batch(), labels=labels))
+    for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        assert outputs[0][name]
+        for theirs, ours in zip(*(output[name] for output in outputs), strict=True):
+            close(ours, theirs)
+
+
 def test_four_dimensional_mask(make, batch, labels):
     model, inputs = make(), batch()
     mask = (1.0 - inputs["attention_mask"][:, None, None, :].float()) * torch.finfo(torch.float32).min
@@ -777,6 +790,17 @@ def test_attention_that_is_no_longer_t5s(make, batch, labels, what):
         "scaled by 0.25" in (row.reason or "") or "more than its weight" in (row.reason or "")
         for row in explain(model)
     )
+
+
+@pytest.mark.parametrize("offset", [3, 0])
+def test_positions_that_no_cache_explains(make, device, offset):
+    """The mask says where the queries stand; a layer that holds fewer keys than stand before them is not ours."""
+    model = make(attention="fastprompt")
+    layer, x = model.decoder.block[0].layer[0], torch.randn(2, 5, 48, device=device)
+    allowed = hf_attention.Keys(None, offset, causal=True)
+    expected = layer(x, allowed)[0]
+    patch(model)
+    close(layer(x, allowed)[0], expected)
 
 
 def test_public_names():

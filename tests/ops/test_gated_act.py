@@ -177,6 +177,19 @@ def test_errors(arguments, error, message):
         gated_act(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("dy", "message"),
+    [
+        (torch.ones(2, 4), r"dy must have shape that of a=\[2, 3\], got \[2, 4\]"),
+        (torch.ones(2, 3).half(), "dy must have dtype float32, got float16"),
+    ],
+)
+def test_the_bare_backward_refuses(dy, message):
+    x = torch.ones(2, 3)
+    with pytest.raises((ValueError, TypeError), match=f"^fastprompt::gated_act_backward: {message}"):
+        torch.ops.fastprompt.gated_act_backward(dy, x, x, None, "gelu", 0.0)
+
+
 @pytest.mark.parametrize("dropout_p", [-0.1, 1.1, float("nan")])
 def test_dropout_outside_its_range(dropout_p):
     with pytest.raises(ValueError, match=r"fastprompt::gated_act: dropout_p must lie in \[0, 1\]"):

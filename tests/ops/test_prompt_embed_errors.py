@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from fastprompt import backends, use_backend
 from fastprompt.ops import prompt_embed, raise_device_errors
 
 OP = "prompt_embed"
@@ -119,6 +120,18 @@ def test_token_id_outside_the_vocabulary(backend, device, bad, packed):
                 with pytest.raises(IndexError, match=message):  # whichever thread wrote last
                     raise_device_errors(synchronize=True)
         prompt_embed(good.to(dtype), weight, prompt, cu_seqlens=ends)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_first_of_several_bad_tokens_is_named(packed):
+    """In the order of the ids, whichever thread meets one first: that is where the user looks."""
+    ids = torch.ones(400, 7, dtype=torch.int64)
+    ids[60:, 3], ids[60:, 5] = torch.arange(9, 349), -1
+    ids, ends = (ids.reshape(-1), torch.tensor([0, 30, 2800])) if packed else (ids, None)
+    for name in backends("prompt_embed"):
+        if name.startswith(("reference", "cpu")):
+            with use_backend("prompt_embed", name), pytest.raises(IndexError, match=r"got 9\. "):
+                prompt_embed(ids, torch.ones(9, 4), torch.ones(2, 4), cu_seqlens=ends)
 
 
 ARGUMENTS = {

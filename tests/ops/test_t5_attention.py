@@ -231,6 +231,36 @@ def test_outputs_that_nothing_reads(backend, device, slow, T, p):
         assert torch.equal(ours.isnan(), stock.isnan())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "M", "options"),
+    [
+        (torch.float32, 2, {"P": 5, "prompt_lens": [5, 3]}),
+        (torch.bfloat16, 2, {"P": 5, "prompt_lens": [2, 5], "causal": True}),
+        (torch.float32, 12, {"P": 7, "dropout_p": 0.3}),
+        (torch.float32, 2, {"causal": True, "key_mask": "left"}),
+        (torch.bfloat16, 2, {"causal": True, "offset": [20, 3], "dropout_p": 0.3, "key_mask": "left"}),
+    ],
+    ids=str,
+)
+def test_tables_of_any_numbers_over_several_blocks(backend, device, dtype, M, options):
+    """T5's own tables are flat towards their ends, where a number beside the right one looks right.
+
+    A table that ends at distance 2 ends one step inside a block, of any size. The last keys of left padding leave whole
+    blocks of queries with nothing to attend to.
+    """
+    B, T, S = 2, 35, 40
+    index = {
+        name: torch.tensor(options[name], device=device)
+        for name in ("prompt_lens", "offset")
+        if name in options
+    }
+    if "key_mask" in options:
+        index["key_mask"] = torch.arange(S, device=device)[None] >= torch.tensor([[34], [18]], device=device)
+    case = Case(device, dtype, B=B, T=T, S=S, H=1, **(options | index))
+    case.bias = torch.randn(1, 2 * M + 1, generator=torch.Generator().manual_seed(M)).to(device)
+    case.check()
+
+
 def test_drawn(backend, device, examples, slow):
     most = 12 if slow else 90
 
@@ -342,6 +372,13 @@ def test_shifting_all_positions_changes_nothing(backend, device):
     torch.testing.assert_close(t5_attention(q, k, v, case.bias, offset=5), with_prompt, rtol=1e-5, atol=1e-6)
 
 
+def test_a_table_in_float64_is_read_as_float32(backend, device):
+    case = Case(device, T=3, S=4)
+    expected = run(case)
+    case.bias = case.bias.double()
+    assert all(map(torch.equal, run(case), expected))
+
+
 def test_what_is_saved(backend, device):
     """q, k, v, two numbers per row and head, and but for a CPU's kernel out: nothing of size T x S, and nothing without
     gradients.
@@ -424,8 +461,8 @@ def test_keys_that_are_masked_are_not_read(backend, device):
 
 
 def test_nothing_to_do(backend, device):
-    for B, T, S in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-        out, *gradients = run(Case(device, B=B, T=T, S=S))
+    for B, T, S, P in ((0, 3, 4, 0), (2, 0, 4, 0), (2, 3, 0, 0), (0, 3, 4, 5), (2, 0, 4, 5)):
+        out, *gradients = run(Case(device, B=B, T=T, S=S, P=P))
         assert out.shape == (B, T, 2, 16)
         assert not out.any()
         assert not any(x.any() for x in gradients)

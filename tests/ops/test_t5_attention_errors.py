@@ -70,6 +70,19 @@ BAD = {
     "cu_k must rise from 0 to 6, got [1, 2, 6]": lambda: packed(cu_k=torch.tensor([1, 2, 6])),
     "cu_k must have shape [B + 1], that of cu_q=[3], got [4]": lambda: packed(cu_k=torch.tensor([0, 1, 2, 6])),
     "key_mask is for padded keys": lambda: packed(key_mask=torch.ones(2, 6).bool()),
+    "v must have dtype float32, got float16": lambda: arguments(v=random(B, S, H, K).half()),
+    "prompt_v must have dtype float32, got": lambda: with_prompt(prompt_v=random(R, P, H, K).half()),
+    "k must have shape [B, S, H, K]=[2, 0, 2, 16], got [2, 16]": lambda: arguments(k=random(H, K)),
+    "bias must have shape [H, 2M + 1]=[2, odd], got [3, 9]": lambda: arguments(bias=random(3, 9)),
+    "offset must have shape [B]=[2] or [1], got [2, 1]": lambda: arguments(offset=torch.tensor([[0], [1]])),
+    "prompt_ids must say which of the 0 prompts": lambda: with_prompt(
+        prompt_k=random(0, P, H, K), prompt_v=random(0, P, H, K), prompt_ids=None
+    ),
+    "prompt_lens must lie in [0, P]=[0, 4], got [-1, 2, 4]": lambda: with_prompt(prompt_lens=torch.tensor([-1, 2, 4])),
+    "cu_q must have shape [B + 1], got [0]": lambda: packed(cu_q=torch.empty(0).long(), cu_k=torch.empty(0).long()),
+    "cu_q must rise from 0 to 4, got [0, 1, 3]": lambda: packed(cu_q=torch.tensor([0, 1, 3])),
+    "cu_k must rise from 0 to 6, got [0, 2, 4]": lambda: packed(cu_k=torch.tensor([0, 2, 4])),
+    "cu_k must rise from 0 to 6, got [0, 7, 6]": lambda: packed(cu_k=torch.tensor([0, 7, 6])),
 }  # fmt: skip
 
 
@@ -113,3 +126,76 @@ def test_the_bare_op_refuses_bad_indices_too(message):
     cu = [given.get(name) for name in ("cu_q", "cu_k")]
     with pytest.raises(ValueError, match=re.escape(message)):
         torch.ops.fastprompt.t5_attention(*tensors, None, None, *cu, None, 0, False, 0.0)
+
+
+ELSEWHERE = {
+    "k": arguments, "v": arguments, "bias": arguments, "key_mask": arguments, "offset": arguments,
+    "prompt_k": with_prompt, "prompt_v": with_prompt, "prompt_ids": with_prompt, "prompt_lens": with_prompt,
+    "cu_q": packed, "cu_k": packed,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_tensors_of_another_device_are_refused_by_name(name):
+    """A kernel is given addresses, which mean nothing on q's device."""
+    given = ELSEWHERE[name]()
+    others = {
+        "key_mask": torch.ones(B, S).bool(),
+        "offset": torch.tensor([0, 1]),
+        "prompt_lens": torch.tensor([1, 2, 3]),
+    }
+    x = given.get(name, others.get(name))
+    with pytest.raises(
+        ValueError, match=rf"^fastprompt::t5_attention: {name} must be on cpu like q, got meta"
+    ):
+        t5_attention(**(given | {name: x.to("meta")}))
+
+
+DOUT, STATS = torch.ones(B, T, H, K), torch.ones(2, H, B * T)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("dout must have dtype float32, got float16", {"dout": DOUT.half()}),
+        ("dout must have shape that of q=[2, 3, 2, 16], got [1, 3, 2, 16]", {"dout": DOUT[:1]}),
+        ("dout must be on cpu like q, got meta", {"dout": DOUT.to("meta")}),
+        ("out must have dtype float32, got float16", {"out": DOUT.half()}),
+        ("out must have shape that of q=[2, 3, 2, 16], got [2, 2, 2, 16]", {"out": DOUT[:, :2]}),
+        ("stats must have dtype float32, got float64", {"stats": STATS.double()}),
+        ("stats must have shape [2, H, N]=[2, 2, 6], got [2, 2, 3]", {"stats": STATS[..., :3]}),
+        ("stats must be on cpu like q, got meta", {"stats": STATS.to("meta")}),
+    ],
+)
+def test_the_bare_backward_refuses(message, changes):
+    given = {"dout": DOUT, "out": DOUT, "stats": STATS} | changes
+    tensors = arguments()
+    with pytest.raises(
+        (ValueError, TypeError), match="^" + re.escape(f"fastprompt::t5_attention_backward: {message}")
+    ):
+        torch.ops.fastprompt.t5_attention_backward(
+            *given.values(), *tensors.values(), *[None] * 9, 0, False, 0.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("message", "share", "ids", "count", "dtype"),
+    [
+        (
+            "share must have dtype float32, float64, got float16",
+            random(B, P, H, K).half(),
+            [0, 1],
+            2,
+            torch.float32,
+        ),
+        ("share must have shape [B, P, H, K], got [2, 4, 2]", random(B, P, H), [0, 1], 2, torch.float32),
+        ("prompt_ids must have shape [B]=[2], got [3]", random(B, P, H, K), [0, 1, 1], 2, torch.float32),
+        ("dtype must be a float dtype and R not negative", random(B, P, H, K), [0, 1], 2, torch.int32),
+        ("dtype must be a float dtype and R not negative", random(B, P, H, K), [0, 1], -1, torch.float32),
+    ],
+)
+def test_the_bare_sum_over_a_prompts_examples_refuses(message, share, ids, count, dtype):
+    with pytest.raises(
+        (ValueError, TypeError), match="^" + re.escape(f"fastprompt::t5_attention_prompt_sum: {message}")
+    ):
+        torch.ops.fastprompt.t5_attention_prompt_sum(share, torch.tensor(ids), count, dtype)

@@ -5,10 +5,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastprompt.triton_kernels import _philox
+from fastprompt.triton_kernels import _philox, _t5_attention_shared
 from fastprompt.triton_kernels._philox import keep_mask, philox
 
 from fastprompt.ops import _dropout
+from fastprompt.ops._t5_attention_reference import keep_keys
 
 SEEDS = [0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1, -1]
 
@@ -68,3 +69,26 @@ def test_keep_mask_of_a_large_tensor(device, D):
     keep_kernel[(1,)](seed, torch.tensor([first], device=device), keep, 2**31, D=D, BN=1, BD=16)
     words = _dropout.philox(seed, first // 4 + torch.arange(4, device=device)).reshape(1, -1)
     assert torch.equal(keep, words >= 2**31)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def keep_keys_kernel(
+    seed, keep, first, j_first, pair, threshold: tl.uint32, BM: tl.constexpr, BN: tl.constexpr
+):
+    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
+    b_keep = _t5_attention_shared.kept(seed, first + o_m, j_first, pair, threshold, BM, BN)
+    tl.store(keep + o_m[:, None] * BN + o_n[None, :], b_keep)
+
+
+@pytest.mark.parametrize("j", range(8))
+def test_keep_mask_of_attention_where_a_word_is_the_threshold(device, j):
+    """By chance one in 65,536 is, and is kept: here the j-th half-word of a block, by the choice of p."""
+    seed, first, j_first, pair = torch.tensor([2**40 + 17], device=device), 3, 16, 5
+    block = torch.tensor([(first << 32) + j_first // 8], device=device)
+    word = int(_dropout.philox(seed, block, stream=pair)[0, j // 2])
+    p = (word >> 16 if j % 2 else word & 0xFFFF) / 2**16
+    keep = torch.empty(16, 16, dtype=torch.bool, device=device)
+    keep_keys_kernel[(1,)](seed, keep, first, j_first, pair, _dropout.half_threshold(p), BM=16, BN=16)
+    expected = keep_keys(seed, pair, 1, first + 16, j_first + 16, p)[0, first:, j_first:]
+    assert expected[0, j]
+    assert torch.equal(keep, expected)

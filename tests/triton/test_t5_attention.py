@@ -49,6 +49,16 @@ def test_lengths_are_clamped(device, lens):
     torch.testing.assert_close(forward(a)[0], reference.forward(clamped)[0])
 
 
+def test_offsets_are_clamped(device):
+    """A query before the first key stands at it, and attends to that key."""
+    a = inputs(device, offsets=torch.tensor([-3, 2], device=device), causal=True)
+    a = a._replace(bias=torch.randn(2, 9, device=device))
+    clamped = a._replace(offsets=a.offsets.clamp(min=0))
+    results = [forward(each) for each in (a, clamped)]
+    results = [(*out, *kernels_backward(each, *out)) for each, out in zip((a, clamped), results, strict=True)]
+    assert all(map(torch.equal, *results))
+
+
 def kernels_backward(a, out, stats):
     gradients = [torch.empty_like(x) for x in (a.q, a.k, a.v)]
     gradients += [a.q.new_empty(2, 4, 2, 16) for _ in "kv"]
