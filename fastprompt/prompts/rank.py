@@ -189,12 +189,9 @@ def _repeated_cache(cache: Any, times: int) -> EncoderDecoderCache:
     """A cache of its own, so that the next choices find the given one as it was."""
     parts = []
     for part in (cache.self_attention_cache, cache.cross_attention_cache):
-        # Where blocks were taken out of the decoder, their places stay empty: the others have kept their numbers.
-        pairs = [
-            (None, None)
-            if each.keys is None
-            else (_repeated(each.keys, times), _repeated(each.values, times))
-            for each in part.layers
-        ]
-        parts.append(DynamicCache(pairs))
+        own = DynamicCache()
+        for number, each in enumerate(part.layers):
+            if each.keys is not None:  # as where blocks were taken out of the decoder: the others keep their numbers
+                own.update(_repeated(each.keys, times), _repeated(each.values, times), number)
+        parts.append(own)
     return EncoderDecoderCache(*parts)
