@@ -97,6 +97,21 @@ def packed_backward(a, out, stats):
     return gradients[:3]
 
 
+def test_packed_keys_that_dropout_moves_over_a_tiles_end(device):
+    """10 keys behind a prompt of 7 lie in two tiles of 16, as a tile begins where a block of random words does."""
+    cu_q, cu_k = (torch.arange(6, device=device) * n for n in (1, 10))
+    q, k, v = (torch.randn(n, 1, 16, device=device) for n in (5, 50, 50))
+    prompts = dict(zip(("prompt_k", "prompt_v"), torch.randn(2, 1, 7, 1, 16, device=device), strict=True))
+    leaves, results = (k.requires_grad_(), v.requires_grad_()), []
+    for backend in ("triton", "reference"):
+        with use_backend("t5_attention", backend):
+            seed = torch.tensor([3], device=device)
+            out = ops.t5_attention(q, k, v, cu_q=cu_q, cu_k=cu_k, **prompts, dropout_p=0.3, seed=seed)
+            results.append(torch.autograd.grad(out.sum(), leaves))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("what", ["cu_q", "cu_k"])
 @pytest.mark.parametrize(
     "wrong",
