@@ -178,6 +178,7 @@ def test_a_prompt_that_is_gone_is_not_made_again(served, make_batch):
     torch.testing.assert_close(logits(prompted, batch, "c5"), found)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config")
 def test_another_active_adapter_makes_it_stale(served, make_batch):
     peft = pytest.importorskip("peft")
     prompted, batch = served({"c5": CONFIGS["c5"]}), make_batch()
@@ -326,8 +327,9 @@ def test_copies_make_their_own(duplicate, make_keyed, make_batch):
 def test_what_is_kept_has_no_graph_and_goes_with_its_names(served):
     prompted = served()
     with torch.enable_grad():
-        prompted.cache_prompts(["c5", "c2"])
+        prompted.cache_prompts(["c5", "c5", "c2"])
     pool = pool_of(prompted, "c5")
+    assert pool.names == ("c5", "c2")
     assert not any(tensor.requires_grad for site in pool.keyed.values() for tensor in site.keys.keys)
     prompted.cache_prompts("c5")
     assert pool_of(prompted, "c2") is not pool_of(prompted, "c5")

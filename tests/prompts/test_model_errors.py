@@ -258,3 +258,6 @@ def test_a_model_that_moved_without_its_prompts(make_prompted, make_batch):
     prompted, batch = make_prompted(), make_batch()
     prompted.prompts.to("meta")
     refused(ValueError, "prompts must be on cpu, got meta. Move the PromptModel", prompted, **batch)
+    prompted = make_prompted(lengths=(5, 2))
+    prompted.prompts["p2"] = torch.empty(2, 32, device="meta")
+    refused(ValueError, "prompts must be on cpu, got meta", prompted, **batch, prompts=["p5", "p2", "p5"])

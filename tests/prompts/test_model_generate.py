@@ -104,6 +104,19 @@ def test_output_object(where, make_prompted, make_batch, hf_inputs):
     assert not ours.encoder_hidden_states[-1].requires_grad
 
 
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_keyword_goes_before_the_config(keyword, make_prompted, make_batch):
+    batch = make_batch()
+    config = GenerationConfig(
+        output_hidden_states=not keyword, return_dict_in_generate=True, max_new_tokens=3
+    )
+    output = make_prompted().generate(
+        batch["input_ids"], batch["attention_mask"], generation_config=config, output_hidden_states=keyword
+    )
+    assert (output.encoder_hidden_states is not None) == keyword
+    assert (output.decoder_hidden_states is not None) == keyword
+
+
 def test_rows_with_prompts_of_different_lengths(make_prompted, make_batch):
     prompted, batch = make_prompted(lengths=(5, 1, 9)), make_batch("left")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
