@@ -266,6 +266,15 @@ def test_patched_puts_an_earlier_patch_back(make):
     assert "Fast" not in str([type(module) for module in unpatch(model).modules()])
 
 
+def test_patched_leaves_what_others_have_changed_meanwhile(make):
+    model = make()
+    layer = model.encoder.block[0].layer[1]
+    own = type("Own", (type(layer),), {})
+    with patched(model):
+        layer.__class__ = own
+    assert type(layer) is own
+
+
 class OwnModel(T5ForConditionalGeneration):
     pass
 

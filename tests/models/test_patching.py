@@ -146,6 +146,18 @@ def test_patch_and_unpatch_leave_the_model_as_it_was(make, batch, labels, layout
     assert classes(model) == before
 
 
+def test_patching_again_changes_the_options(make):
+    model = patch(make(), memory="speed")
+    for memory in ("lean", "balanced"):
+        assert str(explain(patch(model, memory=memory))) == str(explain(patch(make(), memory=memory)))
+
+
+def test_a_head_may_be_anothers(make):
+    model = make()
+    model.lm_head = nn.Linear(48, VOCAB).to(model.device).requires_grad_(False)
+    patch(model, on_unsupported="error")
+
+
 def test_only_what_is_asked_for(make):
     model = make()
     suffixes = {"attention": "Attention", "norm": "LayerNorm", "ff": "LayerFF", "head": "Linear"}
