@@ -42,6 +42,21 @@ def test_inspect_a_prefix(parameterization, tensors, shown, tmp_path, capsys):
     assert shown in text
 
 
+def test_inspect_tells_the_norms_of_all_rows(tmp_path, capsys):
+    tensors = {
+        "encoder": torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]),
+        "decoder": torch.tensor([[[3.0, 0.0], [0.0, 9.0]]]),
+    }
+    write_prompt(tmp_path / "p.safetensors", PromptFile(tensors, "prefix", parameterization="rows"))
+    assert "row norms: least 1, median 2, greatest 9" in inspect(capsys, tmp_path / "p.safetensors")[1]
+
+
+def test_unknown_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "p", "--tsk", "1"])
+    assert "unrecognized arguments: --tsk 1" in capsys.readouterr().err
+
+
 def test_inspect_a_task(tmp_path, capsys):
     write_prompt(tmp_path, [PromptFile(torch.full((2, 4), 2.0)), PromptFile(torch.ones(2, 4))], format="peft")
     assert inspect(capsys, tmp_path)[0] == 1
