@@ -189,6 +189,15 @@ def test_a_weight_per_example(backend, layout):
         assert_as_exact(twice[b] / 2, dy[b], weight[b])
 
 
+def test_a_weight_without_a_dense_dimension_behind_a_dense_one():
+    """A kernel that takes the first of several products need not take them all."""
+    dy, dense, gaps = torch.randn(8, 64), torch.randn(64, 64), torch.randn(64, 64, 2)[..., 0]
+    for name in fastprompt.backends(OP):
+        with fastprompt.use_backend(OP, name):
+            both = torch.ops.fastprompt.frozen_linear_backward([dy, dy], [dense, gaps])
+        torch.testing.assert_close(both, dy @ (dense + gaps), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes_are_torchs(dtype):
     x, weight, _ = draw(20, 12, 10, dtype=dtype)
