@@ -191,7 +191,8 @@ def _repeated_cache(cache: Any, times: int) -> EncoderDecoderCache:
     for part in (cache.self_attention_cache, cache.cross_attention_cache):
         own = DynamicCache()
         for number, each in enumerate(part.layers):
-            if each.keys is not None:  # as where blocks were taken out of the decoder: the others keep their numbers
+            # Where a block was taken out of the decoder there are none: the others keep their numbers.
+            if each.keys is not None:
                 own.update(_repeated(each.keys, times), _repeated(each.values, times), number)
         parts.append(own)
     return EncoderDecoderCache(*parts)
