@@ -112,7 +112,9 @@ class Op:
                 LIBRARY.impl(member, function, device.upper())
 
     def backends(self, device: str = "cpu") -> list[str]:
-        """The backends that can run on ``device`` ("cpu" or "cuda") here, the default one first."""
+        """The backends that this installation has for ``device`` ("cpu" or "cuda"), the default one first. Whether there
+        is a GPU is not asked: torch would begin to use it.
+        """
         found = []
         if device == "cpu" and self._native and _native.CPU_TARGETS:
             found += ["cpu", *(f"cpu:{isa}" for isa in _native.CPU_TARGETS)]
@@ -239,7 +241,8 @@ def backend_used(op: str) -> str | None:
 
 
 def backends(op: str, device: str = "cpu") -> list[str]:
-    """The backends of ``op`` that can run on ``device`` ("cpu" or "cuda") on this machine, the default first."""
+    """The backends of ``op`` that this installation has for ``device`` ("cpu" or "cuda"; there need not be a GPU), the
+    default first."""
     return _find(op).backends(device)
 
 
