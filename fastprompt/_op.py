@@ -112,8 +112,9 @@ class Op:
                 LIBRARY.impl(member, function, device.upper())
 
     def backends(self, device: str = "cpu") -> list[str]:
-        """The backends that this installation has for ``device`` ("cpu" or "cuda"), the default one first. Whether there
-        is a GPU is not asked: torch would begin to use it.
+        """The backends that this installation has for ``device`` ("cpu" or "cuda"), the default one first.
+
+        Whether there is a GPU is not asked: torch would begin to use it.
         """
         found = []
         if device == "cpu" and self._native and _native.CPU_TARGETS:
