@@ -37,9 +37,11 @@ OTHERS_BUSY = OTHERS | {"dq": OTHERS["dq"] | {128: Tile(32, 32, 8, 1), 256: Tile
 # float32's products run on the ordinary units, and take more registers.
 FLOAT32 = {
     "forward": {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 16, 1), 256: Tile(16, 16, 8, 1)},
-    "dq": {64: Tile(16, 16, 8, 1)},
-    "dkv": {64: Tile(16, 16, 8, 1)},
+    "dq": {32: Tile(16, 32, 8, 1), 64: Tile(16, 16, 8, 1)},
+    "dkv": {32: Tile(16, 32, 8, 1), 64: Tile(16, 16, 8, 1)},
 }
+# For at most 16 queries in half precision, where the rule for few of them spills.
+FEW = {("forward", 256): Tile(16, 16, 8, 1), ("dq", 128): Tile(16, 32, 4, 1)}
 
 
 def tile(what: str, K: int, dtype: torch.dtype, device: torch.device, T: int, busy: bool) -> Tile:
@@ -53,10 +55,13 @@ def tile(what: str, K: int, dtype: torch.dtype, device: torch.device, T: int, bu
         tiles = HOPPER_BUSY if busy or banded else HOPPER
     else:
         tiles = OTHERS_BUSY if busy else OTHERS
-    found = tiles[what][max(K, 64)]
+    found = next(tile for width, tile in tiles[what].items() if width >= K)
     rows = max(next_power_of_2(T), 16)
     if rows >= found.BM:
         return found
-    few = rows == 16 and (what == "dq" or K > 64)  # which leave a thread of four warps fewer registers
+    if rows == 16 and dtype != torch.float32 and (what, K) in FEW:
+        return FEW[what, K]
+    # Few rows leave a thread of four warps fewer registers.
+    few = rows == 16 and (what == "dq" or K > 64 or dtype == torch.float32)
     columns = found.BN if what == "dkv" else min(found.BN, 16 if few else 32)
     return Tile(rows, columns, 8 if rows == 64 else 4, 1 if few else found.num_stages)
