@@ -250,9 +250,9 @@ def padded(bias: Tensor) -> Tensor:
     return found
 
 
-def aot_inputs() -> Iterator[Any]:
+def aot_inputs() -> Iterator[tuple[Any, Tensor, Tensor]]:
     """What the kernels are compiled for ahead of time: every head width and dtype, with everything on and with
-    everything off, for few and for many rows; packed rows."""
+    everything off, for few and for many rows; packed rows. With the statistics, and a prompt's share of gradients."""
     from fastprompt.ops._t5_attention_reference import Inputs
 
     meta = partial(torch.empty, device="meta")
@@ -264,6 +264,7 @@ def aot_inputs() -> Iterator[Any]:
     for dtype, K, T in lengths:
         q, k, prompt = (meta(*shape, H, K, dtype=dtype) for shape in ((B, T), (B, T), (R, P)))
         bias, mask = meta(H, 257), meta(B, T, dtype=torch.bool)
+        stats, share = meta(2, H, B * T), meta(B, P, H, K)
         plain = Inputs(q, k, k, bias, *[None] * 9, 0, False, 0.0)
         dry = plain._replace(
             prompt_k=prompt,
@@ -279,4 +280,4 @@ def aot_inputs() -> Iterator[Any]:
             q=rows, k=rows, v=rows, key_mask=None, offsets=None, cu_q=cu, cu_k=cu, causal=False
         )
         some = {16: (full, dry, plain), 64: (full,), 512: (full, dry, plain, packed), 2048: (dry, plain)}[T]
-        yield from (a for a in some if a is not packed or dtype != torch.float32)
+        yield from ((a, stats, share) for a in some if a is not packed or dtype != torch.float32)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastprompt.ops._indices import indices
 from fastprompt.prompts import checks
 from fastprompt.prompts.prefix import PrefixPrompt
-from fastprompt.prompts.rank import choice_scores, first_best
+from fastprompt.prompts.rank import choice_scores, first_best, pieces
 from fastprompt.prompts.sites import project
 
 COMBINE = ("vote", "mean")
@@ -201,21 +201,17 @@ def _passes(
         return {"input_ids": input_ids[inputs], "attention_mask": mask}
 
     # What is shared is there for a pass's number of inputs at a time. The host counts: it waits for no GPU to do so.
-    for some in _split(range(B), rows_per_pass if group.encoder_is_shared else B):
+    for some in pieces(range(B), rows_per_pass if group.encoder_is_shared else B):
         shared = None
         if group.encoder_is_shared:
             hidden = model.encode(**taken(indices(some, device)), prompts=prompts[group.numbers[0]])[0]
             shared = Shared.of(model.model, hidden, keep_cross)
-        for numbers in _split([n * B + i for n in group.numbers for i in some], rows_per_pass):
+        for numbers in pieces([n * B + i for n in group.numbers for i in some], rows_per_pass):
             rows = indices(numbers, device)
             arguments = taken(rows % B) | {"prompts": [prompts[number // B] for number in numbers]}
             if shared is not None:
                 arguments |= shared.arguments(rows % B - some[0])
             yield Pass(rows, rows % B, arguments)
-
-
-def _split(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (numbers[first : first + size] for first in range(0, len(numbers), size))
 
 
 def _groups(model: Any, prompts: Sequence[str]) -> list[Group]:

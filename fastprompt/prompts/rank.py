@@ -5,7 +5,7 @@ The encoder runs once for all choices, and so do the decoder's first position an
 output: what is left per choice is its own tokens. It is differentiable, so that it can be trained on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +99,7 @@ def choice_scores(
     columns = list(first[:, indices([choice[0] for choice in choices], first.device)].unbind(1))
     longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
     at_once = max(1, ROWS_PER_PASS // len(first))
-    for start in range(0, len(longer), at_once):
-        numbers = longer[start : start + at_once]
+    for numbers in pieces(longer, at_once):
         rest = scorer.rest(cache, [choices[number] for number in numbers])
         for number, scores in zip(numbers, rest.unbind(1), strict=True):
             columns[number] = columns[number] + scores
@@ -108,6 +107,11 @@ def choice_scores(
     return (
         scores / indices([len(choice) for choice in choices], scores.device) if length_normalized else scores
     )
+
+
+def pieces(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """``size`` at a time, the last perhaps fewer."""
+    return (numbers[first : first + size] for first in range(0, len(numbers), size))
 
 
 def sequence_scores(logits: Tensor, targets: Tensor) -> Tensor:
