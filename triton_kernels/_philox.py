@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropout by counter: Philox 4x32-10 in Triton, the same words as ``csrc/common/philox.h`` draws in C++.
+"""Dropout by counter: Philox 4x32-7 in Triton, the same words as ``csrc/common/philox.h`` draws in C++.
 
 Element i of a contiguous tensor takes word i % 4 of the block with counter i // 4 under the key ``seed``; it is
 kept when that word >= p * 2^32. So the mask is a pure function of (seed, i), which the backward pass rebuilds.
@@ -7,6 +7,8 @@ kept when that word >= p * 2^32. So the mask is a pure function of (seed, i), wh
 
 import triton
 import triton.language as tl
+
+ROUNDS = tl.constexpr(7)
 
 
 def drop_threshold(dropout_p: float) -> int:
@@ -48,4 +50,4 @@ def keep_mask(seed, o_first, threshold, D: tl.constexpr, BN: tl.constexpr, BD: t
 @triton.jit
 def philox(seed, o_block):
     """The four uint32 words of the blocks with the 64-bit counters o_block."""
-    return tl.randint4x(seed, o_block)
+    return tl.randint4x(seed, o_block, ROUNDS)

@@ -34,7 +34,7 @@ from fastprompt.ops._t5_attention_layout import Layout
 
 from ._launch import cdiv
 from ._math import LOG2E, exp
-from ._philox import keep_scale
+from ._philox import ROUNDS, keep_scale
 from ._t5_attention_tiles import Tile, tile
 
 PAD = 256  # at least BM + BN of every tile: how far a tile that touches the band reaches out of it
@@ -134,7 +134,7 @@ def kept(seed, o_query, j_first, pair, threshold: tl.uint32, BM: tl.constexpr, B
     o_block = (j_first // 8 + tl.arange(0, BN // 8))[None, :] + tl.zeros((BM, 1), tl.int32)
     o_row = o_query[:, None] + tl.zeros((1, BN // 8), tl.int32)
     zero = tl.zeros((BM, BN // 8), tl.int32)
-    word0, word1, word2, word3 = tl.philox(tl.load(seed), o_block, o_row, zero + pair, zero)
+    word0, word1, word2, word3 = tl.philox(tl.load(seed), o_block, o_row, zero + pair, zero, ROUNDS)
     low = tl.join(
         tl.join((word0 & 0xFFFF) >= threshold, (word2 & 0xFFFF) >= threshold),
         tl.join((word1 & 0xFFFF) >= threshold, (word3 & 0xFFFF) >= threshold),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dropout's random bits: Philox 4x32-10 (Salmon et al. 2011), a pure function of (seed, element index). The backward
+// Dropout's random bits: Philox 4x32-7 (Salmon et al. 2011), a pure function of (seed, element index). The backward
 // pass therefore rebuilds the mask of the forward pass, and every backend draws the same one.
 //
 // Element i of a tensor takes word i % 4 of the block whose counter is i / 4; the key is the seed.
@@ -10,6 +10,8 @@
 #include "common/dtype.h"
 
 namespace fp {
+
+constexpr uint32_t kPhiloxRounds = 7;
 
 struct PhiloxBlock {
     uint32_t word[4];
@@ -34,7 +36,7 @@ FP_INLINE fp::PhiloxBlock philox(uint64_t seed, uint64_t counter, uint32_t strea
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-    for (int round = 0; round < 10; ++round) {
+    for (uint32_t round = 0; round < fp::kPhiloxRounds; ++round) {
         const uint32_t high0 = mul_high(0xD2511F53u, c0), high2 = mul_high(0xCD9E8D57u, c2);
         const uint32_t low0 = 0xD2511F53u * c0, low2 = 0xCD9E8D57u * c2;
         c0 = high2 ^ c1 ^ k0;

@@ -362,7 +362,7 @@ public:
           threshold_(Halves ? half_threshold(p) : drop_threshold(p)),
           scale_(keep_scale(p)) {
         const uint64_t key = active_ ? static_cast<uint64_t>(*seed) : 0;
-        for (uint32_t round = 0; round < kRounds; ++round) {
+        for (uint32_t round = 0; round < fp::kPhiloxRounds; ++round) {
             keys_[round][0] = static_cast<uint32_t>(key) + round * 0x9E3779B9u;
             keys_[round][1] = static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85u;
         }
@@ -392,8 +392,6 @@ public:
     }
 
 private:
-    static constexpr uint32_t kRounds = 10;
-
     // Groups of blocks computed side by side: one alone would wait for its own multiplications.
     static constexpr int64_t kChains = 2;
 
@@ -438,7 +436,7 @@ private:
     bool active_;
     uint32_t threshold_;
     float scale_;
-    uint64_t keys_[kRounds][2];  // of each round; 64 bits wide for the lanes
+    uint64_t keys_[fp::kPhiloxRounds][2];  // of each round; 64 bits wide for the lanes
 };
 
 // Calls visit(T{}) with the storage type of a valid `dtype`.

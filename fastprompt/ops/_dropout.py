@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout by counter: the mask is a pure function of (seed, element index), so no backend ever stores one.
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i takes word i % 4 of the
+Philox 4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i takes word i % 4 of the
 block with counter i // 4 under the key ``seed``; it is kept when that word >= p * 2^32. The native twin is
 ``csrc/common/philox.h``; in Triton it is ``tl.philox`` with the same counters.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastprompt.ops._checks import check_same_device, check_shape, check_tensor, fail
 
 _MASK32 = 0xFFFFFFFF
+_ROUNDS = 7
 
 
 def check_dropout(op: str, dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
@@ -37,7 +38,7 @@ def philox(seed: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
     c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(10):
+    for _ in range(_ROUNDS):
         high0, low0 = _multiply(c0, 0xD2511F53)
         high2, low2 = _multiply(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
