@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A chunk of logits on the CPU: its row, read from memory once, lies in the second-level cache when it is read again.
+// Then the rows' losses and gradients, and their mean.
 // Formulas, shapes and dtypes: fastprompt/ops/linear_cross_entropy.py.
 #include "common/kernel.h"
 #include "cpu/simd.h"
@@ -33,9 +34,16 @@ float largest(const T* row, int64_t C) {
     return largest_lane(top);
 }
 
-// `label` counts from the chunk's first class; others is null where no gradient is wanted.
+// `label` counts from the chunk's first class. Before the `initial` chunk the statistics hold nothing; others is null
+// where earlier chunks gave nothing.
 template <class T>
-void take_row(T* row, int64_t label, float* top, float* total, float* picked, float* others, int64_t C, int64_t D) {
+void take_row(T* row, int64_t label, bool initial, float* top, float* total, float* picked, float* others, int64_t C,
+              int64_t D, bool needs_grad) {
+    if (initial) {
+        *top = -INFINITY;
+        *total = 0.0f;
+        *picked = NAN;
+    }
     if (label >= 0 && label < C) {
         *picked = to_float(row[label]);
         row[label] = from_float<T>(-INFINITY);
@@ -47,7 +55,7 @@ void take_row(T* row, int64_t label, float* top, float* total, float* picked, fl
     RowSum sum;
     sum.add(C, [&](int64_t c, auto extent) {
         const vfloat weight = exp(logits_at(row, c, extent) - base);
-        if (others != nullptr) store_at(row, c, extent, weight);
+        if (needs_grad) store_at(row, c, extent, weight);
         return weight;
     });
     *total = *total * factor + sum.total();
@@ -59,20 +67,69 @@ void take_row(T* row, int64_t label, float* top, float* total, float* picked, fl
 }
 
 int64_t linear_cross_entropy(void* logits, const int64_t* labels, float* top, float* total, float* picked,
-                             float* others, int64_t N, int64_t C, int64_t first, int64_t D, int64_t dtype,
-                             void* /*stream*/) {
+                             float* others, int64_t N, int64_t C, int64_t first, int64_t D, int64_t needs_grad,
+                             int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
 #pragma omp parallel for schedule(static) if (N * C >= kParallelElements)
         for (int64_t n = 0; n < N; ++n) {
-            take_row(static_cast<T*>(logits) + n * C, labels[n] - first, top + n, total + n, picked + n,
-                     others == nullptr ? nullptr : others + n * D, C, D);
+            take_row(static_cast<T*>(logits) + n * C, labels[n] - first, first == 0, top + n, total + n, picked + n,
+                     others == nullptr ? nullptr : others + n * D, C, D, needs_grad != 0);
         }
     });
     return 0;
 }
 
+// Row n's label has its row of weight at label_stride * label + row_stride * n; others and drows are null where no
+// gradient is wanted.
+int64_t linear_cross_entropy_rows(const int64_t* labels, const float* top, const float* total, const float* picked,
+                                  const float* others, const void* weight, float* losses, void* drows, int64_t N,
+                                  int64_t D, int64_t V, int64_t label_stride, int64_t row_stride, int64_t ignore_index,
+                                  int64_t dtype, void* /*stream*/) {
+    if (!is_dtype(dtype)) return kBadDType;
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+#pragma omp parallel for schedule(static) if (N * D >= kParallelElements)
+        for (int64_t n = 0; n < N; ++n) {
+            const int64_t label = labels[n];
+            const bool counts = label != ignore_index;
+            // An infinite logit of the label would read as certainty: it is made NaN, as in PyTorch.
+            const float d = (top[n] - (picked[n] == INFINITY ? NAN : picked[n])) + logf(total[n]);
+            losses[n] = !counts ? 0.0f : d > 20.0f ? d : log1pf(expf(d));
+            if (drows == nullptr) continue;
+            const float odds = 1.0f / (1.0f + expf(-d));
+            const float share = total[n] < 1.0f ? 1.0f : total[n];  // below 1: there are no others
+            const int64_t known = label < 0 ? 0 : label < V ? label : V - 1;
+            const T* of_label = static_cast<const T*>(weight) + known * label_stride + n * row_stride;
+            each_vector(D, [&](int64_t d, auto extent) {
+                const vfloat drow = load_at(others + n * D, d, extent) / share - load_at(of_label, d, extent);
+                store_at(static_cast<T*>(drows) + n * D, d, extent, counts ? drow * odds : vfloat{});
+            });
+        }
+    });
+    return 0;
+}
+
+// `divisor` is null for the number of labels that count.
+int64_t linear_cross_entropy_mean(const float* losses, const int64_t* labels, const float* divisor, void* loss,
+                                  float* share, int64_t N, int64_t ignore_index, double scale, int64_t dtype,
+                                  void* /*stream*/) {
+    if (!is_dtype(dtype)) return kBadDType;
+    RowSum sum;
+    sum.add(N, [&](int64_t n, auto extent) { return load_at(losses, n, extent); });
+    int64_t count = 0;
+    for (int64_t n = 0; n < N; ++n) count += labels[n] != ignore_index;
+    const float by = divisor == nullptr ? static_cast<float>(count) : *divisor;
+    with_type(dtype, [&](auto type) {
+        *static_cast<decltype(type)*>(loss) = from_float<decltype(type)>(count > 0 ? sum.total() / by : 0.0f);
+    });
+    *share = count > 0 ? static_cast<float>(scale) / by : 0.0f;
+    return 0;
+}
+
 FP_KERNEL(linear_cross_entropy);
+FP_KERNEL(linear_cross_entropy_rows);
+FP_KERNEL(linear_cross_entropy_mean);
 
 }  // namespace

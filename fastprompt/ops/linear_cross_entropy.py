@@ -30,7 +30,7 @@ fused_linear_cross_entropy, which chunk rows instead and so read W once per chun
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,11 +50,6 @@ from fastprompt.ops._checks import (
 from fastprompt.ops.frozen_linear import SLOW_HALVES
 
 op = Op("linear_cross_entropy")
-
-# step(logits [N, C], labels [N], top [N], total [N], picked [N], others [N, D] or None, first): takes a chunk of
-# logits, of classes first to first + C, into the statistics. With `others`, rescales that to the new top and leaves
-# exp(logit - top) in logits.
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Any]
 
 
 def linear_cross_entropy(
@@ -166,19 +161,27 @@ def linear_cross_entropy_reference(
 ) -> Outputs:  # fmt: skip
     """Holds all logits."""
 
-    def losses_of(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        w, index = weight.to(_wide(rows.dtype)), labels.clamp(0, weight.shape[0] - 1)[:, None]
+    _check(hidden, weight, labels, num_items, chunk)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        counts = row_labels != ignore_index
+        if values_are_at_hand(hidden.device):
+            _check_labels(row_labels[counts], weight.shape[0])
+        rows = rows if scale == 1.0 else rows * scale
+        w, index = weight.to(_wide(rows.dtype)), row_labels.clamp(0, weight.shape[0] - 1)[:, None]
         logits = rows.to(w.dtype) @ w.t()
-        picked = logits.gather(1, index).masked_fill(index != labels[:, None], torch.nan)
-        odds = (logits - _certain_is_nan(picked)).scatter_(1, index, -torch.inf)
-        d = odds.logsumexp(-1)
+        picked = logits.gather(1, index).masked_fill(index != row_labels[:, None], torch.nan)
+        picked = picked.masked_fill(picked == torch.inf, torch.nan)  # certainty is not meant: as in PyTorch
+        others = logits.scatter(1, index, -torch.inf)
+        d = (others - picked).logsumexp(-1)
+        count = counts.sum() if num_items is None else _beside(num_items, d)
+        loss = torch.where(counts.any(), softplus(d).where(counts, 0.0).sum() / count, 0.0).to(hidden.dtype)
+        share = torch.where(counts.any(), scale / count, 0.0).to(d.dtype).reshape(1)
         if not needs_grad:
-            return softplus(d), None
-        others = logits.scatter_(1, index, -torch.inf)
+            return loss, hidden.new_empty((0,)), share
         p = others.softmax(-1).masked_fill(others == -torch.inf, 0.0)  # the softmax of -infinity alone is NaN
-        return softplus(d), d.sigmoid()[:, None] * (p @ w - w[index[:, 0]])
-
-    return _reduced(losses_of, hidden, weight, labels, num_items, scale, ignore_index, chunk)
+        drows = d.sigmoid()[:, None] * (p @ w - w[index[:, 0]])
+        return loss, drows.masked_fill(~counts[:, None], 0.0).to(hidden.dtype).view(hidden.shape), share
 
 
 def values_are_at_hand(device: torch.device) -> bool:
@@ -186,44 +189,9 @@ def values_are_at_hand(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _reduced(
-    losses_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
-    chunk: int | None,
-) -> Outputs:  # fmt: skip
-    """losses_of(rows [N, D], labels [N]) -> losses [N] and their gradients by the rows [N, D] or None, both wide."""
-    _check(hidden, weight, labels, num_items, chunk)
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        counts, kept = row_labels != ignore_index, None
-        if values_are_at_hand(hidden.device):
-            kept = counts.nonzero()[:, 0]
-            rows, row_labels = rows[kept], row_labels[kept]
-            _check_labels(row_labels, weight.shape[0])
-        losses, row_grads = losses_of(rows if scale == 1.0 else rows * scale, row_labels)
-        if kept is None:
-            losses = losses.where(counts, 0.0)
-        count = counts.sum() if num_items is None else _beside(num_items, losses)
-        loss = torch.where(counts.any(), losses.sum() / count, 0.0).to(hidden.dtype)
-        share = torch.where(counts.any(), scale / count, 0.0).to(losses.dtype).reshape(1)
-        if row_grads is None:
-            return loss, hidden.new_empty((0,)), share
-        if kept is None:
-            drows = row_grads.masked_fill_(~counts[:, None], 0.0).to(hidden.dtype)
-        else:
-            drows = hidden.new_zeros((counts.numel(), hidden.shape[-1]))
-            drows.index_copy_(0, kept, row_grads.to(hidden.dtype))
-        return loss, drows.view(hidden.shape), share
-
-
 def _beside(number: Tensor, x: Tensor) -> Tensor:
     """A number on x's device. A GPU would take one on the CPU, too, but multiply by its rounded reciprocal."""
     return number if number.device == x.device else x.new_full((), number.item())
-
-
-def _certain_is_nan(picked: Tensor) -> Tensor:
-    """An infinite logit of the label would read as certainty. As in PyTorch, the loss is then not a number."""
-    return picked.masked_fill(picked == torch.inf, torch.nan)
 
 
 def chunk_size(rows: Tensor, V: int) -> int:
@@ -239,87 +207,147 @@ def chunk_size(rows: Tensor, V: int) -> int:
     return min(V, best // 256 * 256)
 
 
+class Kernels(NamedTuple):
+    """A backend's. Statistics are fp32; those that hold nothing yet (first is 0) are written, not read.
+
+    step(logits [N, C], labels [N], top [N], total [N], picked [N], others [N, D] or None, first, needs_grad): takes a
+        chunk of logits, of classes first to first + C, into the statistics. What earlier chunks gave of `others` is
+        rescaled to the new top. Where a gradient is wanted, exp(logit - top) is left in logits.
+    rows(labels, top, total, picked, others, weight, label_stride, row_stride, V, ignore_index, losses [N], drows [N, D]
+        or None): fills the last two. Row n's label has its row of weight at label_stride * label + row_stride * n.
+    mean(losses, labels, divisor or None, ignore_index, scale, loss [], share [1]): fills the last two. Losses' sum is
+        divided by the divisor [] fp32, or by the number of labels that count.
+    """
+
+    step: Callable[..., Any]
+    rows: Callable[..., Any]
+    mean: Callable[..., Any]
+
+
+def _fused(
+    kernels: Kernels, hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float,
+    ignore_index: int, chunk: int | None, needs_grad: bool,
+) -> Any:  # fmt: skip
+    if hidden.dtype not in DTYPE_CODES:
+        return NotImplemented
+    _check(hidden, weight, labels, num_items, chunk)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
+        kept = None
+        if values_are_at_hand(hidden.device):
+            kept = (row_labels != ignore_index).nonzero()[:, 0]
+            rows, row_labels = rows[kept], row_labels[kept]
+            _check_labels(row_labels, weight.shape[0])
+        rows = rows if scale == 1.0 else rows * scale
+        statistics = _in_chunks(kernels.step, rows, row_labels, weight, chunk, needs_grad)
+        losses = statistics[0].new_empty((len(rows),))
+        drows = hidden.new_empty(rows.shape) if needs_grad else None
+        of_labels = _rows_of_labels(weight, row_labels)
+        kernels.rows(row_labels, *statistics, *of_labels, weight.shape[0], ignore_index, losses, drows)
+        divisor = None if num_items is None else _beside(num_items, losses).float()
+        loss, share = hidden.new_empty(()), losses.new_empty((1,))
+        kernels.mean(losses, row_labels, divisor, ignore_index, scale, loss, share)
+    if drows is None:
+        return loss, hidden.new_empty((0,)), share
+    if kept is not None:
+        drows = hidden.new_zeros((labels.numel(), rows.shape[1])).index_copy_(0, kept, drows)
+    return loss, drows.view(hidden.shape), share
+
+
 def _in_chunks(
-    step: Step, rows: Tensor, labels: Tensor, weight: Tensor, chunk: int | None, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """rows [N, D], labels [N], weight [V, D] -> losses [N] and their gradients by rows [N, D] or None, fp32."""
+    step: Callable[..., Any],
+    rows: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    chunk: int | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """rows [N, D], labels [N], weight [V, D] -> top, total, picked [N] and others [N, D] or None, fp32."""
     (N, D), V = rows.shape, weight.shape[0]
     slow_half = rows.dtype in SLOW_HALVES and rows.device.type == "cpu"
     rows = rows.float() if slow_half else rows
     chunk = min(chunk or chunk_size(rows, V), V)
     own = rows.dtype == torch.float32 and not rows.is_cuda and OPS["frozen_linear"].native_first
     logits = rows.new_empty((0 if own else N * chunk,))
-    top, total, picked = (
-        rows.new_full((N,), value, dtype=torch.float32) for value in (-torch.inf, 0.0, torch.nan)
-    )
-    others = rows.new_zeros((N, D), dtype=torch.float32) if needs_grad else None
+    top, total, picked = (rows.new_empty((N,), dtype=torch.float32) for _ in range(3))
+    others = rows.new_zeros((N, D), dtype=torch.float32) if needs_grad and N == 0 else None
     for first in range(0, V if N else 0, chunk):
         w = weight[first : first + chunk].to(rows.dtype)
         if own:
             part = direct.frozen_linear(rows, w)
         else:
             part = torch.mm(rows, w.t(), out=logits[: N * w.shape[0]].view(N, w.shape[0]))
-        step(part, labels, top, total, picked, others, first)
-        if others is not None:
-            _add_product(others, part, w, own)
+        step(part, labels, top, total, picked, others, first, needs_grad)
+        if needs_grad:
+            others = _plus_product(others, part, w, own)
         del part  # before there is another
-    d = (top - _certain_is_nan(picked)) + total.log()
-    if others is not None:
-        # total is at least 1, but for V = 1: then there are no others.
-        others.div_(total.clamp_min(1.0)[:, None]).sub_(weight[labels.clamp(0, V - 1)])
-        others.mul_(torch.sigmoid(d)[:, None])
-    return softplus(d), others
+    return top, total, picked, others
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, own: bool) -> None:
-    """total [N, D] fp32 += a [N, C] @ b [C, D]."""
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, own: bool) -> Tensor:
+    """total [N, D] fp32, or nothing, + a [N, C] @ b [C, D]."""
     if own:
-        total.add_(direct.frozen_linear_backward([a], [b]))
-    elif a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        product = direct.frozen_linear_backward([a], [b])
+    elif a.is_cuda and a.dtype != torch.float32:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    elif total is not None and a.dtype == torch.float32:
+        return total.addmm_(a, b)
     else:
-        total.add_(torch.mm(a, b))
+        product = torch.mm(a, b).float()
+    return product if total is None else total.add_(product)
+
+
+def _rows_of_labels(weight: Tensor, labels: Tensor) -> tuple[Tensor, int, int]:
+    """Where row n's label has its row of weight: a tensor, its stride by label, its stride by n."""
+    if weight.stride(1) == 1 or weight.shape[1] < 2:
+        return weight, weight.stride(0), 0
+    return weight[labels.clamp(0, weight.shape[0] - 1)], 0, weight.shape[1]
 
 
 @op.native
-def _native_linear_cross_entropy(
-    kernels: SimpleNamespace, hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None,
-    scale: float, ignore_index: int, chunk: int | None, needs_grad: bool,
-) -> Any:  # fmt: skip
-    if hidden.dtype not in DTYPE_CODES:
-        return NotImplemented
+def _native_linear_cross_entropy(kernels: SimpleNamespace, hidden: Tensor, *arguments: Any) -> Any:
+    code = DTYPE_CODES.get(hidden.dtype, 0)
 
     def step(
         logits: Tensor, labels: Tensor, top: Tensor, total: Tensor, picked: Tensor, others: Tensor | None,
-        first: int,
+        first: int, needs_grad: bool,
     ) -> None:  # fmt: skip
         kernels.linear_cross_entropy(
             logits.data_ptr(), labels.data_ptr(), top.data_ptr(), total.data_ptr(), picked.data_ptr(),
-            pointer(others), *logits.shape, first, weight.shape[1], DTYPE_CODES[logits.dtype], stream(logits),
+            pointer(others), *logits.shape, first, hidden.shape[-1], needs_grad, DTYPE_CODES[logits.dtype],
+            stream(logits),
         )  # fmt: skip
 
-    def losses_of(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _in_chunks(step, rows, labels.contiguous(), weight, chunk, needs_grad)
+    def rows(
+        labels: Tensor, top: Tensor, total: Tensor, picked: Tensor, others: Tensor | None, weight: Tensor,
+        label_stride: int, row_stride: int, V: int, ignore_index: int, losses: Tensor, drows: Tensor | None,
+    ) -> None:  # fmt: skip
+        kernels.linear_cross_entropy_rows(
+            labels.data_ptr(), top.data_ptr(), total.data_ptr(), picked.data_ptr(), pointer(others), weight.data_ptr(),
+            losses.data_ptr(), pointer(drows), len(losses), hidden.shape[-1], V, label_stride, row_stride,
+            ignore_index, code, stream(losses),
+        )  # fmt: skip
 
-    return _reduced(losses_of, hidden, weight, labels, num_items, scale, ignore_index, chunk)
+    def mean(
+        losses: Tensor, labels: Tensor, divisor: Tensor | None, ignore_index: int, scale: float, loss: Tensor,
+        share: Tensor,
+    ) -> None:  # fmt: skip
+        kernels.linear_cross_entropy_mean(
+            losses.data_ptr(), labels.data_ptr(), pointer(divisor), loss.data_ptr(), share.data_ptr(), len(losses),
+            ignore_index, scale, code, stream(losses),
+        )  # fmt: skip
+
+    return _fused(Kernels(step, rows, mean), hidden, *arguments)
 
 
 @op.triton
-def _triton_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
-    chunk: int | None, needs_grad: bool,
-) -> Any:  # fmt: skip
-    from fastprompt.triton_kernels.linear_cross_entropy import linear_cross_entropy as step
+def _triton_linear_cross_entropy(hidden: Tensor, *arguments: Any) -> Any:
+    from fastprompt.triton_kernels import linear_cross_entropy as kernels
 
-    if hidden.dtype not in DTYPE_CODES:
-        return NotImplemented
-
-    def losses_of(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _in_chunks(step, rows, labels.contiguous(), weight, chunk, needs_grad)
-
-    return _reduced(losses_of, hidden, weight, labels, num_items, scale, ignore_index, chunk)
+    found = Kernels(
+        kernels.linear_cross_entropy, kernels.linear_cross_entropy_rows, kernels.linear_cross_entropy_mean
+    )
+    return _fused(found, hidden, *arguments)
 
 
 def _setup_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -38,11 +38,11 @@ def expected(logits, labels, top, total, picked, others):
     return weights, now, total * factor + weights.sum(-1), picked, others * factor[:, None]
 
 
-def run(emulated, logits, labels, top, total, picked, others, wants_gradient=True):
+def run(emulated, logits, labels, top, total, picked, others, needs_grad=True, first=FIRST):
     (N, C), code = logits.shape, DTYPE_CODES[logits.dtype]
     pointers = [x.data_ptr() for x in (logits, labels, top, total, picked)]
-    pointers.append(others.data_ptr() if wants_gradient else 0)
-    assert emulated.linear_cross_entropy(*pointers, N, C, FIRST, D, code, 0) == 0
+    pointers.append(others.data_ptr() if needs_grad and first else 0)
+    assert emulated.linear_cross_entropy(*pointers, N, C, first, D, needs_grad, code, 0) == 0
     return logits, top, total, picked, others
 
 
@@ -95,11 +95,26 @@ def test_every_length_of_row(emulated, C, dtype):
 def test_without_a_gradient_only_the_statistics_change(emulated, C):
     inputs = statistics(9, C, torch.float32)
     copies = [x.clone() for x in inputs]
-    logits, top, total, picked, others = run(emulated, *inputs, wants_gradient=False)
+    logits, top, total, picked, others = run(emulated, *inputs, needs_grad=False)
     truth = run(emulated, *copies)
     assert all(map(torch.equal, (top, total, picked), truth[1:4]))
     assert torch.equal(logits, statistics(9, C, torch.float32)[0])
     assert torch.equal(others, statistics(9, C, torch.float32)[5])
+
+
+@pytest.mark.parametrize("C", [24, 1025])
+def test_the_first_chunk_reads_no_statistics(emulated, C):
+    logits, labels, *garbage = statistics(9, C, torch.float32)
+    labels -= FIRST
+    nothing = [
+        torch.full_like(x, value) for x, value in zip(garbage, (-torch.inf, 0.0, torch.nan, 0.0), strict=True)
+    ]
+    truth = expected(logits, labels + FIRST, *nothing)
+    found = run(
+        emulated, logits, labels, *(torch.full_like(x, torch.nan) for x in garbage[:3]), garbage[3], first=0
+    )
+    torch.testing.assert_close(found[3], truth[3], rtol=0, atol=0, equal_nan=True)
+    check((*found[:3], truth[3].nan_to_num(), nothing[3]), (*truth[:3], truth[3].nan_to_num(), truth[4]))
 
 
 @pytest.mark.parametrize(("C", "dtype"), [(7, torch.float32), (768, torch.bfloat16), (2048, torch.float32)])
@@ -140,8 +155,16 @@ def test_no_access_out_of_bounds(run_sanitized):
                 logits, others = (random.standard_normal((N, n)).astype(numpy.float32) for n in (C, D))
                 top, total, picked = (random.standard_normal(N).astype(numpy.float32) for _ in range(3))
                 arrays = [x.ctypes.data for x in (logits, labels, top, total, picked, others)]
-                kernels.linear_cross_entropy(*arrays, N, C, 5, D, 0, 0)
-                kernels.linear_cross_entropy(*arrays[:5], 0, N, C, 5, D, 0, 0)
+                kernels.linear_cross_entropy(*arrays, N, C, 5, D, 1, 0, 0)
+                kernels.linear_cross_entropy(*arrays[:5], 0, N, C, 5, D, 0, 0, 0)
+                weight, drows = (random.standard_normal((n, D)).astype(numpy.float32) for n in (C, N))
+                rows = [x.ctypes.data for x in (labels, top, total, picked, others, weight, total, drows)]
+                kernels.linear_cross_entropy_rows(*rows, N, D, C, D, 0, -100, 0, 0)
+                rows[4] = rows[7] = 0
+                kernels.linear_cross_entropy_rows(*rows, N, D, C, D, 0, -100, 0, 0)
+                mean = [x.ctypes.data for x in (total, labels, top, picked, others)]
+                if D > 0:
+                    kernels.linear_cross_entropy_mean(*mean, N, -100, 1.0, 0, 0)
         print("done")
     """)
     assert done.stdout == "done\n", done.stderr[-3000:]

@@ -356,8 +356,8 @@ def test_one_graph_with_equal_results(compiler):
 
 @pytest.mark.parametrize("C", [5, 37, 64])
 @pytest.mark.parametrize("dtype", [*DTYPE_CODES], ids=str)
-@pytest.mark.parametrize("wants_gradient", [False, True])
-def test_kernel_at_every_alignment(kernels, device, dtype, C, wants_gradient):
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_kernel_at_every_alignment(kernels, device, dtype, C, needs_grad):
     """On bare pointers, NaN all around: it writes its tensors only, and uses nothing outside."""
     N, D, first = 6, 11, 100
     logits = (3 * torch.randn(N, C)).to(device, dtype)
@@ -369,10 +369,70 @@ def test_kernel_at_every_alignment(kernels, device, dtype, C, wants_gradient):
     for offset in range(17):
         with guarded(logits, labels, top, total.abs(), picked, others, offset=offset) as copies:
             pointers = [copy.data_ptr() for copy in copies]
-            pointers[-1] = pointers[-1] if wants_gradient else 0
-            assert kernels.linear_cross_entropy(*pointers, N, C, first, D, DTYPE_CODES[dtype], 0) == 0
+            pointers[-1] = pointers[-1] if needs_grad else 0
+            assert (
+                kernels.linear_cross_entropy(*pointers, N, C, first, D, needs_grad, DTYPE_CODES[dtype], 0)
+                == 0
+            )
         results.append([copy.clone() for copy in copies])
     for other in results[1:]:
         assert torch.equal(results[0][3].isfinite(), other[3].isfinite())
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 0, atol=0)
+
+
+@pytest.mark.parametrize("D", [5, 37, 64])
+@pytest.mark.parametrize("dtype", [*DTYPE_CODES], ids=str)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_rows_at_every_alignment(kernels, device, dtype, D, gathered):
+    """The rows of labels are looked up, at a stride of more than D, or lie there in the order of rows."""
+    N, V, stride = 6, 4, D + 3
+    labels = torch.tensor([0, 3, IGNORED, 1, 2, 1], device=device)
+    top, total, picked = torch.randn(3, N, device=device)
+    others = torch.randn(N, D, device=device)
+    weight = torch.randn(N if gathered else V, D if gathered else stride, device=device).to(dtype)
+    losses, drows = torch.zeros(N, device=device), torch.zeros(N, D, device=device, dtype=dtype)
+    total = total.abs()  # also below 1, where there are no others
+    d = top.double() - picked.double() + total.double().log()
+    of_label = weight.double() if gathered else weight.double()[labels.clamp_min(0), :D]
+    true_drows = (others.double() / total.double().clamp_min(1.0)[:, None] - of_label) * d.sigmoid()[:, None]
+    counts = labels != IGNORED
+    for offset in range(17):
+        tensors = (labels, top, total, picked, others, weight, losses, drows)
+        for wanted in (True, False):
+            with guarded(*tensors, offset=offset) as copies:
+                pointers = [copy.data_ptr() for copy in copies]
+                if not wanted:
+                    pointers[4] = pointers[7] = 0
+                strides = (0, D) if gathered else (stride, 0)
+                code = DTYPE_CODES[dtype]
+                assert kernels.linear_cross_entropy_rows(*pointers, N, D, V, *strides, IGNORED, code, 0) == 0
+            torch.testing.assert_close(
+                copies[6].double(), softplus(d).where(counts, 0.0), rtol=1e-6, atol=1e-6
+            )
+            expected = (
+                true_drows.masked_fill(~counts[:, None], 0.0) if wanted else torch.zeros_like(true_drows)
+            )
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(copies[7].double(), expected, rtol=eps, atol=2**-20)
+            assert all(map(torch.equal, copies[:6], tensors[:6]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPE_CODES], ids=str)
+@pytest.mark.parametrize("N", [0, 1, 5, 33, 1000, 2500])
+@pytest.mark.parametrize("divided", [False, True])
+def test_mean_of_any_number_of_rows(kernels, device, dtype, N, divided):
+    losses, labels = torch.rand(N, device=device), torch.arange(N, device=device) % 3
+    labels[::4] = IGNORED
+    losses[::4] = 0.0
+    divisor = torch.tensor(7.0, device=device)
+    loss, share = torch.zeros((), dtype=dtype, device=device), torch.zeros(1, device=device)
+    with guarded(losses, labels, divisor, loss, share, offset=3) as copies:
+        pointers = [copy.data_ptr() for copy in copies]
+        pointers[2] = pointers[2] if divided else 0
+        assert kernels.linear_cross_entropy_mean(*pointers, N, IGNORED, 0.5, DTYPE_CODES[dtype], 0) == 0
+    some = bool((labels != IGNORED).any())
+    by = 7.0 if divided else max(int((labels != IGNORED).sum()), 1)
+    expected = losses.double().sum() / by if some else torch.zeros((), dtype=torch.float64, device=device)
+    torch.testing.assert_close(copies[3].double(), expected, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
+    torch.testing.assert_close(copies[4].item(), 0.5 / by if some else 0.0, rtol=1e-6, atol=0)
