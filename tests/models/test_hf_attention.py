@@ -501,7 +501,10 @@ def test_queries_behind_more_keys_than_there_are(pair, device, ran):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("causal", "offset"), [(False, 0), (True, 2), (True, 9)])
 def test_a_table_is_the_same_bias_for_transformers_functions(causal, offset, dtype, pair, device, ran):
-    """Fused layers hand one on. Its last entries differ, as T5's do not; a key mask may leave a row nothing."""
+    """Fused layers hand one on. Its last entries differ, as T5's do not; a key mask may leave a row nothing.
+
+    There sdpa's scores overflow, in half precision and in a GPU's kernels: the mask's least number and the bias.
+    """
     module = pair()[1].decoder.block[0].layer[0].SelfAttention
     q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
     mask = torch.arange(7, device=device) < torch.tensor([[7], [4], [0]], device=device)
@@ -511,12 +514,12 @@ def test_a_table_is_the_same_bias_for_transformers_functions(causal, offset, dty
     )
     q, k, v = (x.to(dtype) for x in (q, k, v))
     for options in ({"output_attentions": True}, {"scaling": 1.0 + 2**-20}):  # of which no kernel knows
-        if "scaling" in options and dtype == torch.float16:
-            continue  # sdpa overflows there in the row that may attend to nothing
+        overflows = "scaling" in options and (dtype == torch.float16 or device.type == "cuda")
+        rows = slice(2 if overflows else 3)
         options = {"scaling": 1.0} | options
         out, _ = hf_attention.attention(module, q, k, v, allowed, position_bias=table, **options)
         assert out.dtype == dtype
-        close(out.float(), expected, 1e-4 if dtype == torch.float32 else 0.01)
+        close(out.float()[rows], expected[rows], 1e-4 if dtype == torch.float32 else 0.01)
     assert not ran
 
 

@@ -135,7 +135,8 @@ def test_gradients_are_those_of_a_forward_per_choice(names, tuned, inputs):
     found = gradients(choice_scores(tuned, *inputs.values(), CHOICES, prompts=names))
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
-        close(one, other, 1e-6)  # prompts are fp32
+        largest = float(other.abs().max())  # prompts are fp32, and their gradients sums of terms of that size
+        close(one / largest, other / largest, 1e-6)
 
 
 def test_strings_are_encoded_as_targets(tuned, inputs, tokenizer):
