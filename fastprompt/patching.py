@@ -20,6 +20,7 @@ from fastprompt.modules.tree import check_module, heads, leaves, stacks, stock_c
 from fastprompt.report import NOT_CHOSEN, explain
 
 MEMORY = ("speed", "balanced", "lean", "minimal")
+LEAN_BLOCKS = 4  # of so many, "lean" lets one keep its attention's output
 ON_UNSUPPORTED = ("fallback", "warn", "error")
 OPTIONS = ("fastprompt_memory", "fastprompt_bias")  # of a swapped module, beside its class
 M = TypeVar("M", bound=nn.Module)
@@ -53,8 +54,9 @@ def patch(
         lm_loss: where gradients are recorded, the loss of labels without the logits of the whole vocabulary, which are
             then missing in the output.
         memory: what is kept for backward, all of it exact: "speed" computes nothing twice; "balanced" computes the
-            feed-forward layers' first products and the residual stream inside a block again; "lean" also q, k and v;
-            "minimal" also the attention, and keeps nothing but each block's input.
+            feed-forward layers' first products and the residual stream inside a block again; "lean" also q, k and v,
+            and in three blocks of four the attention; "minimal" in all of them, and keeps nothing but each block's
+            input.
         on_unsupported: "fallback", "warn" or "error" where a layer cannot be served; a head may always be another's.
 
     Returns:
@@ -81,6 +83,7 @@ def patch(
             " of their layers"
         )
     bias: tuple[nn.Module, ...] = ()
+    blocks = 0
     for module in leaves(model):
         own: Any = getattr(module, "SelfAttention", None)
         bias = (module,) if getattr(own, "has_relative_attention_bias", False) else bias
@@ -88,7 +91,9 @@ def patch(
         chosen = mixin is not None and any(on and issubclass(mixin, base) for base, on in wanted.items())
         if chosen and "forward" not in module.__dict__:
             module.__class__ = fast_class(stock_class(type(module)))
-            module.fastprompt_memory = memory  # type: ignore[assignment]
+            blocks += isinstance(module, FastSelfAttention)
+            attends = isinstance(module, FastAttention)
+            module.fastprompt_memory = _policy(memory, blocks) if attends else memory  # type: ignore[assignment]
             if bias and isinstance(module, FastSelfAttention):
                 module.fastprompt_bias = bias
         elif not chosen:
@@ -149,6 +154,11 @@ class _Patched:
         for stack, config in self.configs:
             if config is not stock_config(config):
                 give_config(stack, served_config(stack.config))
+
+
+def _policy(memory: str, block: int) -> str:
+    """That of the attention layers of a block, counted from 1."""
+    return "minimal" if memory == "lean" and block % LEAN_BLOCKS != 1 else memory
 
 
 def _missed(model: nn.Module, lm_loss: bool) -> list[str]:

@@ -73,7 +73,9 @@ def other_norm(model):
 
 
 def torch_norm(model):
-    model.encoder.block[0].layer[1].layer_norm = nn.LayerNorm(48, bias=False).to(model.device).requires_grad_(False)
+    model.encoder.block[0].layer[1].layer_norm = (
+        nn.LayerNorm(48, bias=False).to(model.device).requires_grad_(False)
+    )
     return model
 
 
