@@ -17,6 +17,13 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);
         T* ys = static_cast<T*>(y);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
+            if (!dropout.active() && residuals != nullptr) {
+                each_vector(size, [&](int64_t i, auto extent) {
+                    store_at(ys + first, i, extent,
+                             load_at(xs + first, i, extent) + load_at(residuals + first, i, extent));
+                });
+                return;
+            }
             float factors[kChunk] = {};
             if (dropout.active()) dropout.factors(first, size, factors);
             each_vector(size, [&](int64_t i, auto extent) {
