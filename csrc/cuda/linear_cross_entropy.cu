@@ -43,10 +43,10 @@ __global__ void __launch_bounds__(kMaxTeam) take_rows(const Chunk a) {
     for (int64_t row = first_row(); row < a.N; row += row_step()) {
         const int64_t start = row * a.C;
         const int64_t label = a.labels[row] - a.first;
-        const float before =
-            a.first == 0 ? -INFINITY : a.top[row];  // what is there before chunks were taken is not read
+        const bool initial = a.first == 0;  // the statistics hold nothing yet: they are written, not read
+        const float before = initial ? -INFINITY : a.top[row];
         float now = before;
-        if (a.first == 0 && threadIdx.x == 0 && (label < 0 || label >= a.C)) a.picked[row] = NAN;
+        if (initial && threadIdx.x == 0 && (label < 0 || label >= a.C)) a.picked[row] = NAN;
         Vector<V> held[kHeld<V>];
         // The label's logit is taken out: -infinity adds nothing.
         const auto logits_at = [&](int j, int64_t i, float (&value)[V]) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kMaxTeam) take_rows(const Chunk a) {
         __syncwarp();  // every lane has read top: now it may be written
         if (threadIdx.x == 0) {
             a.top[row] = now;
-            a.total[row] = a.first == 0 ? sum : a.total[row] * factor + sum;
+            a.total[row] = initial ? sum : a.total[row] * factor + sum;
         }
         if (a.others == nullptr || factor == 1.0f) continue;
         for (int64_t d = threadIdx.x; d < a.D; d += blockDim.x) a.others[row * a.D + d] *= factor;
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kMaxTeam) finish_rows(const Rows a) {
         const float total = a.total[row], d = (a.top[row] - picked) + logf(total);
         if (threadIdx.x == 0) a.losses[row] = !counts ? 0.0f : d > 20.0f ? d : log1pf(expf(d));
         if (a.drows == nullptr) continue;
-        const float odds = 1.0f / (1.0f + expf(-d)),
-                    share = total < 1.0f ? 1.0f : total;  // below 1: there are no others
+        const float odds = 1.0f / (1.0f + expf(-d));
+        const float share = total < 1.0f ? 1.0f : total;  // below 1: there are no others
         const int64_t known = label < 0 ? 0 : label < a.V ? label : a.V - 1;
         const int64_t at = known * a.label_stride + row * a.row_stride;
         for (int64_t i = threadIdx.x; i < a.D / V; i += blockDim.x) {
