@@ -81,8 +81,23 @@ int64_t linear_cross_entropy(void* logits, const int64_t* labels, float* top, fl
     return 0;
 }
 
-// Row n's label has its row of weight at label_stride * label + row_stride * n; others and drows are null where no
-// gradient is wanted.
+// others and drow are null where no gradient is wanted.
+template <class T>
+void finish_row(bool counts, float top, float total, float picked, const float* others, const T* of_label, float* loss,
+                T* drow, int64_t D) {
+    // An infinite logit of the label would read as certainty: it is made NaN, as in PyTorch.
+    const float difference = (top - (picked == INFINITY ? NAN : picked)) + logf(total);
+    *loss = !counts ? 0.0f : difference > 20.0f ? difference : log1pf(expf(difference));
+    if (drow == nullptr) return;
+    const float odds = 1.0f / (1.0f + expf(-difference));
+    const float share = total < 1.0f ? 1.0f : total;  // below 1: there are no others
+    each_vector(D, [&](int64_t d, auto extent) {
+        const vfloat gradient = (load_at(others, d, extent) / share - load_at(of_label, d, extent)) * odds;
+        store_at(drow, d, extent, counts ? gradient : vfloat{});
+    });
+}
+
+// Row n's label has its row of weight at label_stride * label + row_stride * n; others and drows may be null.
 int64_t linear_cross_entropy_rows(const int64_t* labels, const float* top, const float* total, const float* picked,
                                   const float* others, const void* weight, float* losses, void* drows, int64_t N,
                                   int64_t D, int64_t V, int64_t label_stride, int64_t row_stride, int64_t ignore_index,
@@ -92,20 +107,11 @@ int64_t linear_cross_entropy_rows(const int64_t* labels, const float* top, const
         using T = decltype(type);
 #pragma omp parallel for schedule(static) if (N * D >= kParallelElements)
         for (int64_t n = 0; n < N; ++n) {
-            const int64_t label = labels[n];
-            const bool counts = label != ignore_index;
-            // An infinite logit of the label would read as certainty: it is made NaN, as in PyTorch.
-            const float d = (top[n] - (picked[n] == INFINITY ? NAN : picked[n])) + logf(total[n]);
-            losses[n] = !counts ? 0.0f : d > 20.0f ? d : log1pf(expf(d));
-            if (drows == nullptr) continue;
-            const float odds = 1.0f / (1.0f + expf(-d));
-            const float share = total[n] < 1.0f ? 1.0f : total[n];  // below 1: there are no others
-            const int64_t known = label < 0 ? 0 : label < V ? label : V - 1;
-            const T* of_label = static_cast<const T*>(weight) + known * label_stride + n * row_stride;
-            each_vector(D, [&](int64_t d, auto extent) {
-                const vfloat drow = load_at(others + n * D, d, extent) / share - load_at(of_label, d, extent);
-                store_at(static_cast<T*>(drows) + n * D, d, extent, counts ? drow * odds : vfloat{});
-            });
+            const int64_t known = labels[n] < 0 ? 0 : labels[n] < V ? labels[n] : V - 1;
+            finish_row(labels[n] != ignore_index, top[n], total[n], picked[n],
+                       others == nullptr ? nullptr : others + n * D,
+                       static_cast<const T*>(weight) + known * label_stride + n * row_stride, losses + n,
+                       drows == nullptr ? nullptr : static_cast<T*>(drows) + n * D, D);
         }
     });
     return 0;
