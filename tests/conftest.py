@@ -51,7 +51,21 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--backends: cannot run {', '.join(unknown)}; here: {', '.join(here)}")
     elsewhere |= {name: "left out by --backends" for name in here if name not in chosen}
     config.fastprompt_backends, config.fastprompt_elsewhere = chosen, elsewhere
+    if config.getoption("device") == "cuda" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AtOnce(config))
     torch.set_num_threads(2)
+
+
+class AtOnce:
+    """Says why a test failed when it does: time on a GPU may end before the summary."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            terminal = self.config.pluginmanager.getplugin("terminalreporter")
+            terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
 
 
 def survey(device):

@@ -25,7 +25,7 @@ parts=${*:-tests benchmarks} failed=0
 if [[ $parts == *tests* ]]; then
     # Compiling takes most of the time.
     "$PYTHON" -c 'import xdist' 2> /dev/null && parallel="-n $(($(nproc) < 14 ? $(nproc) : 14))"
-    # Names of tests as they end: a run that is cut off has no summary.
+    # Names of tests as they end, and why they failed (tests/conftest.py): a run that is cut off has no summary.
     step tests 330 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${parallel:-} tests/models/test_graphed.py \
         tests/models/test_patching.py tests/triton tests/ops tests/prompts --device cuda || failed=1
     grep -aoE '(FAILED|ERROR) tests/.*' "$OUT/tests.log" | sort -u
