@@ -7,6 +7,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt.prompts import PromptConfig
 
+GRADIENT = (
+    2e-5  # of the largest: HF's own gradients in fp32 are up to 7e-6 away from float64's, and so are ours
+)
 LAYOUTS = ("t5", "v1_1", "mt5", "byt5", "ul2", "umt5")
 MEMORY = (None, "speed", "balanced", "lean")
 
@@ -37,7 +40,7 @@ def test_logits_loss_and_prompt_gradient_equal_hf(
     ours.loss.backward()
     assert_exact(ours.logits, expected.logits)
     assert_exact(ours.loss, expected.loss)
-    assert_exact(prompted.prompts["p"].grad, prompt.grad)
+    assert_exact(prompted.prompts["p"].grad, prompt.grad, GRADIENT)
     assert prompt.grad.norm() > 1e-3
     hidden = expected.encoder_last_hidden_state[:, 5:][batch["attention_mask"].bool()]
     shown = ours.encoder_last_hidden_state
@@ -72,7 +75,7 @@ def test_rows_with_prompts_of_different_lengths(
         (expected.loss / len(names)).backward()
         assert_exact(ours.logits[row], expected.logits[0])
     for name, copy in copies.items():
-        assert_exact(prompted.prompts[name].grad, copy.grad)
+        assert_exact(prompted.prompts[name].grad, copy.grad, GRADIENT)
     assert prompted.prompts["p5"].grad is None
 
 

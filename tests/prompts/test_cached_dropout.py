@@ -21,9 +21,11 @@ from fastprompt.prompts import PromptConfig
 P, DROPPED = 5, 0.25  # a probability that 16 bits hold exactly
 
 
-def assert_exact(ours, expected):
+def assert_exact(ours, expected, tolerance=1e-5):
     """Of fp32's precision at the tensor's scale."""
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+    torch.testing.assert_close(
+        ours, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max())
+    )
 
 
 @pytest.fixture
@@ -136,5 +138,5 @@ def test_the_same_masks_give_the_same_step(
 
     assert_exact(ours.logits, expected.logits)
     assert_exact(ours.loss, expected.loss)
-    assert_exact(prompted.prompts["p"].grad, prompt.grad)
+    assert_exact(prompted.prompts["p"].grad, prompt.grad, 2e-5)  # HF's is up to 7e-6 away from float64's
     assert (plain - ours.logits).abs().max() > 1e-2, "dropout was on"
