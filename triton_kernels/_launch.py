@@ -66,7 +66,7 @@ def row_tile(N: int, D: int, device: torch.device) -> RowTile:
     BN = max(elements // BD, 1)
     if cdiv(N, BN) < 2 * processors:
         BN = 1
-    return RowTile(BN, BD, num_warps=max(4, BD // 1024))
+    return RowTile(BN, BD, num_warps=max(4, BD // 512))
 
 
 def launch(

@@ -42,6 +42,7 @@ FLOAT32 = {
 }
 # For at most 16 queries in half precision, where the rule for few of them spills.
 FEW = {("forward", 256): Tile(16, 16, 8, 1), ("dq", 128): Tile(16, 32, 4, 1)}
+FEW_SM80 = FEW | {("dq", 128): Tile(16, 32, 8, 1)}
 
 
 def tile(what: str, K: int, dtype: torch.dtype, device: torch.device, T: int, busy: bool) -> Tile:
@@ -59,8 +60,9 @@ def tile(what: str, K: int, dtype: torch.dtype, device: torch.device, T: int, bu
     rows = max(next_power_of_2(T), 16)
     if rows >= found.BM:
         return found
-    if rows == 16 and dtype != torch.float32 and (what, K) in FEW:
-        return FEW[what, K]
+    few_rows = FEW_SM80 if generation(device) == 8 else FEW
+    if rows == 16 and dtype != torch.float32 and (what, K) in few_rows:
+        return few_rows[what, K]
     # Few rows leave a thread of four warps fewer registers.
     few = rows == 16 and (what == "dq" or K > 64 or dtype == torch.float32)
     columns = found.BN if what == "dkv" else min(found.BN, 16 if few else 32)
