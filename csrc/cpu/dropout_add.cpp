@@ -17,21 +17,21 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);
         T* ys = static_cast<T*>(y);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
-            if (!dropout.active() && residuals != nullptr) {
+            const auto add_to_residual = [&](const auto& dropped) {
                 each_vector(size, [&](int64_t i, auto extent) {
-                    store_at(ys + first, i, extent,
-                             load_at(xs + first, i, extent) + load_at(residuals + first, i, extent));
+                    vfloat value = dropped(load_at(xs + first, i, extent), i, extent);
+                    if (residuals != nullptr) value += load_at(residuals + first, i, extent);
+                    store_at(ys + first, i, extent, value);
                 });
+            };
+            if (!dropout.active()) {
+                add_to_residual([](vfloat value, int64_t, auto) { return value; });
                 return;
             }
             float factors[kChunk] = {};
-            if (dropout.active()) dropout.factors(first, size, factors);
-            each_vector(size, [&](int64_t i, auto extent) {
-                vfloat value = load_at(xs + first, i, extent);
-                if (dropout.active()) value = drop(value, load_at(factors, i, extent));
-                if (residuals != nullptr) value += load_at(residuals + first, i, extent);
-                store_at(ys + first, i, extent, value);
-            });
+            dropout.factors(first, size, factors);
+            add_to_residual(
+                [&](vfloat value, int64_t i, auto extent) { return drop(value, load_at(factors, i, extent)); });
         });
     });
     return 0;

@@ -2,6 +2,8 @@
 // A chunk of logits on the CPU: its row, read from memory once, lies in the second-level cache when it is read again.
 // Then the rows' losses and gradients, and their mean.
 // Formulas, shapes and dtypes: fastprompt/ops/linear_cross_entropy.py.
+#include "common/linear_cross_entropy.h"
+
 #include "common/kernel.h"
 #include "cpu/simd.h"
 
@@ -83,16 +85,12 @@ int64_t linear_cross_entropy(void* logits, const int64_t* labels, float* top, fl
 
 // others and drow are null where no gradient is wanted.
 template <class T>
-void finish_row(bool counts, float top, float total, float picked, const float* others, const T* of_label, float* loss,
-                T* drow, int64_t D) {
-    // An infinite logit of the label would read as certainty: it is made NaN, as in PyTorch.
-    const float difference = (top - (picked == INFINITY ? NAN : picked)) + logf(total);
-    *loss = !counts ? 0.0f : difference > 20.0f ? difference : log1pf(expf(difference));
+void finish_row(bool counts, const fp::RowLoss& found, const float* others, const T* of_label, float* loss, T* drow,
+                int64_t D) {
+    *loss = counts ? found.loss : 0.0f;
     if (drow == nullptr) return;
-    const float odds = 1.0f / (1.0f + expf(-difference));
-    const float share = total < 1.0f ? 1.0f : total;  // below 1: there are no others
     each_vector(D, [&](int64_t d, auto extent) {
-        const vfloat gradient = (load_at(others, d, extent) / share - load_at(of_label, d, extent)) * odds;
+        const vfloat gradient = (load_at(others, d, extent) / found.share - load_at(of_label, d, extent)) * found.odds;
         store_at(drow, d, extent, counts ? gradient : vfloat{});
     });
 }
@@ -107,8 +105,8 @@ int64_t linear_cross_entropy_rows(const int64_t* labels, const float* top, const
         using T = decltype(type);
 #pragma omp parallel for schedule(static) if (N * D >= kParallelElements)
         for (int64_t n = 0; n < N; ++n) {
-            const int64_t known = labels[n] < 0 ? 0 : labels[n] < V ? labels[n] : V - 1;
-            finish_row(labels[n] != ignore_index, top[n], total[n], picked[n],
+            const int64_t known = known_class(labels[n], V);
+            finish_row(labels[n] != ignore_index, row_loss(top[n], total[n], picked[n]),
                        others == nullptr ? nullptr : others + n * D,
                        static_cast<const T*>(weight) + known * label_stride + n * row_stride, losses + n,
                        drows == nullptr ? nullptr : static_cast<T*>(drows) + n * D, D);

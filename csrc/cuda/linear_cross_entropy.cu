@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "common/kernel.h"
+#include "common/linear_cross_entropy.h"
 #include "cuda/rows.h"
 #include "cuda/vector.h"
 
@@ -132,21 +133,16 @@ __global__ void __launch_bounds__(kMaxTeam) finish_rows(const Rows a) {
     for (int64_t row = first_row(); row < a.N; row += row_step()) {
         const int64_t label = a.labels[row];
         const bool counts = label != a.ignore_index;
-        // An infinite logit of the label would read as certainty: it is made NaN, as in PyTorch.
-        const float picked = a.picked[row] == INFINITY ? NAN : a.picked[row];
-        const float total = a.total[row], d = (a.top[row] - picked) + logf(total);
-        if (threadIdx.x == 0) a.losses[row] = !counts ? 0.0f : d > 20.0f ? d : log1pf(expf(d));
+        const fp::RowLoss found = row_loss(a.top[row], a.total[row], a.picked[row]);
+        if (threadIdx.x == 0) a.losses[row] = counts ? found.loss : 0.0f;
         if (a.drows == nullptr) continue;
-        const float odds = 1.0f / (1.0f + expf(-d));
-        const float share = total < 1.0f ? 1.0f : total;  // below 1: there are no others
-        const int64_t known = label < 0 ? 0 : label < a.V ? label : a.V - 1;
-        const int64_t at = known * a.label_stride + row * a.row_stride;
+        const int64_t at = known_class(label, a.V) * a.label_stride + row * a.row_stride;
         for (int64_t i = threadIdx.x; i < a.D / V; i += blockDim.x) {
             float value[V];
             unpack(load<V>(a.weight, at + i * V, type), type, value);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-                const float drow = (a.others[row * a.D + i * V + k] / share - value[k]) * odds;
+                const float drow = (a.others[row * a.D + i * V + k] / found.share - value[k]) * found.odds;
                 value[k] = counts ? drow : 0.0f;
             }
             store(a.drows, row * a.D + i * V, type, pack(value, type));

@@ -9,10 +9,9 @@ Saved for backward, per row: rstd, two fp32 per head; by memory policy also
     lean        without q, k and v: the norm and the three products are computed again, the attention never is
     minimal     only x at the beginning of a block: the attention is computed again
 
-patch(memory="lean") gives every fourth block the policy lean, and the others minimal.
-
 and of a cross-attention layer the encoder's output, which all layers share, in place of k and v; or, but for "speed",
 what that is made of (_made.py). With few queries it needs neither (_absorbed.py); statistics are computed again.
+patch(memory="lean") gives every fourth block the policy lean, and the others minimal.
 
 A call that leaves use_cache on gets its cache filled, as from transformers but without gradient; turn it off in
 training to save that memory. With a cache that holds something it is a step of generation (_step.py). With attention

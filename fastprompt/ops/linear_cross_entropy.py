@@ -263,14 +263,14 @@ def _in_chunks(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """rows [N, D], labels [N], weight [V, D] -> top, total, picked [N] and others [N, D] or None, fp32."""
-    (N, D), V = rows.shape, weight.shape[0]
+    N, V = len(rows), len(weight)
     slow_half = rows.dtype in SLOW_HALVES and rows.device.type == "cpu"
     rows = rows.float() if slow_half else rows
     chunk = min(chunk or chunk_size(rows, V), V)
     own = rows.dtype == torch.float32 and not rows.is_cuda and OPS["frozen_linear"].native_first
     logits = rows.new_empty((0 if own else N * chunk,))
     top, total, picked = (rows.new_empty((N,), dtype=torch.float32) for _ in range(3))
-    others = rows.new_zeros((N, D), dtype=torch.float32) if needs_grad and N == 0 else None
+    others = None
     for first in range(0, V if N else 0, chunk):
         w = weight[first : first + chunk].to(rows.dtype)
         if own:
