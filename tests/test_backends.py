@@ -118,9 +118,8 @@ def test_a_cuda_kernel_is_launched_where_its_tensors_are(monkeypatch):
     monkeypatch.setitem(_native.TARGETS, "cuda", SimpleNamespace())
     for member in op.members:
         monkeypatch.setitem(op._native, member, lambda kernels, *args: list(entered))
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: False
-    )  # or a fake tensor would ask for a second GPU
+    # A fake tensor asks for the GPU it is on, and there may be one only.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", enter)
     with FakeTensorMode():

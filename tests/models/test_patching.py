@@ -293,9 +293,8 @@ def test_saved_bytes(make, batch, labels, memory):
     out = I if keeps_out(embeds) else 0  # which a CPU's kernel does without
     row = {"speed": 2 * D + 3 * I + out + 2 * F, "balanced": D + 4 * I, "lean": D + I, "minimal": D}[memory]
     attended = {"lean": 1, "minimal": 0}.get(memory, layers)  # blocks that keep what the attention computed
-    floats = (
-        attended * N * (row + 2 * H + 2) + (layers - attended) * N * (D + 2) + N * D + N
-    )  # the final norm
+    blocks = attended * (row + 2 * H + 2) + (layers - attended) * (D + 2)
+    floats = N * (blocks + D + 1)  # the final norm
     table, seeds, mask = H * (2 * 12 + 1) * 4, layers * 4 * 8 + 16, N
     assert 4 * floats <= saved.bytes <= 4 * floats + table + seeds + 8 * mask
     assert saved.bytes < stock.bytes

@@ -3,22 +3,13 @@
 
 import pytest
 import torch
+from exactness import GRADIENT, assert_exact
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt.prompts import PromptConfig
 
-GRADIENT = (
-    2e-5  # of the largest: HF's own gradients in fp32 are up to 7e-6 away from float64's, and so are ours
-)
 LAYOUTS = ("t5", "v1_1", "mt5", "byt5", "ul2", "umt5")
 MEMORY = (None, "speed", "balanced", "lean")
-
-
-def assert_exact(ours, expected, tolerance=1e-5):
-    """Of fp32's precision at the tensor's scale."""
-    torch.testing.assert_close(
-        ours, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max())
-    )
 
 
 def config(num_tokens, **arguments):

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from exactness import assert_exact
 from transformers import T5Config, T5ForConditionalGeneration
 
 from fastprompt.model import PromptModel
@@ -10,12 +11,8 @@ from fastprompt.prompts import PromptConfig
 from fastprompt.testing import assert_within_budget
 
 FAMILY = ("t5", "v1_1", "mt5", "byt5", "ul2", "umt5", "longt5")
-
-
-def close(ours, hf):
-    """Two results in float32, each of which is up to 1e-6 of the largest number away from float64's."""
-    hf = hf.detach()
-    torch.testing.assert_close(ours.detach(), hf, rtol=1e-5, atol=4e-6 * float(hf.abs().max()))
+# Of the largest: HF's own logits in fp32 are up to 1e-6 away from float64's, and so are ours.
+EXACT = 4e-6
 
 
 @pytest.mark.parametrize("layout", FAMILY)
@@ -27,9 +24,9 @@ def test_logits_loss_and_prompt_gradient_equal_hf(layout, padding, make_prompted
     prompt = prompted.prompts["p5"].detach().clone().requires_grad_()
     hf = prompted.model(**hf_inputs(prompted.model, prompt, batch))
     hf.loss.backward()
-    close(ours.logits, hf.logits)
-    close(ours.loss, hf.loss)
-    close(prompted.prompts["p5"].grad, prompt.grad)
+    assert_exact(ours.logits, hf.logits, EXACT)
+    assert_exact(ours.loss, hf.loss, EXACT)
+    assert_exact(prompted.prompts["p5"].grad, prompt.grad, EXACT)
     assert prompt.grad.norm() > 1e-3
 
 
@@ -37,7 +34,7 @@ def test_logits_loss_and_prompt_gradient_equal_hf(layout, padding, make_prompted
 def test_sdpa_equals_hf(padding, make_prompted, make_batch, hf_inputs):
     prompted, batch = make_prompted(attention="sdpa"), make_batch(padding)
     hf = prompted.model(**hf_inputs(prompted.model, prompted.prompts["p5"], batch))
-    close(prompted(**batch).logits, hf.logits)
+    assert_exact(prompted(**batch).logits, hf.logits, EXACT)
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.int32])
@@ -75,7 +72,7 @@ def test_a_row_does_not_notice_the_prompts_of_the_other_rows(layout, padding, ma
     together = prompted(**batch, prompts=names).logits
     for row, name in enumerate(names):
         alone = prompted(**{key: value[row : row + 1] for key, value in batch.items()}, prompts=name).logits
-        close(together[row], alone[0])
+        assert_exact(together[row], alone[0], EXACT)
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(make_prompted, make_batch):
@@ -90,7 +87,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_rows(make_prompted, make_ba
         loss = prompted(**{key: value[row : row + 1] for key, value in batch.items()}, prompts=name).loss
         (loss / 4).backward()
     for name, gradient in together.items():
-        close(gradient, prompted.prompts[name].grad)
+        assert_exact(gradient, prompted.prompts[name].grad, EXACT)
 
 
 @pytest.mark.parametrize("layout", ["t5", "v1_1", "ul2"])
@@ -129,7 +126,7 @@ def test_loss_and_gradient_are_bit_equal_to_peft(make_prompted, make_model, make
     ours.loss.backward()
     assert torch.equal(ours.loss, output.loss)
     assert torch.equal(ours.logits, output.logits)
-    close(prompted.prompts["p5"].grad, table.grad[:5])
+    assert_exact(prompted.prompts["p5"].grad, table.grad[:5], EXACT)
 
 
 def test_attentions_and_hidden_states_have_prompt_positions(make_prompted, make_batch, hf_inputs):
@@ -142,7 +139,7 @@ def test_attentions_and_hidden_states_have_prompt_positions(make_prompted, make_
     for key in entries:
         assert len(ours[key]) == len(hf[key]) >= 2
         for our_layer, hf_layer in zip(ours[key], hf[key], strict=True):
-            close(our_layer, hf_layer)
+            assert_exact(our_layer, hf_layer, EXACT)
     assert ours.encoder_attentions[0].shape[-2:] == (12, 12)
     assert ours.cross_attentions[0].shape[-2:] == (4, 12)
 
