@@ -37,6 +37,11 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized"
     )
     CPU_TARGETS["avx512"] = (16, avx512.split())
+    CPU_TARGETS["amx"] = (16, [*avx512.split(), "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFP_HAS_TILES"])
+elif platform.machine() in ("aarch64", "arm64"):
+    CPU_TARGETS["neon"] = (4, [])
+# What multiplies in tiles; other kernels of the target would be AVX-512's.
+AMX_SOURCES = ("t5_attention", "t5_attention_backward")
 
 
 def find_nvcc() -> str | None:
@@ -112,6 +117,8 @@ class NinjaBuild(build_ext):
         compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             for target, (lanes, isa) in CPU_TARGETS.items():
+                if target == "amx" and source.stem not in AMX_SOURCES:
+                    continue
                 defines = ["-fno-exceptions", f"-DFP_TARGET='\"{target}\"'", f"-DFP_LANES={lanes}"]
                 compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)
         for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else ():

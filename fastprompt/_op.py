@@ -118,7 +118,7 @@ class Op:
         """
         found = []
         if device == "cpu" and self._native and _native.CPU_TARGETS:
-            found += ["cpu", *(f"cpu:{isa}" for isa in _native.CPU_TARGETS)]
+            found += ["cpu", *(f"cpu:{isa}" for isa in self._isas())]
         if device == "cuda" and self._native and hasattr(_native.TARGETS.get("cuda"), self.name):
             found.append("cuda")
         if device == "cuda" and self._triton and _has_triton():
@@ -170,16 +170,24 @@ class Op:
         if backend == "triton":
             return self._triton
         if backend in self._extra:
-            kernels = self._extra[backend][0]
-        else:
-            device, _, isa = backend.partition(":")
-            kernels = _native.TARGETS[isa or (_native.CPU_TARGETS[0] if device == "cpu" else "cuda")]
-        functions: dict[str, Function] = {
-            member: partial(launcher, kernels) for member, launcher in self._native.items()
-        }
+            return self._launchers(self._extra[backend][0])
         if backend == "cuda":
+            functions = self._launchers(_native.TARGETS["cuda"])
             return {member: _where_tensors_are(function) for member, function in functions.items()}
+        isa = backend.partition(":")[2] or self._isas()[0]
+        functions = self._launchers(_native.TARGETS[isa])
+        if isa == "amx":  # which leaves other dtypes, and some kernels, to AVX-512's
+            tiled = {name: run for name, run in functions.items() if hasattr(_native.TARGETS[isa], name)}
+            functions = self._launchers(_native.TARGETS["avx512"])
+            functions |= {name: _either(run, functions[name]) for name, run in tiled.items()}
         return functions
+
+    def _launchers(self, kernels: SimpleNamespace) -> dict[str, Function]:
+        return {member: partial(launcher, kernels) for member, launcher in self._native.items()}
+
+    def _isas(self) -> list[str]:
+        """The instruction sets that this CPU has and the op has a kernel for, best first."""
+        return [isa for isa in _native.CPU_TARGETS if hasattr(_native.TARGETS[isa], self.name)]
 
     def _for_some(self, function: Function) -> Function:
         def run(*args: Any) -> Any:
@@ -206,6 +214,16 @@ class Op:
         return run
 
 
+def _either(first: Function, second: Function) -> Function:
+    """``second`` for what ``first`` does not cover."""
+
+    def run(*args: Any) -> Any:
+        result = first(*args)
+        return second(*args) if result is NotImplemented else result
+
+    return run
+
+
 def _where_tensors_are(function: Function) -> Function:
     """``function`` with its tensors' GPU as the current one, to which the CUDA runtime launches."""
 
@@ -225,7 +243,7 @@ def use_backend(op: str, backend: str) -> Any:
     Args:
         op: a name from ``fastprompt.ops``, e.g. ``"rms_norm"``; its backward is switched with it.
         backend: ``"reference"``, ``"cpu"`` or one instruction set of it (``"cpu:scalar"``, ``"cpu:avx2"``,
-            ``"cpu:avx512"``), ``"cuda"`` or ``"triton"``.
+            ``"cpu:avx512"``, ``"cpu:amx"``, ``"cpu:neon"``), ``"cuda"`` or ``"triton"``.
 
     Raises:
         ValueError: there is no such op, or the backend cannot run on this machine; the message lists what can.

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def offers(op, backend):
     """Has the op this backend anywhere?"""
     if backend in ("cuda", "emulated"):
         return (HERE.parent / "csrc" / "cuda" / f"{op}.cu").exists()
+    if backend.startswith("cpu:"):
+        return backend in _op.OPS[op].backends("cpu")
     return backend != "triton" or bool(_op.OPS[op]._triton)
 
 
@@ -185,10 +188,13 @@ def backend(request):
 
 @pytest.fixture
 def kernels(request):
-    """The native kernels of a backend, to be called with raw pointers."""
+    """A backend's native kernels, to be called with raw pointers; AMX's with those of AVX-512 that complete them."""
     if request.param == "emulated":
         return request.getfixturevalue("emulated")
-    return _native.TARGETS[request.param.removeprefix("cpu:")]
+    own = _native.TARGETS[request.param.removeprefix("cpu:")]
+    return (
+        SimpleNamespace(**vars(_native.TARGETS["avx512"]) | vars(own)) if request.param == "cpu:amx" else own
+    )
 
 
 @pytest.fixture

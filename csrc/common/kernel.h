@@ -3,7 +3,7 @@
 //
 // A native kernel is a static function `int64_t NAME(args...)` over raw pointers (data_ptr()), int64_t and double.
 // FP_KERNEL(NAME) puts it in the table that bindings.cpp shows to Python, so that adding an op never touches
-// bindings.cpp. The same source may be compiled for several targets (FP_TARGET: "scalar", "avx2", "avx512", "cuda").
+// bindings.cpp. The same source may be compiled for several targets (FP_TARGET: "scalar", "avx2", "neon", "cuda", ...).
 //
 // The table is a linker section of constant-initialised pointers: no constructor runs at load time, which matters in
 // files compiled for AVX-512 on a machine that lacks it. Everything here has internal linkage for the same reason: a

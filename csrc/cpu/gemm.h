@@ -11,9 +11,9 @@ struct Matrix {
     int64_t row, column;
 };
 
-// Accumulators of a tile: as many as the registers hold beside the operands (AVX-512 has 32, AVX2 16).
+// Accumulators of a tile: as many as the registers hold beside the operands (AVX-512 and NEON have 32, AVX2 16).
 constexpr int kTileRows = 6;
-constexpr int kTileVectors = FP_LANES == 16 ? 4 : 2;
+constexpr int kTileVectors = FP_LANES == 16 || FP_LANES == 4 ? 4 : 2;
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 
 // So many products are added up in registers: short chains keep the error small. Fewer where each is rounded.

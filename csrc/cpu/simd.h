@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// FP_LANES floats at a time (1 scalar, 8 AVX2, 16 AVX-512) in GCC's portable vector types, so that one kernel source
-// serves every instruction set. Included by the files of csrc/cpu, each of which is compiled once per target.
+// FP_LANES floats at a time (1 scalar, 4 NEON, 8 AVX2, 16 AVX-512) in GCC's portable vector types, so that one kernel
+// source serves every instruction set. Included by the files of csrc/cpu, each of which is compiled once per target.
 //
 // Only C headers and intrinsics are included, and everything has internal linkage: see common/kernel.h.
 #pragma once
@@ -12,6 +12,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "common/dtype.h"
@@ -57,6 +59,8 @@ FP_INLINE vfloat load(const fp::fp16* from) {
     return bit_cast<vfloat>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #elif FP_LANES == 16 && defined(__AVX512F__)
     return bit_cast<vfloat>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif FP_LANES == 4 && defined(__ARM_NEON)
+    return bit_cast<vfloat>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from)))));
 #else
     vfloat value;
     for (int64_t i = 0; i < kLanes; ++i) value[i] = to_float(from[i]);
@@ -95,6 +99,8 @@ FP_INLINE auto pack<fp::fp16>(vfloat value) {
 #elif FP_LANES == 16 && defined(__AVX512F__)
     const auto narrow = _mm512_cvtps_ph(bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return bit_cast<vushort>(narrow);
+#elif FP_LANES == 4 && defined(__ARM_NEON)
+    return bit_cast<vushort>(vcvt_f16_f32(bit_cast<float32x4_t>(value)));
 #else
     vushort narrow;
     for (int64_t i = 0; i < kLanes; ++i) narrow[i] = from_float<fp::fp16>(value[i]).bits;
@@ -240,6 +246,8 @@ FP_INLINE vwords multiply(vwords a, uint32_t b) {
     return bit_cast<vwords>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
 #elif FP_LANES == 8 && defined(__AVX2__)
     return bit_cast<vwords>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif FP_LANES == 4 && defined(__ARM_NEON)
+    return bit_cast<vwords>(vmull_u32(vmovn_u64(bit_cast<uint64x2_t>(a)), vdup_n_u32(b)));
 #else
     return (a & 0xffffffffu) * b;
 #endif
@@ -256,10 +264,14 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
     const __m256i odd = _mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b));   // a1 b1 a3 b3
     to[0] = bit_cast<vuint>(_mm256_permute2x128_si256(even, odd, 0x20));
     to[1] = bit_cast<vuint>(_mm256_permute2x128_si256(even, odd, 0x31));
+#elif FP_LANES == 4 && defined(__ARM_NEON)
+    to[0] = bit_cast<vuint>(vzip1q_u64(bit_cast<uint64x2_t>(a), bit_cast<uint64x2_t>(b)));
+    to[1] = bit_cast<vuint>(vzip2q_u64(bit_cast<uint64x2_t>(a), bit_cast<uint64x2_t>(b)));
 #else
+    auto* bytes = reinterpret_cast<char*>(to);
     for (int64_t i = 0; i < kBlocks; ++i) {
-        memcpy(to + 4 * i, reinterpret_cast<const char*>(&a) + 8 * i, 8);
-        memcpy(to + 4 * i + 2, reinterpret_cast<const char*>(&b) + 8 * i, 8);
+        memcpy(bytes + 16 * i, reinterpret_cast<const char*>(&a) + 8 * i, 8);
+        memcpy(bytes + 16 * i + 8, reinterpret_cast<const char*>(&b) + 8 * i, 8);
     }
 #endif
 }
@@ -323,6 +335,8 @@ FP_INLINE vfloat fused_multiply_add(vfloat a, vfloat b, vfloat c) {
     return bit_cast<vfloat>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
 #elif FP_LANES == 8 && defined(__FMA__)
     return bit_cast<vfloat>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#elif FP_LANES == 4 && defined(__ARM_NEON)
+    return bit_cast<vfloat>(vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
 #else
     return a * b + c;
 #endif

@@ -7,17 +7,18 @@ namespace {
 struct Forward : Work {
     using Work::Work;
     static constexpr bool kHasParts = true;
-    float* value_rows = nullptr;  // [keys][K]
-    float* out = nullptr;         // [kQueries][K]
+    Factor* value_rows = nullptr;  // [keys][K]
+    float* out = nullptr;          // [kQueries][K]
 
     void cut(Arena& arena, const Limits& most) {
         Work::cut(arena, most, 1);
-        value_rows = arena.take<float>(panelled(most) * a.K);
+        value_rows = arena.take<Factor>(panelled(most) * a.K);
         out = arena.take<float>(kQueries * a.K);
     }
 
     void run(void* to, float* stats, int64_t part, int64_t parts);
     void run_block(int64_t first, int64_t count);
+    template <class Weight>
     void weigh(int64_t i, int64_t row, int64_t chunk, int64_t width);
     template <int64_t kColumns>
     void add_few(int64_t chunk, int64_t width, int64_t column);
@@ -26,11 +27,14 @@ struct Forward : Work {
     void starve(int64_t i, float* row) const;
 };
 
-// Turns a row of scores into weights by the online softmax: top and total are the row's so far, out is rescaled.
+// Turns a row of scores into weights, where the scores were, by the online softmax: top and total are the row's so far,
+// out is rescaled.
+template <class Weight>
 void Forward::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
     float* s = scores + row * kScoreRow;
+    auto* weights = reinterpret_cast<Weight*>(s);
     const int64_t allowed = allowed_in(row, chunk, width);
-    if (allowed == 0) return clear(s, round_up(width, kLanes));
+    if (allowed == 0) return clear_weights(weights, 0, width);
     vfloat most = splat(-INFINITY);
     const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
     for (int64_t n = 0; n < allowed; n += kLanes) {
@@ -51,9 +55,9 @@ void Forward::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
         vfloat weight = exp(load(s + n) - base);
         sum += weight;
         if (dropout.active()) weight = drop(weight, keys.at(factors, chunk + n));
-        store(s + n, weight);
+        store_weight(weights + n, weight);
     }
-    for (int64_t n = round_up(allowed, kLanes); n < width; n += kLanes) store(s + n, vfloat{});
+    clear_weights(weights, allowed, width);
     const float added = sum_lanes(sum);
     const vfloat rescale = exp(splat(top[row] - base));
     if (chunk > 0) {
@@ -65,14 +69,15 @@ void Forward::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
 
 void Forward::run_block(int64_t first, int64_t count) {
     load_queries(first, count);
+    q_factor.lay_out(q, count, a.K, false);
     clear(out, count * a.K);
     for (int64_t i = 0; i < count; ++i) top[i] = -INFINITY, total[i] = 0.0f;
     const int64_t most = limit[count - 1];  // limits do not fall from row to row
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
-        product(q, count, key_panels, chunk, width, scores);
-        for (int64_t i = 0; i < count; ++i) weigh(first + i, i, chunk, width);
-        multiply({scores, kScoreRow, 1}, count, value_rows + chunk * a.K, a.K, a.K, out, a.K, width);
+        Products::score(q_factor, count, key_panels + chunk * Products::depth(a.K), width, a.K, scores);
+        for (int64_t i = 0; i < count; ++i) weigh<Factor>(first + i, i, chunk, width);
+        Products::sum_rows(reinterpret_cast<Factor*>(scores), count, value_rows + chunk * a.K, width, a.K, out);
     }
 }
 
@@ -136,7 +141,7 @@ void Forward::run_few(void* to, float* stats) {
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
         score_few(chunk, width, scores);
-        for (int64_t i = 0; i < T; ++i) weigh(i, i, chunk, width);
+        for (int64_t i = 0; i < T; ++i) weigh<float>(i, i, chunk, width);
         int64_t column = 0;
         for (; column + 64 <= a.K; column += 64) add_few<64>(chunk, width, column);
         for (; column < a.K; column += 16) add_few<16>(chunk, width, column);
@@ -150,8 +155,8 @@ void Forward::run(void* to, float* stats, int64_t part, int64_t parts) {
         if (part == 0 && T > 0) run_few(to, stats);
         return;
     }
-    pack_panels(false, key_panels);
-    pack_rows(true, value_rows);
+    Products::pack_panels(keys.count, a.K, gathered(false), key_panels);
+    Products::pack_rows(keys.count, a.K, gathered(true), value_rows);
     for (int64_t first = part * kQueries; first < T; first += parts * kQueries) {
         const int64_t count = T - first < kQueries ? T - first : kQueries;
         run_block(first, count);

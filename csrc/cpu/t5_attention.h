@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What t5_attention's forward and backward pass on a CPU share: one example and head at a time, in blocks of queries
 // and chunks of keys that stay in the caches. Shapes and formulas: fastprompt/ops/t5_attention.py. Everything is fp32
-// between loads and stores.
+// between loads and stores but the factors of TileProducts.
 //
 // Keys that are not allowed are left out when an example's keys are gathered, so they cost nothing.
 #pragma once
@@ -10,16 +10,13 @@
 
 #include "common/attention.h"
 #include "common/kernel.h"
-#include "cpu/gemm.h"
 #include "cpu/simd.h"
+#include "cpu/t5_attention_products.h"
 
 namespace {
 
-constexpr int64_t kQueries = 72;  // of a block; a multiple of kTileRows
-constexpr int64_t kKeys = 256;    // of a chunk
-constexpr int64_t kPanel = 64;    // keys side by side in a transposed panel
-constexpr int64_t kScoreRow = kKeys + 16;
-constexpr int64_t kFewQueries = 4;  // up to so many, transposing the keys would cost more than it brings
+constexpr int64_t kQueries = Products::kQueries;  // of a block
+constexpr int64_t kFewQueries = 4;                // up to so many, transposing the keys would cost more than it brings
 constexpr int64_t kNoMemory = -1, kBadDType = -2;
 
 void load_row(const void* from, int64_t offset, int64_t dtype, float* to, int64_t count) {
@@ -42,25 +39,6 @@ int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? l
 void fill(float* to, int64_t count, float value) {
     for (int64_t d = 0; d < count; d += kLanes) store(to + d, splat(value));
 }
-
-void clear(float* to, int64_t count) { memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
-
-// Aligned memory of one thread, cut into pieces. Sized by a first pass over the same cuts with base null.
-class Arena {
-public:
-    explicit Arena(char* base) : base_(base) {}
-    template <class T>
-    T* take(int64_t count) {
-        T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-        used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-        return piece;
-    }
-    int64_t used() const { return used_; }
-
-private:
-    char* base_;
-    int64_t used_ = 0;
-};
 
 struct Limits {
     int64_t queries = 0, keys = 0, span = 0;  // the most of any example; span: positions that its distances cover
@@ -140,8 +118,18 @@ struct Keys {
 
 using WeightDropout = Dropout<true>;
 
+// Of a row of which only `allowed` weights of `width` are written, the others.
+template <class Weight>
+FP_INLINE void clear_weights(Weight* row, int64_t allowed, int64_t width) {
+    for (int64_t n = round_up(allowed, kLanes); n < round_up(width, Products::kWeights); n += kLanes) {
+        store_weight(row + n, vfloat{});
+    }
+}
+
 // One example and head, as both passes see it.
 struct Work {
+    using Factor = Products::Factor;
+
     Work(const fp::Attention& a, const WeightDropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
 
     const fp::Attention& a;
@@ -151,11 +139,12 @@ struct Work {
     int64_t b = -1, h = 0, T = 0, offset = 0;  // no example yet
     float* bias = nullptr;                     // by index - query + T - 1
     float* factors = nullptr;                  // [P + S]: dropout's, of one row
-    float* key_panels = nullptr;               // [panels][K][kPanel]
+    Factor* key_panels = nullptr;              // [panels][K][kPanel]
     float* q = nullptr;                        // [kQueries][K]
-    float* scores = nullptr;                   // [chunks][kQueries][kScoreRow]
-    float *top = nullptr, *total = nullptr;    // [kQueries]
-    int64_t* limit = nullptr;                  // [kQueries]: keys that a row may attend to
+    Products::Queries q_factor;
+    float* scores = nullptr;                 // [chunks][kQueries][kScoreRow]; weights take their place
+    float *top = nullptr, *total = nullptr;  // [kQueries]
+    int64_t* limit = nullptr;                // [kQueries]: keys that a row may attend to
 
     // Keys of an example in whole panels, and one more.
     static int64_t panelled(const Limits& most) { return round_up(most.keys, kPanel) + kPanel; }
@@ -165,8 +154,9 @@ struct Work {
         keys.index = arena.take<int32_t>(keys_up + kPanel);
         bias = arena.take<float>(most.span + 2 * kPanel);
         factors = arena.take<float>(keys_up);
-        key_panels = arena.take<float>(keys_up * a.K);
+        key_panels = arena.take<Factor>(keys_up * Products::depth(a.K));
         q = arena.take<float>(kQueries * a.K);
+        q_factor.cut(arena, a.K);
         scores = arena.take<float>(chunks * kQueries * kScoreRow);
         top = arena.take<float>(kQueries);
         total = arena.take<float>(kQueries);
@@ -200,28 +190,15 @@ struct Work {
     // Entry [index] of the result is for a key of that index and query i.
     const float* bias_of(int64_t i) const { return bias + (T - 1) - i; }
 
-    // to[panel][d][key]: rows become columns.
-    void pack_panels(bool values, float* to) const {
-        float rows[kLanes * 256];
-        for (int64_t n = 0; n < round_up(keys.count, kPanel); n += kLanes) {
-            float* panel = to + n / kPanel * kPanel * a.K + n % kPanel;
-            for (int64_t lane = 0; lane < kLanes; ++lane) {
-                if (n + lane < keys.count) {
-                    keys.load_key(a, b, h, keys.index[n + lane], values, dtype, rows + lane * a.K);
-                } else {
-                    clear(rows + lane * a.K, a.K);
-                }
-            }
-            for (int64_t d = 0; d < a.K; d += kLanes) {
-                transpose(rows + d, a.K, panel + d * kPanel, kPanel);
-            }
-        }
+    // The n-th of the gathered keys or values, as a factor.
+    void load_gathered(int64_t n, bool values, float* to) const {
+        keys.load_key(a, b, h, keys.index[n], values, dtype, to);
     }
-
-    void pack_rows(bool values, float* to) const {
-        for (int64_t n = 0; n < keys.count; ++n) {
-            keys.load_key(a, b, h, keys.index[n], values, dtype, to + n * a.K);
-        }
+    void load_gathered(int64_t n, bool values, fp::bf16* to) const {
+        memcpy(to, keys.row<fp::bf16>(a, b, h, n, values), static_cast<size_t>(a.K) * sizeof(fp::bf16));
+    }
+    auto gathered(bool values) const {
+        return [this, values](int64_t n, Factor* to) { load_gathered(n, values, to); };
     }
 
     // Row i of this example in a contiguous tensor like q.
@@ -232,14 +209,6 @@ struct Work {
         for (int64_t i = 0; i < count; ++i) {
             load_row(a.q, a.own(a.q_strides, b, a.query_begin(b), first + i, h), dtype, q + i * a.K, a.K);
             limit[i] = keys.allowed(a, offset + first + i);
-        }
-    }
-
-    // to[count][kScoreRow] = rows[count][K] times the panels of keys [chunk, chunk + width).
-    void product(const float* rows, int64_t count, const float* panels, int64_t chunk, int64_t width, float* to) const {
-        for (int64_t n = 0; n < width; n += kPanel) {
-            const int64_t left = round_up(width - n, kLanes), columns = left < kPanel ? left : kPanel;
-            multiply({rows, a.K, 1}, count, panels + (chunk + n) * a.K, kPanel, columns, to + n, kScoreRow, a.K, false);
         }
     }
 
@@ -274,7 +243,7 @@ void Work::score_few(int64_t chunk, int64_t width, float* to) const {
 // few for all threads. A Pass is a Work that cuts its own memory.
 template <class Pass, class Run>
 int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p, int64_t dtype, const Run& run) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!Products::serves(dtype)) return kBadDType;
     const WeightDropout dropout(seed, dropout_p);
     const Limits most = limits(a);
     const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
@@ -291,6 +260,7 @@ int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p,
         failed += memory == nullptr ? 1 : 0;
         Arena arena(memory);
         pass.cut(arena, most);
+        [[maybe_unused]] Products::Unit unit;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks * parts; ++task) {
             if (memory == nullptr) continue;

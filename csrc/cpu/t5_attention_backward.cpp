@@ -11,24 +11,26 @@ constexpr uint32_t kSign = 1u << 31;
 
 struct Backward : Work {
     using Work::Work;
-    static constexpr bool kHasParts = false;             // all queries add to the gradients of the keys
-    float *value_panels = nullptr, *key_rows = nullptr;  // [panels][K][kPanel]; [keys][K]
-    float *dout = nullptr, *dq = nullptr;                // [kQueries][K]
-    float* dweights = nullptr;                           // [chunks][kQueries][kScoreRow]
-    float *dkeys = nullptr, *dvalues = nullptr;          // [keys][K]
+    static constexpr bool kHasParts = false;              // all queries add to the gradients of the keys
+    Factor *value_panels = nullptr, *key_rows = nullptr;  // [panels][K][kPanel]; [keys][K]
+    float *dout = nullptr, *dq = nullptr;                 // [kQueries][K]
+    Products::Queries dout_factor;
+    float* dweights = nullptr;  // [chunks][kQueries][kScoreRow]; the scores' gradients take their place
+    Products::KeySums dkeys, dvalues;
     float *starved_dk = nullptr, *starved_dv = nullptr;  // [own][K], of rows that may attend to nothing
     float* delta = nullptr;                              // [kQueries]
 
     void cut(Arena& arena, const Limits& most) {
         const int64_t keys_elements = panelled(most) * a.K, chunks = round_up(most.keys, kKeys) / kKeys;
         Work::cut(arena, most, chunks);
-        value_panels = arena.take<float>(keys_elements);
-        key_rows = arena.take<float>(keys_elements);
+        value_panels = arena.take<Factor>(panelled(most) * Products::depth(a.K));
+        key_rows = arena.take<Factor>(keys_elements);
         dout = arena.take<float>(kQueries * a.K);
         dq = arena.take<float>(kQueries * a.K);
+        dout_factor.cut(arena, a.K);
         dweights = arena.take<float>(chunks * kQueries * kScoreRow);
-        dkeys = arena.take<float>(keys_elements);
-        dvalues = arena.take<float>(keys_elements);
+        dkeys.cut(arena, panelled(most), a.K);
+        dvalues.cut(arena, panelled(most), a.K);
         starved_dk = arena.take<float>(keys_elements);
         starved_dv = arena.take<float>(keys_elements);
         delta = arena.take<float>(kQueries);
@@ -72,29 +74,25 @@ void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width,
         store(dw + n, dweight);
     }
     delta[row] += sum_lanes(sum);
-    for (int64_t n = round_up(allowed, kLanes); n < width; n += kLanes) {
-        store(s + n, vfloat{});
-        store(dw + n, vfloat{});
-    }
 }
 
-// Of what weigh_again left, s becomes weights times dropout's factors, dw the gradient of the scores.
+// Of what weigh_again left, s becomes weights times dropout's factors, dw the gradient of the scores, both as factors.
 void Backward::differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const {
     const int64_t allowed = allowed_in(row, chunk, width);
+    auto *weights = reinterpret_cast<Factor*>(s), *dscores = reinterpret_cast<Factor*>(dw);
     for (int64_t n = 0; n < allowed; n += kLanes) {
-        const vfloat found = load(s + n);
-        vfloat weight = found;
-        if (dropout.active()) {
-            const vuint bits = bit_cast<vuint>(found);
-            weight = bit_cast<vfloat>(bits & ~kSign);
-            store(s + n, weight * ((bits & kSign) == 0u ? splat(dropout.scale()) : vfloat{}));
-        }
-        store(dw + n, weight * (load(dw + n) - delta[row]));
+        const vuint bits = bit_cast<vuint>(load(s + n));
+        const vfloat weight = bit_cast<vfloat>(bits & ~kSign), gradient = weight * (load(dw + n) - delta[row]);
+        const vfloat factor = (bits & kSign) == 0u ? splat(dropout.scale()) : vfloat{};
+        store_weight(weights + n, dropout.active() ? weight * factor : weight);
+        store_weight(dscores + n, gradient);
     }
+    clear_weights(weights, allowed, width);
+    clear_weights(dscores, allowed, width);
 }
 
 void Backward::run_block(int64_t first, int64_t count) {
-    const int64_t most = limit[count - 1];
+    const int64_t most = limit[count - 1], D = Products::depth(a.K);
     const auto each_chunk = [&](auto run) {
         for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
             const int64_t block = chunk / kKeys * kQueries * kScoreRow;
@@ -105,18 +103,19 @@ void Backward::run_block(int64_t first, int64_t count) {
         if (T <= kFewQueries) {
             score_few(chunk, width, s);  // as in the forward pass: a weight must not depend on the order of a sum
         } else {
-            product(q, count, key_panels, chunk, width, s);
+            Products::score(q_factor, count, key_panels + chunk * D, width, a.K, s);
         }
-        product(dout, count, value_panels, chunk, width, dw);
+        Products::score(dout_factor, count, value_panels + chunk * D, width, a.K, dw);
         for (int64_t i = 0; i < count; ++i) {
             weigh_again(first + i, i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
         }
     });
     each_chunk([&](int64_t chunk, int64_t width, float* s, float* dw) {
         for (int64_t i = 0; i < count; ++i) differentiate(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
-        multiply({s, 1, kScoreRow}, width, dout, a.K, a.K, dvalues + chunk * a.K, a.K, count);
-        multiply({dw, 1, kScoreRow}, width, q, a.K, a.K, dkeys + chunk * a.K, a.K, count);
-        multiply({dw, kScoreRow, 1}, count, key_rows + chunk * a.K, a.K, a.K, dq, a.K, width);
+        const auto *weights = reinterpret_cast<Factor*>(s), *dscores = reinterpret_cast<Factor*>(dw);
+        dvalues.add(weights, count, dout_factor, chunk, width, a.K);
+        dkeys.add(dscores, count, q_factor, chunk, width, a.K);
+        Products::sum_rows(dscores, count, key_rows + chunk * a.K, width, a.K, dq);
     });
 }
 
@@ -174,21 +173,22 @@ void Backward::load_gradients(const void* dout_rows, const float* stats, int64_t
         top[i] = stats[stats_offset(first + i)];
         total[i] = stats[a.H * a.N + stats_offset(first + i)];
     }
+    q_factor.lay_out(q, count, a.K, true);
+    dout_factor.lay_out(dout, count, a.K, true);
 }
 
 // Gradients of keys and values to where these came from; zero for keys that nothing may attend to.
 void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const {
-    const float zeros[256] = {};
+    const float zeros[256] = {}, *dkey_rows = dkeys.rows(a.K), *dvalue_rows = dvalues.rows(a.K);
     for (int64_t p = 0; p < a.P; ++p) {
         const int64_t to = ((b * a.P + p) * a.H + h) * a.K;
-        store_row(p < keys.prompt ? dkeys + p * a.K : zeros, share_k, to, fp::kFloat32, a.K);
-        store_row(p < keys.prompt ? dvalues + p * a.K : zeros, share_v, to, fp::kFloat32, a.K);
+        store_row(p < keys.prompt ? dkey_rows + p * a.K : zeros, share_k, to, fp::kFloat32, a.K);
+        store_row(p < keys.prompt ? dvalue_rows + p * a.K : zeros, share_v, to, fp::kFloat32, a.K);
     }
     int64_t n = keys.prompt;
     for (int64_t s = 0; s < keys.own; ++s) {
         const bool allowed = n < keys.count && keys.index[n] == keys.prompt + s;
-        float *key = dkeys + n * a.K, *value = dvalues + n * a.K;
-        const float *from_k = allowed ? key : zeros, *from_v = allowed ? value : zeros;
+        const float *from_k = allowed ? dkey_rows + n * a.K : zeros, *from_v = allowed ? dvalue_rows + n * a.K : zeros;
         if (starved) {
             float *sum_k = starved_dk + s * a.K, *sum_v = starved_dv + s * a.K;
             for (int64_t d = 0; d < a.K; ++d) sum_k[d] += from_k[d], sum_v[d] += from_v[d];
@@ -203,11 +203,11 @@ void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* s
 
 void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows,
                    float* share_k, float* share_v) {
-    pack_panels(false, key_panels);
-    pack_panels(true, value_panels);
-    pack_rows(false, key_rows);
-    clear(dkeys, keys.count * a.K);
-    clear(dvalues, keys.count * a.K);
+    Products::pack_panels(keys.count, a.K, gathered(false), key_panels);
+    Products::pack_panels(keys.count, a.K, gathered(true), value_panels);
+    Products::pack_rows(keys.count, a.K, gathered(false), key_rows);
+    dkeys.clear(keys.count, a.K);
+    dvalues.clear(keys.count, a.K);
     int64_t begin = 0, end = T;
     while (begin < end && is_silent(dout_rows, stats, begin)) ++begin;
     while (begin < end && is_silent(dout_rows, stats, end - 1)) --end;

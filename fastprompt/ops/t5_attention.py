@@ -25,6 +25,9 @@ exponentials, or the log of the sum and 1: the pair loses less to rounding. With
 dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
 prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias has none.
 
+What is between loads and stores is fp32. But bf16 on a CPU with AMX is multiplied in bf16 tiles with fp32 sums: weights
+and dscore are rounded to bf16 there (docs/decisions/0016).
+
 No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it. In fp32 with K > 64
 they would spill; the reference runs then. The forward pass is CUDA C++ up to 16 queries, which in fp32 would be other
 sums than the backward pass repeats: there it is Triton's from 2 queries on.
@@ -38,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, pointer, serves, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
@@ -310,8 +313,10 @@ def _is_tritons(a: reference.Inputs) -> bool:
 
 @op.native
 def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
+    if not serves(kernels.t5_attention, arguments[0].dtype):
+        return NotImplemented
     a = _checked(arguments)
-    if a.q.dtype not in DTYPE_CODES or _is_tritons(a):
+    if _is_tritons(a):
         return NotImplemented
     out, stats = _empty(a)
     if out.numel():
@@ -376,10 +381,12 @@ def t5_attention_backward_reference(
 def _native_t5_attention_backward(
     kernels: SimpleNamespace, dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any
 ) -> Any:
+    if not hasattr(kernels, "t5_attention_backward"):
+        return NotImplemented
+    if not serves(kernels.t5_attention_backward, arguments[0].dtype):
+        return NotImplemented
     a = _checked(arguments)
     _check_backward(dout, a, out, stats)
-    if a.q.dtype not in DTYPE_CODES or not hasattr(kernels, "t5_attention_backward"):
-        return NotImplemented
     gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
         layout, (dout, stats) = NativeLayout(a), contiguous(dout, stats)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles .cu files with g++ and calls their kernels on the CPU. docs/cuda-emulation.md explains the emulation."""
+"""Compiles .cu files with g++ and calls their kernels on the CPU. docs/cuda-emulation.md explains the emulation.
+
+The kernels for AMX, too, for CPUs without it.
+"""
 
 import ctypes
 import hashlib
@@ -19,6 +22,21 @@ FLAGS = [
     "-fno-strict-aliasing",  # kernels read a tensor's bytes as the vectors that suit them
     "-fsanitize=alignment",  # emulate.cpp reports what it finds
     *("-DFP_EMULATE", '-DFP_TARGET="emulated"', f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
+]
+AMX_FLAGS = [
+    *(
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-O2",
+        "-g1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fopenmp",
+        "-ffp-contract=off",
+    ),
+    *("-DFP_HAS_TILES", "-DFP_EMULATED_AMX", "-DFP_LANES=1", '-DFP_TARGET="amx"'),
+    *(f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
 ]
 ADDRESS = "-fsanitize=address"
 SCHEDULES = ("forward", "reverse", "shuffled")
@@ -40,7 +58,8 @@ class Kernel:
 
     def __init__(self, library: ctypes.CDLL, address: int) -> None:
         record = _Kernel.from_address(address)
-        self.name, self.signature = record.name.decode(), record.signature.decode()
+        self.name, self.target = record.name.decode(), record.target.decode()
+        self.signature = record.signature.decode()
         self._library, self._address = library, address
 
     def __call__(self, *arguments: int | float) -> int:
@@ -69,8 +88,12 @@ def emulated_kernels(sources: Sequence[Path] | None = None, *, sanitize: bool = 
         sanitize: with AddressSanitizer; this process must then run under LD_PRELOAD=libasan.so.
     """
     sources = sources or sorted(ROOT.glob("csrc/cuda/*.cu"))
-    library = _load(_build(sources, [*FLAGS, "-O1", ADDRESS] if sanitize else FLAGS))
-    return SimpleNamespace(**{kernel.name: kernel for kernel in _kernels(library)})
+    return _load_kernels(sources, [*FLAGS, "-O1", ADDRESS] if sanitize else FLAGS)
+
+
+def amx_kernels() -> SimpleNamespace:
+    """Name -> kernel of t5_attention, its tiles emulated (amx.h)."""
+    return _load_kernels(sorted(ROOT.glob("csrc/cpu/t5_attention*.cpp")), AMX_FLAGS)
 
 
 def set_schedule(order: str = "forward", seed: int = 0) -> None:
@@ -79,6 +102,11 @@ def set_schedule(order: str = "forward", seed: int = 0) -> None:
     _schedule = (SCHEDULES.index(order), seed)
     for library in _libraries.values():
         library.emulate_set_schedule(*_schedule)
+
+
+def _load_kernels(sources: Sequence[Path], flags: list[str]) -> SimpleNamespace:
+    library = _load(_build(sources, flags))
+    return SimpleNamespace(**{kernel.name: kernel for kernel in _kernels(library)})
 
 
 def _kernels(library: ctypes.CDLL) -> Iterator[Kernel]:
@@ -105,7 +133,7 @@ def _build(sources: Sequence[Path], flags: list[str]) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = pool.map(lambda source: _compile(source, headers, flags), [HERE / "emulate.cpp", *sources])
         objects = list(compiled)
-    link = ["-shared", ADDRESS] if ADDRESS in flags else ["-shared"]
+    link = ["-shared", *(flag for flag in (ADDRESS, "-fopenmp") if flag in flags)]
     return _make(_key(objects, flags), ".so", [*link, *map(str, objects)])
 
 

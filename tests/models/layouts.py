@@ -58,10 +58,17 @@ def close(ours, theirs, tolerance=1e-5):
 
 
 def no_further(ours, stock, truth):
-    """Largest errors, where small roundings grow: no model of this size has gradients to its dtype's last digits."""
-    for mine, theirs, exact in zip(ours, stock, truth, strict=True):
-        error, allowed = ((x.double() - exact).abs().max() for x in (mine, theirs))
-        assert error <= 2 * allowed + 1e-5 * max(1.0, exact.abs().max())
+    """Largest errors of all results together, where small roundings grow: no model of this size has gradients to its
+    dtype's last digits, and which result suffers most is luck.
+    """
+
+    def largest(results):
+        return max(
+            float((x.double() - exact).abs().max() / exact.abs().max().clamp(min=1.0))
+            for x, exact in zip(results, truth, strict=True)
+        )
+
+    assert largest(ours) <= 2 * largest(stock) + 1e-5
 
 
 def as_close(ours, stock, truth):

@@ -15,6 +15,7 @@ from fastprompt.ops.frozen_linear import COLUMNS, FEW_ROWS_DEPTH, ROWS
 from fastprompt.testing import saved_bytes
 
 OP = "frozen_linear"
+CPU_TARGETS = [isa for isa in _native.CPU_TARGETS if hasattr(_native.TARGETS[isa], OP)]
 page = sys.modules["fastprompt.ops.frozen_linear"]
 KERNEL = torch.float32
 SHAPES = [  # M, N, K: whole tiles, edges of every kind, few rows and many, slices of the depth, two panels
@@ -54,7 +55,7 @@ def check(M, N, K, layout="rows", number=0, dtype=KERNEL):
     assert_as_exact(dx, dy, weight)
 
 
-def assert_as_exact(ours, x, b):
+def assert_as_exact(ours, x, b, slack=1.1):
     """Within the bound that rounding sets to any order of summation, and on the whole as close as x @ b.
 
     The bound is Higham's, K units of roundoff times |x| |b|: a term too many or too few exceeds it. Of two long sums,
@@ -66,7 +67,7 @@ def assert_as_exact(ours, x, b):
     assert ours.shape == truth.shape
     assert bool((error.abs() <= x.shape[1] * eps / 2 * (a.abs() @ c.abs())).all())
     rms, stock = ((each / scale).square().mean().sqrt() for each in (error, stock_error))
-    assert truth.numel() <= 750 or rms <= 1.1 * stock + 0.1 * eps, (
+    assert truth.numel() <= 750 or rms <= slack * stock + 0.1 * eps, (
         f"{rms / eps:.3g} eps, stock {stock / eps:.3g}"
     )
 
@@ -121,7 +122,11 @@ def test_half_precision_rounds_once(native_backend, no_half_instructions, M, lay
 
 @pytest.mark.parametrize("layout", ["rows", "part"])
 def test_a_row_or_a_few(backend, layout, examples):
-    """Deep enough, forward, and of a weight whose rows are dense; else they are PyTorch's."""
+    """Deep enough, forward, and of a weight whose rows are dense; else they are PyTorch's.
+
+    As close as MKL's on AMD's CPUs. On Intel's, where the kernel is not the default, MKL adds up a row lane by lane.
+    """
+    slack = 1.1 if _native.CPU_IS_AMD else 2.0
 
     @settings(max_examples=examples)
     @given(
@@ -134,7 +139,7 @@ def test_a_row_or_a_few(backend, layout, examples):
     @example(4, 1100, 800, 0)
     def any_case(M, N, K, number):
         x, weight, _ = draw(M, N, K, number)
-        assert_as_exact(frozen_linear(x, strided(weight, layout)), x, weight.t())
+        assert_as_exact(frozen_linear(x, strided(weight, layout)), x, weight.t(), slack)
 
     any_case()
 
@@ -303,12 +308,12 @@ def test_autocast_changes_nothing(rows):
 
 def test_the_default_is_what_is_faster_here():
     """The kernel on AMD's CPUs with wide vectors, else PyTorch's product; either can be asked for."""
-    pays = _native.CPU_IS_AMD and _native.CPU_TARGETS[:1] != ("scalar",) and torch.backends.mkl.is_available()
+    pays = _native.CPU_IS_AMD and CPU_TARGETS[:1] != ["scalar"] and torch.backends.mkl.is_available()
     assert fastprompt.backends(OP)[0] == ("cpu" if pays else "reference")
     x, weight, _ = draw(20, 50, 60)
     frozen_linear(x, weight)
     assert fastprompt.backend_used(OP) == fastprompt.backends(OP)[0]
-    assert set(fastprompt.backends(OP)) >= {"reference", *(f"cpu:{isa}" for isa in _native.CPU_TARGETS)}
+    assert set(fastprompt.backends(OP)) >= {"reference", *(f"cpu:{isa}" for isa in CPU_TARGETS)}
 
 
 def test_float64_gradient():

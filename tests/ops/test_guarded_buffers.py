@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from fastprompt._native import DTYPE_CODES
+from fastprompt._native import DTYPE_CODES, serves
 from fastprompt.testing import guarded
 
 N, D, EPS = 5, 37, 1e-6
@@ -116,6 +116,8 @@ def test_prompt_embed(kernels, device, dtype, seed, p, packed):
 @pytest.mark.parametrize("sizes", [(3, 21), (70, 21)], ids=["few queries", "blocks"])
 def test_t5_attention(kernels, device, dtype, seed, sizes, p):
     """Two examples over prompts of 3 and 5 keys, a mask with holes, causal with offsets."""
+    if not serves(kernels.t5_attention, dtype):
+        pytest.skip("another kernel's dtype")
     (T, S), B, H, K, R, P = sizes, 2, 2, 16, 2, 5
     q, k, v, dout = (torch.randn(B, n, H, K).to(device, dtype) for n in (T, S, S, T))
     prompt_k, prompt_v = (torch.randn(R, P, H, K).to(device, dtype) for _ in "kv")

@@ -45,6 +45,8 @@ def run(member, arguments):
 def test_no_layout_changes_a_bit(backend, device, name, layout, monkeypatch):
     # On a GPU, too, the few queries of the samples go to the kernel that is under test.
     monkeypatch.setattr(attention, "FLOAT32_DECODE_ROWS", attention.DECODE_ROWS)
+    if backend.startswith("cpu:") and backend not in OPS[name].backends():
+        pytest.skip("no kernel of the op is compiled for it")
     moved = set()
     with torch.no_grad(), use_backend(name, backend):
         for member, arguments in SAMPLES[name]():

@@ -148,8 +148,10 @@ def test_the_size_of_chunks_does_not_matter(backend, device, dtype):
 def test_a_maximum_that_rises_from_chunk_to_chunk(backend, device):
     """Logits from -60 to 60: what the first chunks gave must be rescaled each time, to nothing in the end."""
     weight = torch.linspace(-60, 60, 50, device=device)[:, None] * torch.ones(1, 3, device=device) / 3
+    hidden = torch.linspace(0.9, 1.1, 120, device=device).reshape(40, 3)
+    labels = torch.tensor([0, 20, 49, 48] * 10, device=device)
     for w in (weight, weight.flip(0)):
-        check(torch.ones(4, 3, device=device), w, torch.tensor([0, 20, 49, 48], device=device), 1.0, None, 6)
+        check(hidden, w, labels, 1.0, None, 6)
 
 
 def test_num_items(backend, device):

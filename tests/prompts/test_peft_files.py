@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from exactness import assert_exact
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -62,7 +63,7 @@ def test_prompt_tuning_gives_the_same_logits(copies, make_model, make_batch, tmp
     )
     batch = make_batch()
     ours = prompted_from(tmp_path, make_model())
-    torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)
+    assert_exact(ours(**batch).logits, theirs(**batch).logits)
 
 
 @pytest.mark.parametrize("reparameterization", ["MLP", "LSTM"])
@@ -81,7 +82,7 @@ def test_p_tuning_is_read_as_the_table_that_its_network_made(
     theirs = save_adapter(make_model(), tmp_path, config)
     batch = make_batch()
     ours = prompted_from(tmp_path, make_model())
-    torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)
+    assert_exact(ours(**batch).logits, theirs(**batch).logits)
 
 
 @pytest.mark.parametrize("task", [0, 2])
@@ -96,7 +97,7 @@ def test_multitask_gives_one_prompt_per_task(task, make_model, make_batch, tmp_p
     # PEFT's base model takes the decoder's input from the labels.
     expected = theirs(**batch, task_ids=task_ids).logits
     ours = prompted_from(tmp_path, make_model(), task=task)
-    torch.testing.assert_close(ours(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    assert_exact(ours(**batch).logits, expected)
     with pytest.raises(ValueError, match="task must be an int from 0 to 2, got None"):
         read_prompt(tmp_path)
     with pytest.raises(ValueError, match="task must be an int from 0 to 2, got 3"):

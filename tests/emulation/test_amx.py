@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""t5_attention in AMX's tiles, which CPUs without AMX emulate (amx.h): bfloat16 within Hugging Face's own error.
+
+On a CPU with AMX the tests of tests/ops run on its tiles as well, as the backend cpu:amx.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastprompt import _native, _op, backend_used, use_backend
+from fastprompt.ops import t5_attention
+
+OPS = Path(__file__).parents[1] / "ops" / "test_t5_attention.py"
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def attention():
+    """The op's own tests, for their Case."""
+    spec = importlib.util.spec_from_file_location("fastprompt_tests_ops_t5_attention", OPS)
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _tiles(build):
+    op = _op.OPS["t5_attention"]
+    op.add_native_backend("emulated_amx", build.amx_kernels(), "CPU")
+    with use_backend("t5_attention", "emulated_amx"):
+        yield
+    del op._extra["emulated_amx"]
+
+
+def check(case):
+    case.check()
+    for member in ("t5_attention", "t5_attention_backward"):
+        assert backend_used(member) == "emulated_amx"
+
+
+@pytest.mark.parametrize("K", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("T", [1, 7, 40])
+def test_head_widths(attention, K, T):
+    check(attention.Case("cpu", BF16, B=1, T=T, S=19, K=K, P=3))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "right", "left", "any", "nothing"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_masks(attention, causal, mask, p):
+    for P in (0, 3):
+        key_mask = attention.key_mask(mask, 2, 11, "cpu")
+        check(attention.Case("cpu", BF16, P=P, causal=causal, dropout_p=p, key_mask=key_mask))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"B": 1, "T": 130, "S": 300, "P": 5},
+        {"B": 1, "T": 97, "S": 97, "causal": True, "dropout_p": 0.1},
+        {"B": 2, "T": 33, "S": 17, "causal": True, "offset": torch.tensor([20, 3])},
+    ],
+    ids=str,
+)
+def test_blocks(attention, options):
+    """More queries and keys than a block, a chunk and a tile hold, and rests of each."""
+    check(attention.Case("cpu", BF16, H=1, K=32, **options))
+
+
+def test_a_nan_of_a_query_spreads_as_in_transformers(attention):
+    """Not to the rows that share its tiles."""
+    case = attention.Case("cpu", BF16, B=1, T=40, S=40, P=3)
+    case.q[0, 5, 1, 3] = float("nan")
+    stock = case.results(
+        case.hf, [x.float() for x in case.tensors]
+    )  # PyTorch's own bf16 products may spread it further
+    for ours, other in zip(case.results(case.ours, case.tensors), stock, strict=True):
+        assert torch.equal(ours.isnan(), other.isnan())
+
+
+def test_subnormal_weights_are_no_faults(attention):
+    """Weights that bfloat16 holds as subnormal numbers only, which tiles read as zero."""
+    q = torch.zeros(1, 5, 1, 16, dtype=BF16)
+    q[..., 0] = 1.0
+    k = torch.zeros(1, 2, 1, 16, dtype=BF16)
+    k[0, 1, 0, 0] = -87.5  # e^-87.5 = 1.0e-38, the least normal number 1.18e-38
+    out = t5_attention(q, k, torch.ones_like(k))
+    assert torch.equal(out, torch.ones_like(out))
+
+
+def test_other_dtypes_are_not_taken():
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x = torch.zeros(1, 5, 1, 16, dtype=dtype)
+        t5_attention(x, x, x)
+        assert backend_used("t5_attention") == "reference"
+
+
+@pytest.mark.skipif("amx" not in _native.CPU_TARGETS, reason="needs AMX")
+def test_the_emulation_is_as_exact_as_amx(attention):
+    """The sums of both are in one order; what surrounds them has other vectors, and so other roundings."""
+    case = attention.Case("cpu", BF16, B=1, T=40, S=70, K=64)
+    emulated = case.results(case.ours, case.tensors)
+    with use_backend("t5_attention", "cpu:amx"):
+        for ours, other in zip(case.results(case.ours, case.tensors), emulated, strict=True):
+            torch.testing.assert_close(ours, other, rtol=2**-7, atol=float(other.abs().max()) * 2**-9)
