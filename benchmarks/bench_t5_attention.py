@@ -54,7 +54,8 @@ def specs(options: Options) -> list[Spec]:
         return found + [Spec(what, bf16, tuple(s.items())) for s in SWEEP_ON_GPU for what in (FULL, UNPADDED)]
     goal = tuple((QUICK if options.quick else GOAL).items())
     fp32, bf16 = torch.float32, torch.bfloat16
-    headline = [(STEP, fp32, 0.0), (STEP, fp32, 0.1), (FULL, fp32, 0.0), (FULL, fp32, 0.1), (STEP, bf16, 0.0)]
+    headline = [(what, fp32, p) for what in (STEP, FULL) for p in (0.0, 0.1)]
+    headline += [(STEP, bf16, 0.0), (FULL, bf16, 0.0), (FULL, bf16, 0.1)]
     others = [(CACHED, fp32, 0.0), (FORWARD, fp32, 0.0), (DECODE, fp32, 0.0)]
     found = [Spec(what, dtype, goal, True, p) for what, dtype, p in headline]
     found += [Spec(what, dtype, goal, False, p) for what, dtype, p in others]
