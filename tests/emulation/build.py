@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles .cu files with g++ and calls their kernels on the CPU. docs/cuda-emulation.md explains the emulation.
 
-The kernels for AMX, too, for CPUs without it.
+The kernels for other CPUs, too: for AMX, and for vectors of four floats, as ARM's NEON has them.
 """
 
 import ctypes
@@ -23,21 +23,12 @@ FLAGS = [
     "-fsanitize=alignment",  # emulate.cpp reports what it finds
     *("-DFP_EMULATE", '-DFP_TARGET="emulated"', f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
 ]
-AMX_FLAGS = [
-    *(
-        "-x",
-        "c++",
-        "-std=c++17",
-        "-O2",
-        "-g1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-fopenmp",
-        "-ffp-contract=off",
-    ),
-    *("-DFP_HAS_TILES", "-DFP_EMULATED_AMX", "-DFP_LANES=1", '-DFP_TARGET="amx"'),
-    *(f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
+CPU_FLAGS = [
+    *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
+    *("-fopenmp", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
 ]
+AMX_FLAGS = [*CPU_FLAGS, "-DFP_HAS_TILES", "-DFP_EMULATED_AMX", "-DFP_LANES=1", '-DFP_TARGET="amx"']
+NEON_FLAGS = [*CPU_FLAGS, "-DFP_LANES=4", '-DFP_TARGET="neon"']
 ADDRESS = "-fsanitize=address"
 SCHEDULES = ("forward", "reverse", "shuffled")
 
@@ -102,6 +93,11 @@ def set_schedule(order: str = "forward", seed: int = 0) -> None:
     _schedule = (SCHEDULES.index(order), seed)
     for library in _libraries.values():
         library.emulate_set_schedule(*_schedule)
+
+
+def four_lane_kernels() -> SimpleNamespace:
+    """Name -> kernel of every op, in portable vectors of four floats."""
+    return _load_kernels(sorted(ROOT.glob("csrc/cpu/*.cpp")), NEON_FLAGS)
 
 
 def _load_kernels(sources: Sequence[Path], flags: list[str]) -> SimpleNamespace:
