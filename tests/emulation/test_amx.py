@@ -82,6 +82,16 @@ def test_a_nan_of_a_query_spreads_as_in_transformers(attention):
         assert torch.equal(ours.isnan(), other.isnan())
 
 
+@pytest.mark.parametrize("S", [1, 34])
+def test_an_infinite_value_stays_one(attention, S):
+    """Beside keys that fill up a tile, whose weights are zero: times infinity that would be NaN."""
+    case = attention.Case("cpu", BF16, B=1, T=40, S=S)
+    case.v[0, -1, 1, 3] = float("inf")
+    out = case.ours(*case.tensors)
+    assert out[0, :, 1, 3].isposinf().all()
+    assert out.isfinite().sum() == out.numel() - 40
+
+
 def test_subnormal_weights_are_no_faults(attention):
     """Weights that bfloat16 holds as subnormal numbers only, which tiles read as zero."""
     q = torch.zeros(1, 5, 1, 16, dtype=BF16)
