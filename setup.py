@@ -44,6 +44,16 @@ elif platform.machine() in ("aarch64", "arm64"):
 AMX_SOURCES = ("t5_attention", "t5_attention_backward")
 
 
+def cpu_targets() -> dict[str, tuple[int, list[str]]]:
+    """Those that the compiler knows: g++ does AMX from version 11 on."""
+    flags = CPU_TARGETS.get("amx", (0, []))[1]
+    probe = [*shlex.split(CXX), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    if not flags or subprocess.run(probe, capture_output=True).returncode == 0:
+        return CPU_TARGETS
+    print(f"{CXX} knows no AMX: attention in bfloat16 has AVX-512's kernels at best")
+    return {target: how for target, how in CPU_TARGETS.items() if target != "amx"}
+
+
 def find_nvcc() -> str | None:
     want = os.environ.get("FASTPROMPT_CUDA", "auto")
     if want not in ("auto", "0", "1"):
@@ -115,8 +125,9 @@ class NinjaBuild(build_ext):
             lines.append(f"build {name}: {rule} {source}\n  flags = {' '.join(flags)}")
 
         compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
+        targets = cpu_targets()
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
-            for target, (lanes, isa) in CPU_TARGETS.items():
+            for target, (lanes, isa) in targets.items():
                 if target == "amx" and source.stem not in AMX_SOURCES:
                     continue
                 defines = ["-fno-exceptions", f"-DFP_TARGET='\"{target}\"'", f"-DFP_LANES={lanes}"]
