@@ -4,27 +4,14 @@
 On a CPU with AMX the tests of tests/ops run on its tiles as well, as the backend cpu:amx.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+import test_t5_attention as attention
 import torch
 
 from fastprompt import _native, _op, backend_used, use_backend
 from fastprompt.ops import t5_attention
 
-OPS = Path(__file__).parents[1] / "ops" / "test_t5_attention.py"
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(scope="module")
-def attention():
-    """The op's own tests, for their Case."""
-    spec = importlib.util.spec_from_file_location("fastprompt_tests_ops_t5_attention", OPS)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +31,14 @@ def check(case):
 
 @pytest.mark.parametrize("K", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("T", [1, 7, 40])
-def test_head_widths(attention, K, T):
+def test_head_widths(K, T):
     check(attention.Case("cpu", BF16, B=1, T=T, S=19, K=K, P=3))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", ["none", "right", "left", "any", "nothing"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_masks(attention, causal, mask, p):
+def test_masks(causal, mask, p):
     for P in (0, 3):
         key_mask = attention.key_mask(mask, 2, 11, "cpu")
         check(attention.Case("cpu", BF16, P=P, causal=causal, dropout_p=p, key_mask=key_mask))
@@ -66,12 +53,12 @@ def test_masks(attention, causal, mask, p):
     ],
     ids=str,
 )
-def test_blocks(attention, options):
+def test_blocks(options):
     """More queries and keys than a block, a chunk and a tile hold, and rests of each."""
     check(attention.Case("cpu", BF16, H=1, K=32, **options))
 
 
-def test_a_nan_of_a_query_spreads_as_in_transformers(attention):
+def test_a_nan_of_a_query_spreads_as_in_transformers():
     """Not to the rows that share its tiles."""
     case = attention.Case("cpu", BF16, B=1, T=40, S=40, P=3)
     case.q[0, 5, 1, 3] = float("nan")
@@ -83,7 +70,7 @@ def test_a_nan_of_a_query_spreads_as_in_transformers(attention):
 
 
 @pytest.mark.parametrize("S", [1, 34])
-def test_an_infinite_value_stays_one(attention, S):
+def test_an_infinite_value_stays_one(S):
     """Beside keys that fill up a tile, whose weights are zero: times infinity that would be NaN."""
     case = attention.Case("cpu", BF16, B=1, T=40, S=S)
     case.v[0, -1, 1, 3] = float("inf")
@@ -92,7 +79,7 @@ def test_an_infinite_value_stays_one(attention, S):
     assert out.isfinite().sum() == out.numel() - 40
 
 
-def test_subnormal_weights_are_no_faults(attention):
+def test_subnormal_weights_are_no_faults():
     """Weights that bfloat16 holds as subnormal numbers only, which tiles read as zero."""
     q = torch.zeros(1, 5, 1, 16, dtype=BF16)
     q[..., 0] = 1.0
@@ -110,7 +97,7 @@ def test_other_dtypes_are_not_taken():
 
 
 @pytest.mark.skipif("amx" not in _native.CPU_TARGETS, reason="needs AMX")
-def test_the_emulation_is_as_exact_as_amx(attention):
+def test_the_emulation_is_as_exact_as_amx():
     """The sums of both are in one order; what surrounds them has other vectors, and so other roundings."""
     case = attention.Case("cpu", BF16, B=1, T=40, S=70, K=64)
     emulated = case.results(case.ours, case.tensors)

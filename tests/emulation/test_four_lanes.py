@@ -3,29 +3,16 @@
 instructions, for which portable code stands in.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+import test_frozen_linear
+import test_t5_attention
 import torch
 from samples import SAMPLES
 
 from fastprompt import _op, backend_used, use_backend
 from fastprompt.ops import frozen_linear, gated_act, prompt_embed, relu_dropout, rms_norm
 
-OPS = Path(__file__).parents[1] / "ops"
 BACKEND = "four_lanes"
-
-
-def own_tests(op):
-    """The op's own tests, for their helpers."""
-    name = f"fastprompt_tests_ops_{op}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, OPS / f"test_{op}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +76,7 @@ def test_rows_have_the_bits_of_single_floats(name, dtype):
 @pytest.mark.parametrize("T", [1, 3, 80])
 def test_attention(T, dtype):
     with use_backend("t5_attention", BACKEND):
-        own_tests("t5_attention").Case("cpu", dtype, T=T, S=86, K=32, P=3, dropout_p=0.1).check()
+        test_t5_attention.Case("cpu", dtype, T=T, S=86, K=32, P=3, dropout_p=0.1).check()
 
 
 @pytest.mark.parametrize("shape", [(17, 51, 49), (103, 70, 129), (305, 130, 300), (3, 70, 600)], ids=str)
@@ -97,10 +84,10 @@ def test_attention(T, dtype):
 def test_products(shape, layout):
     with use_backend("frozen_linear", BACKEND):
         if shape[0] < 6:
-            x, weight, _ = own_tests("frozen_linear").draw(*shape)
+            x, weight, _ = test_frozen_linear.draw(*shape)
             assert_close = torch.testing.assert_close
             assert_close(
                 frozen_linear(x, weight), (x.double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-4
             )
         else:
-            own_tests("frozen_linear").check(*shape, layout)
+            test_frozen_linear.check(*shape, layout)
