@@ -279,27 +279,50 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 // All lanes equal. Subtracting zero changes no value, so the compiler leaves it out; adding would turn -0 into 0.
 FP_INLINE vfloat splat(float value) { return value - vfloat{}; }
 
+// a0 b0 a1 b1 ... of the lower half of each, or of the upper.
+#if defined(__clang__)
+template <class T, T... lane>
+struct LaneNumbers {};
+
+template <bool kUpper, int... lane>
+FP_INLINE vfloat zip(vfloat a, vfloat b, LaneNumbers<int, lane...>) {
+    return __builtin_shufflevector(a, b, ((lane + kUpper * FP_LANES) / 2 + lane % 2 * FP_LANES)...);
+}
+
+template <bool kUpper>
+FP_INLINE vfloat zip(vfloat a, vfloat b) {
+    return zip<kUpper>(a, b, __make_integer_seq<LaneNumbers, int, FP_LANES>{});
+}
+#else
+template <bool kUpper>
+FP_INLINE vfloat zip(vfloat a, vfloat b) {
+    vuint from{};  // known to the compiler
+    for (uint32_t lane = 0; lane < FP_LANES; ++lane) from[lane] = (lane + kUpper * FP_LANES) / 2 + lane % 2 * FP_LANES;
+    return __builtin_shuffle(a, b, from);
+}
+#endif
+
 // to[i][j] = from[j][i], kLanes each way: as many perfect shuffles as it takes to halve the lanes down to one.
 template <class T>
 FP_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
     vfloat rows[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) rows[i] = load(from + i * from_row);
-#if FP_LANES > 1
-    vuint low{}, high{};  // known to the compiler
-    for (int64_t i = 0; i < kLanes; ++i) {
-        low[i] = static_cast<uint32_t>(i / 2 + i % 2 * kLanes);
-        high[i] = low[i] + kLanes / 2;
-    }
     for (int64_t stage = 1; stage < kLanes; stage *= 2) {
         vfloat mixed[kLanes];
         for (int64_t i = 0; i < kLanes / 2; ++i) {
-            mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-            mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+            mixed[2 * i] = zip<false>(rows[i], rows[i + kLanes / 2]);
+            mixed[2 * i + 1] = zip<true>(rows[i], rows[i + kLanes / 2]);
         }
         memcpy(rows, mixed, sizeof(mixed));
     }
-#endif
     for (int64_t i = 0; i < kLanes; ++i) store(to + i * to_row, rows[i]);
+}
+
+// The first `count` lanes of value, `other` in those behind them.
+FP_INLINE vfloat first_lanes(vfloat value, int64_t count, float other) {
+    vuint lane{};  // 0, 1, 2, ...: known to the compiler
+    for (int64_t i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+    return lane < static_cast<uint32_t>(count) ? value : splat(other);
 }
 
 // Neighbouring halves are joined until one lane is left.
@@ -342,25 +365,39 @@ FP_INLINE vfloat fused_multiply_add(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// e^x to about one unit in the last place; 0 where that lies below the normal numbers. NaN stays NaN.
-FP_INLINE vfloat exp(vfloat x) {
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-    const vfloat clamped = x < -88.0f ? splat(-88.0f) : x;
-    const vfloat shifted = clamped * 1.44269504f + kRound;
-    const vfloat n = shifted - kRound;
-    // Cody and Waite: n * ln 2 in two parts, the first of which is exact.
-    const vfloat r = fused_multiply_add(n, splat(2.12194440e-4f), clamped - n * 0.693359375f);
-    vfloat p = splat(1.9875691500e-4f);  // Cephes' polynomial
+// e^r for r within ln 2 / 2 of zero: Cephes' polynomial.
+FP_INLINE vfloat exp_of_small(vfloat r) {
+    vfloat p = splat(1.9875691500e-4f);
     for (const float coefficient :
          {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
         p = fused_multiply_add(p, r, splat(coefficient));
     }
-    p = fused_multiply_add(p, r * r, r) + 1.0f;
+    return fused_multiply_add(p, r * r, r) + 1.0f;
+}
+
+// e^x to about one unit in the last place; 0 where that lies below the normal numbers. NaN stays NaN.
+FP_INLINE vfloat exp(vfloat x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+    constexpr float kLog2E = 1.44269504f, kLeast = -87.0f;
+    // Cody and Waite: x = n * ln 2 + r, ln 2 in two parts, the first of which is exact.
+    constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+#if FP_LANES == 16 && defined(__AVX512F__)
+    const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(89.0f), bit_cast<__m512>(x));  // the second if one is NaN
+    const vfloat n = fused_multiply_add(bit_cast<vfloat>(bounded), splat(kLog2E), splat(kRound)) - kRound;
+    const vfloat rest = fused_multiply_add(n, splat(-kLn2High), bit_cast<vfloat>(bounded));
+    const vfloat p = exp_of_small(fused_multiply_add(n, splat(-kLn2Low), rest));
+    const __mmask16 normal = _mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_set1_ps(kLeast), _CMP_NLT_UQ);
+    return bit_cast<vfloat>(_mm512_maskz_scalef_ps(normal, bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#else
+    const vfloat clamped = x < -88.0f ? splat(-88.0f) : x;
+    const vfloat shifted = clamped * kLog2E + kRound, n = shifted - kRound;
+    const vfloat p = exp_of_small(fused_multiply_add(n, splat(-kLn2Low), clamped - n * kLn2High));
     const vuint power = (bit_cast<vuint>(shifted) - float_bits(kRound) + 127u) << 23;
     vfloat result = p * bit_cast<vfloat>(power);
-    result = x < -87.0f ? vfloat{} : result;
+    result = x < kLeast ? vfloat{} : result;
     result = x > 88.0f ? splat(INFINITY) : result;
     return x != x ? x : result;
+#endif
 }
 
 // Dropped means zero: an infinity times a factor of 0 would leave a NaN.

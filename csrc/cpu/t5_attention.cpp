@@ -40,11 +40,8 @@ void Forward::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat value = load(s + n);
         if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
+        if (n + kLanes > allowed) value = first_lanes(value, allowed - n, -INFINITY);
         store(s + n, value);
-        if (n + kLanes > allowed) {
-            for (int64_t k = n; k < n + kLanes; ++k) s[k] = k < allowed ? s[k] : -INFINITY;
-            value = load(s + n);
-        }
         most = value > most ? value : most;
     }
     const float found = largest_lane(most), high = found > top[row] ? found : top[row];
@@ -106,10 +103,10 @@ void Forward::finish_rows(int64_t first, int64_t count, void* to, float* stats) 
         } else {
             for (int64_t d = 0; d < a.K; d += kLanes) store(row + d, load(row + d) / total[i]);
         }
-        store_row(row, to, row_offset(first + i), dtype, a.K);
         stats[stats_offset(first + i)] = starved ? 0.0f : top[i];
         stats[a.H * a.N + stats_offset(first + i)] = starved ? 0.0f : total[i];
     }
+    store_rows(out, to, rows_from(first), dtype, count, a.K);
 }
 
 // Adds the values of a chunk, weighted, to kColumns columns of the outputs of a few queries, in registers.

@@ -19,6 +19,24 @@ constexpr int64_t kQueries = Products::kQueries;  // of a block
 constexpr int64_t kFewQueries = 4;                // up to so many, transposing the keys would cost more than it brings
 constexpr int64_t kNoMemory = -1, kBadDType = -2;
 
+// A head's rows lie H * K elements apart, nearly each in a page of its own, and no processor foresees the next. So rows
+// are asked for, those that are to be written, too, so many before their turn.
+constexpr int64_t kRowsAhead = 16;
+
+void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
+    const char* row = static_cast<const char*>(from) + offset * size_of(dtype);
+    for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch(row + byte);
+}
+
+// visit(i) for rows [0, count), each of which fetch(i) has asked for before.
+template <class Fetch, class Visit>
+FP_INLINE void each_row_ahead(int64_t count, const Fetch& fetch, const Visit& visit) {
+    for (int64_t i = -kRowsAhead; i < count; ++i) {
+        if (i + kRowsAhead < count) fetch(i + kRowsAhead);
+        if (i >= 0) visit(i);
+    }
+}
+
 void load_row(const void* from, int64_t offset, int64_t dtype, float* to, int64_t count) {
     with_type(dtype, [&](auto type) {
         const auto* row = static_cast<const decltype(type)*>(from) + offset;
@@ -31,6 +49,22 @@ void store_row(const float* from, void* to, int64_t offset, int64_t dtype, int64
         auto* row = static_cast<decltype(type)*>(to) + offset;
         for (int64_t d = 0; d < count; d += kLanes) store(row + d, load(from + d));
     });
+}
+
+// to[count][K] = the rows that begin at offset(i).
+template <class Offset>
+void load_rows(const void* from, const Offset& offset, int64_t dtype, float* to, int64_t count, int64_t K) {
+    each_row_ahead(
+        count, [&](int64_t i) { fetch_row(from, offset(i), dtype, K); },
+        [&](int64_t i) { load_row(from, offset(i), dtype, to + i * K, K); });
+}
+
+// The inverse of load_rows.
+template <class Offset>
+void store_rows(const float* from, void* to, const Offset& offset, int64_t dtype, int64_t count, int64_t K) {
+    each_row_ahead(
+        count, [&](int64_t i) { fetch_row(to, offset(i), dtype, K); },
+        [&](int64_t i) { store_row(from + i * K, to, offset(i), dtype, K); });
 }
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
@@ -73,6 +107,10 @@ struct Keys {
         for (int64_t pad = 0; pad < kPanel; ++pad) index[count + pad] = static_cast<int32_t>(prompt + own + pad);
     }
 
+    const void* base(const fp::Attention& a, int64_t i, bool values) const {
+        return i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
+    }
+
     int64_t source(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values) const {
         if (i < prompt) {
             const fp::Strides& s = values ? a.prompt_v_strides : a.prompt_k_strides;
@@ -83,16 +121,18 @@ struct Keys {
 
     void load_key(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values, int64_t dtype,
                   float* to) const {
-        const void* base = i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
-        load_row(base, source(a, b, h, i, values), dtype, to, a.K);
+        load_row(base(a, i, values), source(a, b, h, i, values), dtype, to, a.K);
+    }
+
+    void fetch_key(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values, int64_t dtype) const {
+        fetch_row(base(a, i, values), source(a, b, h, i, values), dtype, a.K);
     }
 
     // Row n of the gathered keys or values, where it lies.
     template <class T>
     FP_INLINE const T* row(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values) const {
         const int64_t i = index[n];
-        const void* base = i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
-        return static_cast<const T*>(base) + source(a, b, h, i, values);
+        return static_cast<const T*>(base(a, i, values)) + source(a, b, h, i, values);
     }
 
     // How many of them a query at `position` may attend to: they are sorted.
@@ -198,18 +238,24 @@ struct Work {
         memcpy(to, keys.row<fp::bf16>(a, b, h, n, values), static_cast<size_t>(a.K) * sizeof(fp::bf16));
     }
     auto gathered(bool values) const {
-        return [this, values](int64_t n, Factor* to) { load_gathered(n, values, to); };
+        return [this, values](int64_t n, Factor* to) {
+            const int64_t later = n + kRowsAhead;
+            if (later < keys.count) keys.fetch_key(a, b, h, keys.index[later], values, dtype);
+            load_gathered(n, values, to);
+        };
     }
 
     // Row i of this example in a contiguous tensor like q.
     int64_t row_offset(int64_t i) const { return ((a.query_begin(b) + i) * a.H + h) * a.K; }
+    auto rows_from(int64_t first) const {
+        return [this, first](int64_t i) { return row_offset(first + i); };
+    }
     int64_t stats_offset(int64_t i) const { return h * a.N + a.query_begin(b) + i; }
 
     void load_queries(int64_t first, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            load_row(a.q, a.own(a.q_strides, b, a.query_begin(b), first + i, h), dtype, q + i * a.K, a.K);
-            limit[i] = keys.allowed(a, offset + first + i);
-        }
+        const auto row = [&](int64_t i) { return a.own(a.q_strides, b, a.query_begin(b), first + i, h); };
+        load_rows(a.q, row, dtype, q, count, a.K);
+        for (int64_t i = 0; i < count; ++i) limit[i] = keys.allowed(a, offset + first + i);
     }
 
     // Dropout's factors for query i, by index, for the keys [n, n + width).

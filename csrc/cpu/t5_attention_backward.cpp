@@ -61,7 +61,7 @@ void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width,
         if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
         vfloat weight = exp(value - top[row]) * inverse, dweight = load(dw + n);
         if (n + kLanes > allowed) {
-            for (int64_t lane = allowed - n; lane < kLanes; ++lane) weight[lane] = 0.0f, dweight[lane] = 0.0f;
+            weight = first_lanes(weight, allowed - n, 0.0f), dweight = first_lanes(dweight, allowed - n, 0.0f);
         }
         vuint dropped{};
         if (dropout.active()) {
@@ -151,6 +151,7 @@ void Backward::starve(int64_t i, int64_t row) {
 // Is the gradient of the output of query i zero, as it is where the model's padding is? Such a query adds nothing.
 bool Backward::is_silent(const void* dout_rows, const float* stats, int64_t i) const {
     float row[256];
+    if (i >= kRowsAhead) fetch_row(dout_rows, row_offset(i - kRowsAhead), dtype, a.K);  // read from the last
     load_row(dout_rows, row_offset(i), dtype, row, a.K);
     vfloat size{};
     for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
@@ -167,8 +168,8 @@ void Backward::clear_queries(void* dq_rows, int64_t first, int64_t end) const {
 // Loads a block of queries and the gradients of their outputs; delta is still to be summed.
 void Backward::load_gradients(const void* dout_rows, const float* stats, int64_t first, int64_t count) {
     load_queries(first, count);
+    load_rows(dout_rows, rows_from(first), dtype, dout, count, a.K);
     for (int64_t i = 0; i < count; ++i) {
-        load_row(dout_rows, row_offset(first + i), dtype, dout + i * a.K, a.K);
         delta[i] = 0.0f;
         top[i] = stats[stats_offset(first + i)];
         total[i] = stats[a.H * a.N + stats_offset(first + i)];
@@ -185,8 +186,13 @@ void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* s
         store_row(p < keys.prompt ? dkey_rows + p * a.K : zeros, share_k, to, fp::kFloat32, a.K);
         store_row(p < keys.prompt ? dvalue_rows + p * a.K : zeros, share_v, to, fp::kFloat32, a.K);
     }
+    const auto row = [&](int64_t s) { return ((a.key_begin(b) + s) * a.H + h) * a.K; };
+    const auto fetch = [&](int64_t s) {
+        fetch_row(dk_rows, row(s), dtype, a.K);
+        fetch_row(dv_rows, row(s), dtype, a.K);
+    };
     int64_t n = keys.prompt;
-    for (int64_t s = 0; s < keys.own; ++s) {
+    each_row_ahead(keys.own, fetch, [&](int64_t s) {
         const bool allowed = n < keys.count && keys.index[n] == keys.prompt + s;
         const float *from_k = allowed ? dkey_rows + n * a.K : zeros, *from_v = allowed ? dvalue_rows + n * a.K : zeros;
         if (starved) {
@@ -194,11 +200,10 @@ void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* s
             for (int64_t d = 0; d < a.K; ++d) sum_k[d] += from_k[d], sum_v[d] += from_v[d];
             from_k = sum_k, from_v = sum_v;
         }
-        const int64_t to = ((a.key_begin(b) + s) * a.H + h) * a.K;
-        store_row(from_k, dk_rows, to, dtype, a.K);
-        store_row(from_v, dv_rows, to, dtype, a.K);
+        store_row(from_k, dk_rows, row(s), dtype, a.K);
+        store_row(from_v, dv_rows, row(s), dtype, a.K);
         n += allowed ? 1 : 0;
-    }
+    });
 }
 
 void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows,
@@ -229,7 +234,7 @@ void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, voi
             }
             starve(first + i, i);
         }
-        for (int64_t i = 0; i < count; ++i) store_row(dq + i * a.K, dq_rows, row_offset(first + i), dtype, a.K);
+        store_rows(dq, dq_rows, rows_from(first), dtype, count, a.K);
     }
     store_keys(dk_rows, dv_rows, share_k, share_v, starved);
 }
