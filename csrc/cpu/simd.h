@@ -437,7 +437,8 @@ public:
             if (i >= 0 && i + kElements <= count) {
                 memcpy(factors + i, values, sizeof(values));
             } else {
-                for (int64_t k = i < 0 ? -i : 0; k < kElements && i + k < count; ++k) factors[i + k] = values[k];
+                const int64_t begin = i < 0 ? -i : 0, end = count - i < kElements ? count - i : kElements;
+                memcpy(factors + i + begin, values + begin, static_cast<size_t>(end - begin) * sizeof(float));
             }
         }
     }

@@ -46,12 +46,13 @@ void Forward::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
     }
     const float found = largest_lane(most), high = found > top[row] ? found : top[row];
     const float base = high == -INFINITY ? 0.0f : high;  // all scores so far are -inf: weights of 0, not NaN
-    if (dropout.active()) draw(i, chunk, allowed);
+    const bool drops = dropout.active();
+    if (drops) draw(i, chunk, allowed);
     vfloat sum{};
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat weight = exp(load(s + n) - base);
         sum += weight;
-        if (dropout.active()) weight = drop(weight, keys.at(factors, chunk + n));
+        if (drops) weight = drop(weight, keys.at(factors, chunk + n));
         store_weight(weights + n, weight);
     }
     clear_weights(weights, allowed, width);

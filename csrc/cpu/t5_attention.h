@@ -149,7 +149,11 @@ struct Keys {
     // table[index[n]] for the kLanes keys from n on.
     FP_INLINE vfloat at(const float* table, int64_t n) const {
         const int64_t first = index[n];
-        if (index[n + kLanes - 1] - first == kLanes - 1) return load(table + first);
+        return index[n + kLanes - 1] - first == kLanes - 1 ? load(table + first) : scattered(table, n);
+    }
+
+    // Seldom needed, so its code is kept out of the loops over keys.
+    __attribute__((noinline)) vfloat scattered(const float* table, int64_t n) const {
         vfloat value;
         for (int64_t lane = 0; lane < kLanes; ++lane) value[lane] = table[index[n + lane]];
         return value;
@@ -235,7 +239,8 @@ struct Work {
         keys.load_key(a, b, h, keys.index[n], values, dtype, to);
     }
     void load_gathered(int64_t n, bool values, fp::bf16* to) const {
-        memcpy(to, keys.row<fp::bf16>(a, b, h, n, values), static_cast<size_t>(a.K) * sizeof(fp::bf16));
+        const fp::bf16* row = keys.row<fp::bf16>(a, b, h, n, values);
+        for (int64_t d = 0; d < a.K; d += kLanes) memcpy(to + d, row + d, kLanes * sizeof(fp::bf16));
     }
     auto gathered(bool values) const {
         return [this, values](int64_t n, Factor* to) {

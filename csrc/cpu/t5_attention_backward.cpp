@@ -53,18 +53,19 @@ struct Backward : Work {
 void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw) {
     const int64_t allowed = allowed_in(row, chunk, width);
     const float* bias_row = a.bias == nullptr ? nullptr : bias_of(i);
-    if (dropout.active() && allowed > 0) draw(i, chunk, allowed);
-    const float inverse = 1.0f / total[row];
+    const bool drops = dropout.active();
+    if (drops && allowed > 0) draw(i, chunk, allowed);
+    const float high = top[row], inverse = 1.0f / total[row];
     vfloat sum{};
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat value = load(s + n);
         if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
-        vfloat weight = exp(value - top[row]) * inverse, dweight = load(dw + n);
+        vfloat weight = exp(value - high) * inverse, dweight = load(dw + n);
         if (n + kLanes > allowed) {
             weight = first_lanes(weight, allowed - n, 0.0f), dweight = first_lanes(dweight, allowed - n, 0.0f);
         }
         vuint dropped{};
-        if (dropout.active()) {
+        if (drops) {
             const vfloat factor = keys.at(factors, chunk + n);
             dweight *= factor;  // of what is not finite NaN, also where it is dropped, as in PyTorch
             dropped = bit_cast<vuint>(factor == 0.0f) & kSign;
@@ -80,11 +81,13 @@ void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width,
 void Backward::differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const {
     const int64_t allowed = allowed_in(row, chunk, width);
     auto *weights = reinterpret_cast<Factor*>(s), *dscores = reinterpret_cast<Factor*>(dw);
+    const bool drops = dropout.active();
+    const float mean = delta[row], scale = dropout.scale();
     for (int64_t n = 0; n < allowed; n += kLanes) {
         const vuint bits = bit_cast<vuint>(load(s + n));
-        const vfloat weight = bit_cast<vfloat>(bits & ~kSign), gradient = weight * (load(dw + n) - delta[row]);
-        const vfloat factor = (bits & kSign) == 0u ? splat(dropout.scale()) : vfloat{};
-        store_weight(weights + n, dropout.active() ? weight * factor : weight);
+        const vfloat weight = bit_cast<vfloat>(bits & ~kSign), gradient = weight * (load(dw + n) - mean);
+        const vfloat factor = (bits & kSign) == 0u ? splat(scale) : vfloat{};
+        store_weight(weights + n, drops ? weight * factor : weight);
         store_weight(dscores + n, gradient);
     }
     clear_weights(weights, allowed, width);
