@@ -101,6 +101,7 @@ void copy_row(const void* from, void* to, int64_t bytes, const void* next) {
     int64_t i = 0;
     for (; i + kLine <= bytes; i += kLine) {
         __builtin_prefetch(ahead + i);
+        if constexpr (!kStreaming) fetch(target + i + kStoreAhead);
         for (int64_t part = i; part < i + kLine; part += static_cast<int64_t>(sizeof(vfloat))) {
             vfloat value;
             memcpy(&value, source + part, sizeof(value));

@@ -40,15 +40,21 @@ int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept,
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
             const T* xs = static_cast<const T*>(x) + first;
             T* ys = static_cast<T*>(y) + first;
+            const auto each = [&](const auto& factor_at) {
+                each_vector(size, [&](int64_t i, auto extent) {
+                    const vfloat value = load_at(xs, i, extent), factor = factor_at(i, extent);
+                    const auto stops = (value <= 0.0f) | (factor == 0.0f);  // NaN passes, as in torch
+                    store_at(ys, i, extent, stops ? vfloat{} : value * factor);
+                    put_bits(kept + first / 8, i, lane_bits(bit_cast<vuint>(~stops)), count_of(extent));
+                });
+            };
+            if (!dropout.active()) {
+                each([](int64_t, auto) { return splat(1.0f); });
+                return;
+            }
             float factors[kChunk] = {};
-            if (dropout.active()) dropout.factors(first, size, factors);
-            each_vector(size, [&](int64_t i, auto extent) {
-                const vfloat value = load_at(xs, i, extent);
-                const vfloat factor = dropout.active() ? load_at(factors, i, extent) : splat(1.0f);
-                const auto stops = (value <= 0.0f) | (factor == 0.0f);  // NaN passes, as in torch
-                store_at(ys, i, extent, value <= 0.0f ? vfloat{} : drop(value, factor));
-                put_bits(kept + first / 8, i, lane_bits(bit_cast<vuint>(~stops)), count_of(extent));
-            });
+            dropout.factors(first, size, factors);
+            each([&](int64_t i, auto extent) { return load_at(factors, i, extent); });
         });
     });
     return 0;
@@ -64,8 +70,8 @@ int64_t relu_dropout_backward(const void* dy, const uint8_t* kept, void* dx, int
             const T* dys = static_cast<const T*>(dy) + first;
             T* dxs = static_cast<T*>(dx) + first;
             each_vector(size, [&](int64_t i, auto extent) {
-                const auto passes = lane_mask(get_bits(kept + first / 8, i, count_of(extent)));
-                store_at(dxs, i, extent, drop(load_at(dys, i, extent), bit_cast<vfloat>(passes & float_bits(scale))));
+                const vuint passes = lane_mask(get_bits(kept + first / 8, i, count_of(extent)));
+                store_at(dxs, i, extent, passes != 0u ? load_at(dys, i, extent) * scale : vfloat{});
             });
         });
     });

@@ -148,6 +148,16 @@ FP_INLINE void stream_fence() {
 #endif
 }
 
+// Starts reading what is needed soon. Scalar loops go without: a request per element costs more than it brings.
+template <class T>
+FP_INLINE void fetch(const T* address) {
+    if constexpr (FP_LANES > 1) __builtin_prefetch(address);
+}
+
+// A store waits in a buffer of few entries until its line is in the cache. So lines that are to be written are asked
+// for, too, so many bytes before.
+constexpr int64_t kStoreAhead = 2048;
+
 // A row of D elements is visited in vectors: those inside the row, and the last, partial one. The extent is a type, so
 // that the loop over whole vectors carries no branch for the other.
 struct Whole {};
@@ -181,6 +191,7 @@ FP_INLINE void store_at(T* row, int64_t offset, Whole, vfloat value, bool stream
     if (streaming) {
         stream(row + offset, pack<T>(value));
     } else {
+        fetch(row + offset + kStoreAhead / static_cast<int64_t>(sizeof(T)));
         store(row + offset, value);
     }
 }
@@ -190,12 +201,6 @@ FP_INLINE void store_at(T* row, int64_t offset, Part part, vfloat value, bool /*
     T elements[kLanes];
     store(elements, value);
     memcpy(row + offset, elements, static_cast<size_t>(part.count) * sizeof(T));
-}
-
-// Starts reading what is needed soon. Scalar loops go without: a request per element costs more than it brings.
-template <class T>
-FP_INLINE void fetch(const T* address) {
-    if constexpr (FP_LANES > 1) __builtin_prefetch(address);
 }
 
 // Floats of a row that a kernel buffers at a time, on the stack. A multiple of RowSum's partial sums.
