@@ -28,11 +28,11 @@ void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
     for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch(row + byte);
 }
 
-// visit(i) for rows [0, count), each of which fetch(i) has asked for before.
-template <class Fetch, class Visit>
-FP_INLINE void each_row_ahead(int64_t count, const Fetch& fetch, const Visit& visit) {
+// visit(i) for rows [0, count), each of which ask(i) has asked for before.
+template <class Ask, class Visit>
+FP_INLINE void each_row_ahead(int64_t count, const Ask& ask, const Visit& visit) {
     for (int64_t i = -kRowsAhead; i < count; ++i) {
-        if (i + kRowsAhead < count) fetch(i + kRowsAhead);
+        if (i + kRowsAhead < count) ask(i + kRowsAhead);
         if (i >= 0) visit(i);
     }
 }

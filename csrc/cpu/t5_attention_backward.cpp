@@ -190,12 +190,12 @@ void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* s
         store_row(p < keys.prompt ? dvalue_rows + p * a.K : zeros, share_v, to, fp::kFloat32, a.K);
     }
     const auto row = [&](int64_t s) { return ((a.key_begin(b) + s) * a.H + h) * a.K; };
-    const auto fetch = [&](int64_t s) {
+    const auto ask = [&](int64_t s) {
         fetch_row(dk_rows, row(s), dtype, a.K);
         fetch_row(dv_rows, row(s), dtype, a.K);
     };
     int64_t n = keys.prompt;
-    each_row_ahead(keys.own, fetch, [&](int64_t s) {
+    each_row_ahead(keys.own, ask, [&](int64_t s) {
         const bool allowed = n < keys.count && keys.index[n] == keys.prompt + s;
         const float *from_k = allowed ? dkey_rows + n * a.K : zeros, *from_v = allowed ? dvalue_rows + n * a.K : zeros;
         if (starved) {
