@@ -17,21 +17,13 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);
         T* ys = static_cast<T*>(y);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
-            const auto add_to_residual = [&](const auto& dropped) {
+            with_factors(dropout, first, size, [&](const auto& factor_at) {
                 each_vector(size, [&](int64_t i, auto extent) {
-                    vfloat value = dropped(load_at(xs + first, i, extent), i, extent);
+                    vfloat value = drop(load_at(xs + first, i, extent), factor_at(i, extent));
                     if (residuals != nullptr) value += load_at(residuals + first, i, extent);
                     store_at(ys + first, i, extent, value);
                 });
-            };
-            if (!dropout.active()) {
-                add_to_residual([](vfloat value, int64_t, auto) { return value; });
-                return;
-            }
-            float factors[kChunk] = {};
-            dropout.factors(first, size, factors);
-            add_to_residual(
-                [&](vfloat value, int64_t i, auto extent) { return drop(value, load_at(factors, i, extent)); });
+            });
         });
     });
     return 0;

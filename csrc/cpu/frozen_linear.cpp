@@ -242,7 +242,7 @@ template <int ROWS, class W>
 void streamed_columns(const Product<W>& p, int64_t n, int64_t begin) {
     const W* b = p.b.data + n * p.b.column;
     const W* next = n + 2 * kLanes <= p.N ? b + kLanes * p.b.column : b;
-    vfloat total[ROWS];
+    vfloat total[ROWS] = {};
     for (int64_t chain = 0; chain < p.K; chain += kChain) {
         const int64_t end = least(p.K, chain + kChain);
         vfloat sum[ROWS] = {};

@@ -72,12 +72,12 @@ int64_t gated_act(const void* a, const void* b, const int64_t* seed, void* y, in
             const T *as = static_cast<const T*>(a), *bs = static_cast<const T*>(b);
             T* ys = static_cast<T*>(y);
             each_chunk_parallel(count, [&](int64_t first, int64_t size) {
-                float factors[kChunk] = {};
-                if (dropout.active()) dropout.factors(first, size, factors);
-                each_vector(size, [&](int64_t i, auto extent) {
-                    vfloat value = curve<kind>(load_at(as + first, i, extent)).value * load_at(bs + first, i, extent);
-                    if (dropout.active()) value = drop(value, load_at(factors, i, extent));
-                    store_at(ys + first, i, extent, value);
+                with_factors(dropout, first, size, [&](const auto& factor_at) {
+                    each_vector(size, [&](int64_t i, auto extent) {
+                        const vfloat gate = curve<kind>(load_at(as + first, i, extent)).value;
+                        const vfloat value = gate * load_at(bs + first, i, extent);
+                        store_at(ys + first, i, extent, drop(value, factor_at(i, extent)));
+                    });
                 });
             });
         });
@@ -95,14 +95,13 @@ int64_t gated_act_backward(const void* dy, const void* a, const void* b, const i
             const T *dys = static_cast<const T*>(dy), *as = static_cast<const T*>(a), *bs = static_cast<const T*>(b);
             T *das = static_cast<T*>(da), *dbs = static_cast<T*>(db);
             each_chunk_parallel(count, [&](int64_t first, int64_t size) {
-                float factors[kChunk] = {};
-                if (dropout.active()) dropout.factors(first, size, factors);
-                each_vector(size, [&](int64_t i, auto extent) {
-                    vfloat grad = load_at(dys + first, i, extent);
-                    if (dropout.active()) grad = drop(grad, load_at(factors, i, extent));
-                    const Curve gate = curve<kind>(load_at(as + first, i, extent));
-                    store_at(das + first, i, extent, grad * load_at(bs + first, i, extent) * gate.slope);
-                    store_at(dbs + first, i, extent, grad * gate.value);
+                with_factors(dropout, first, size, [&](const auto& factor_at) {
+                    each_vector(size, [&](int64_t i, auto extent) {
+                        const vfloat grad = drop(load_at(dys + first, i, extent), factor_at(i, extent));
+                        const Curve gate = curve<kind>(load_at(as + first, i, extent));
+                        store_at(das + first, i, extent, grad * load_at(bs + first, i, extent) * gate.slope);
+                        store_at(dbs + first, i, extent, grad * gate.value);
+                    });
                 });
             });
         });

@@ -208,7 +208,7 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
         low[v] = load(lost + d + v * kLanes);
     }
     for (int64_t i = 0; i < count; ++i) {
-        float factors[kVectors * kLanes];
+        float factors[kVectors * kLanes] = {};
         if constexpr (kDrop) dropout.factors(rows[i] + d, kVectors * kLanes, factors);
         for (int v = 0; v < kVectors; ++v) {
             // Past the row's end lies the next prompt row of the same sequence.

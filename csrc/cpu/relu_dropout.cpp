@@ -40,21 +40,14 @@ int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept,
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
             const T* xs = static_cast<const T*>(x) + first;
             T* ys = static_cast<T*>(y) + first;
-            const auto each = [&](const auto& factor_at) {
+            with_factors(dropout, first, size, [&](const auto& factor_at) {
                 each_vector(size, [&](int64_t i, auto extent) {
                     const vfloat value = load_at(xs, i, extent), factor = factor_at(i, extent);
                     const auto stops = (value <= 0.0f) | (factor == 0.0f);  // NaN passes, as in torch
                     store_at(ys, i, extent, stops ? vfloat{} : value * factor);
                     put_bits(kept + first / 8, i, lane_bits(bit_cast<vuint>(~stops)), count_of(extent));
                 });
-            };
-            if (!dropout.active()) {
-                each([](int64_t, auto) { return splat(1.0f); });
-                return;
-            }
-            float factors[kChunk] = {};
-            dropout.factors(first, size, factors);
-            each([&](int64_t i, auto extent) { return load_at(factors, i, extent); });
+            });
         });
     });
     return 0;

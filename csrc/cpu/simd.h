@@ -496,6 +496,16 @@ private:
     uint64_t keys_[fp::kPhiloxRounds][2];  // of each round; 64 bits wide for the lanes
 };
 
+// run(factor) for the elements [first, first + size) of a tensor, size at most kChunk: factor(i, extent) is dropout's
+// factors of a vector of them, 1 where nothing is dropped.
+template <class Run>
+FP_INLINE void with_factors(const Dropout<>& dropout, int64_t first, int64_t size, const Run& run) {
+    if (!dropout.active()) return run([](int64_t, auto) { return splat(1.0f); });
+    float factors[kChunk] = {};
+    dropout.factors(first, size, factors);
+    run([&](int64_t i, auto extent) { return load_at(factors, i, extent); });
+}
+
 // Calls visit(T{}) with the storage type of a valid `dtype`.
 template <class Visit>
 FP_INLINE void with_type(int64_t dtype, const Visit& visit) {
