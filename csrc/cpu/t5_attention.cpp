@@ -119,6 +119,7 @@ void Forward::add_few(int64_t chunk, int64_t width, int64_t column) {
             vfloat sum[kVectors];
             for (int64_t d = 0; d < kVectors; ++d) sum[d] = load(out + i * a.K + column + d * kLanes);
             for (int64_t n = 0; n < width; ++n) {
+                keys.fetch_later(a, b, h, chunk + n, true, dtype);
                 const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, true) + column;
                 const vfloat weight = splat(scores[i * kScoreRow + n]);
                 for (int64_t d = 0; d < kVectors; ++d) {

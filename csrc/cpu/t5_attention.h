@@ -128,6 +128,15 @@ struct Keys {
         fetch_row(base(a, i, values), source(a, b, h, i, values), dtype, a.K);
     }
 
+    // Asks for a later one of the example's own keys or values than the n-th, unless a head's lie side by side. The
+    // prompt's are the batch's, and in the caches.
+    FP_INLINE void fetch_later(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values,
+                               int64_t dtype) const {
+        const int64_t later = n + kRowsAhead;
+        const bool apart = (values ? a.v_strides : a.k_strides).row != a.K;
+        if (apart && later < count && index[later] >= prompt) fetch_key(a, b, h, index[later], values, dtype);
+    }
+
     // Row n of the gathered keys or values, where it lies.
     template <class T>
     FP_INLINE const T* row(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values) const {
@@ -278,6 +287,7 @@ struct Work {
 void Work::score_few(int64_t chunk, int64_t width, float* to) const {
     with_type(dtype, [&](auto type) {
         for (int64_t n = 0; n < width; ++n) {
+            keys.fetch_later(a, b, h, chunk + n, false, dtype);
             const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, false);
             for (int64_t i = 0; i < T; ++i) {
                 vfloat sum{};
