@@ -140,10 +140,12 @@ class NinjaBuild(build_ext):
 setup(
     packages=[
         "fastprompt",
+        "fastprompt.commands",
         "fastprompt.demo",
         "fastprompt.modules",
         "fastprompt.ops",
         "fastprompt.prompts",
+        "fastprompt.training",
         "fastprompt.triton_kernels",
     ],
     # A top-level package named triton_kernels would collide with another project's.

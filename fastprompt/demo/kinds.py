@@ -28,10 +28,11 @@ from fastprompt import PromptModel
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.loading import file_of
 from fastprompt.prompts.prefix import sites_of
+from fastprompt.training.batches import Pair, in_order
+from fastprompt.training.losses import own_choice
 
-from .batches import Pair, encode, encode_labels, in_order
+from .batches import encode, encode_labels
 from .run import TINY_T5
-from .scoring import own_labels
 from .task import AREAS, load_task
 from .tune import Recipe, new_prompt, tune
 
@@ -96,7 +97,7 @@ def run(out: Path, kinds: Sequence[str], seeds: int, quick: bool) -> None:
         prompted = new_prompt(model, tokenizer, recipe)
         curve = tune(prompted, data["train"], data["dev"], labels, recipe)
         return prompted, {
-            "dev_accuracy": curve.dev_accuracy[curve.best_step],
+            "dev_accuracy": curve.scores[curve.best_step],
             "best_step": curve.best_step,
             "seconds": time.perf_counter() - began,
             "recipe": asdict(recipe),
@@ -133,7 +134,7 @@ def answers(
     if bank.kind(names[0]) != "prepend":
         bank.cache_prompts()
     for batch in in_order(pairs, 64):
-        own = own_labels(batch, labels)
+        own = own_choice(batch, labels)
         for combine in ("vote", "mean"):
             found = bank.ensemble(
                 batch["input_ids"], batch["attention_mask"], prompts=names, choices=labels, combine=combine

@@ -23,7 +23,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from .batches import Batch, Pair, collate
+from fastprompt.training.batches import Batch, Pair, collate
+
 from .corpus import Document
 from .task import pretraining_documents
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from fastprompt import PromptModel
-
-from .batches import Batch
+from fastprompt.training.batches import Batch
 
 WARM_UP = 2  # first steps, not timed: they allocate
 

@@ -6,7 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .tune import INSTRUCTION, Curve
+from fastprompt.training.loop import Curve
+
+from .tune import INSTRUCTION
 
 
 def table(results: dict[str, Any]) -> str:
@@ -53,7 +55,7 @@ def write_plot(path: Path, curve: Curve) -> bool:
         xlabel="step", ylabel="training loss (nats per document)", title="prompt tuning a frozen tiny T5"
     )
     accuracy_axes = loss_axes.twinx()
-    accuracy_axes.plot(*zip(*curve.dev_accuracy.items(), strict=True), color="tab:orange", marker=".")
+    accuracy_axes.plot(*zip(*curve.scores.items(), strict=True), color="tab:orange", marker=".")
     accuracy_axes.axvline(curve.best_step, color="tab:orange", linestyle=":", linewidth=1)
     accuracy_axes.set(ylabel="dev accuracy", ylim=(0, 1))
     figure.savefig(path, dpi=120)

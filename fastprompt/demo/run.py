@@ -15,7 +15,9 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
-from .batches import encode, encode_labels, in_order, shuffled
+from fastprompt.training.batches import in_order, shuffled
+
+from .batches import encode, encode_labels
 from .race import race
 from .report import table, write_json, write_plot
 from .scoring import accuracy

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.prompts.rank import choice_scores
-
-from .batches import Batch
+from fastprompt.training.batches import Batch
+from fastprompt.training.losses import own_choice
 
 
 def label_scores(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]) -> Tensor:
@@ -23,18 +23,6 @@ def label_scores(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]
     return choice_scores(model, batch["input_ids"], batch["attention_mask"], labels)
 
 
-def choice_loss(model: nn.Module, batch: Batch, labels: Sequence[Sequence[int]]) -> Tensor:
-    """Cross-entropy of each row's own label among `labels`, in nats per row: what `accuracy` asks, made smooth."""
-    return nn.functional.cross_entropy(label_scores(model, batch, labels), own_labels(batch, labels))
-
-
-def own_labels(batch: Batch, labels: Sequence[Sequence[int]]) -> Tensor:
-    """Which of `labels` each row's target is: int64 [B]."""
-    names = {tuple(label): index for index, label in enumerate(labels)}
-    rows = ([token for token in row if token != -100] for row in batch["labels"].tolist())
-    return torch.tensor([names[tuple(row)] for row in rows])
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Batch], labels: Sequence[Sequence[int]]) -> float:
     """The share of rows, in [0, 1], whose own label ranks first among `labels`. The model is in eval mode meanwhile."""
@@ -43,7 +31,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch], labels: Sequence[Sequen
     right = total = 0
     for batch in batches:
         best = label_scores(model, batch, labels).argmax(1)
-        right += int((best == own_labels(batch, labels)).sum())
+        right += int((best == own_choice(batch, labels)).sum())
         total += len(best)
     model.train(was_training)
     return right / total

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning the prompt: the recipe of Lester et al. 2021 in small, with stock PyTorch around `PromptModel`."""
+"""Learning the prompt: the recipe of Lester et al. 2021 in small, around the training loop."""
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from fastprompt import PromptConfig, PromptModel
+from fastprompt import PromptConfig, PromptModel, training
+from fastprompt.training.batches import Pair, in_order, shuffled
+from fastprompt.training.loop import Curve
 
-from .batches import Pair, in_order, shuffled
-from .scoring import accuracy, choice_loss
+from .scoring import accuracy
 
 INSTRUCTION = "topic:"  # the tiny T5 knows it from its pretraining; the prompt starts from it and does better
 
@@ -32,15 +32,6 @@ class Recipe:
     max_tokens: int = 48
     dev_every: int = 100
     seed: int = 0
-
-
-@dataclass
-class Curve:
-    """What training saw: the loss of every step (nats per document) and, by step, the accuracy on dev."""
-
-    losses: list[float] = field(default_factory=list)
-    dev_accuracy: dict[int, float] = field(default_factory=dict)
-    best_step: int = 0
 
 
 def new_prompt(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> PromptModel:
@@ -77,7 +68,7 @@ def tune(
     labels: Sequence[Sequence[int]],
     recipe: Recipe,
 ) -> Curve:
-    """Trains the prompt in place and leaves it as it was where its accuracy on dev was best (paper, section 3).
+    """Trains the prompt in place and leaves it as it was where its accuracy on dev was best; the curve's scores are it.
 
     The loss is the choice among the labels: a model this small would spend the paper's, the label's likelihood among
     all words of the vocabulary, on making the labels likely at all.
@@ -85,27 +76,12 @@ def tune(
     `train`, `dev`: encoded examples; `labels`: the token ids of each class's word.
     """
     parameters = [each for each in prompted.prompts.parameters() if each.requires_grad]
-    optimizer = optimizer_for(parameters, recipe)
-    batches = shuffled(train, recipe.batch_size, recipe.seed)
-    curve, best = Curve(), [each.detach().clone() for each in parameters]
-    prompted.train()
-    with tqdm(total=recipe.steps, desc="tuning the prompt", unit="step", ncols=79) as bar:
-        for step in range(1, recipe.steps + 1):
-            loss = choice_loss(prompted, next(batches), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            curve.losses.append(loss.item())
-            if step % recipe.dev_every == 0 or step == recipe.steps:
-                curve.dev_accuracy[step] = accuracy(prompted, in_order(dev, 64), labels)
-                if curve.dev_accuracy[step] > curve.dev_accuracy.get(curve.best_step, -1.0):
-                    curve.best_step, best = step, [each.detach().clone() for each in parameters]
-                bar.set_postfix_str(
-                    f"loss {loss.item():.2f}, dev {curve.dev_accuracy[step]:.0%}", refresh=False
-                )
-            bar.update()
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best, strict=True):
-            parameter.copy_(value)
-    prompted.eval()
-    return curve
+    return training.tune(
+        prompted,
+        shuffled(train, recipe.batch_size, recipe.seed),
+        training.choice_loss(prompted, labels),
+        optimizer_for(parameters, recipe),
+        recipe.steps,
+        score=lambda: accuracy(prompted, in_order(dev, 64), labels),
+        score_every=recipe.dev_every,
+    )

@@ -2,7 +2,8 @@
 """Rank classification: the answer is the choice that the model finds most likely.
 
 The encoder runs once for all choices, and so do the decoder's first position and its keys and values of the encoder's
-output: what is left per choice is its own tokens. It is differentiable, so that it can be trained on.
+output: what is left per choice is its own tokens. With gradients, which a cache does not carry through patched layers
+nor keeps under gradient checkpointing, the decoder runs on each choice as a whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -92,26 +93,29 @@ def choice_scores(
         past_key_values: an EncoderDecoderCache with their keys and values in cross-attention, if they are known.
 
     Raises:
-        ValueError: gradient checkpointing is on in training mode, and a choice has several tokens.
+        ValueError: gradient checkpointing is on in training mode, a choice has several tokens, and gradients are off.
     """
     scorer = _Scorer(model, input_ids, attention_mask, prompts, encoder_outputs)
-    first, cache = scorer.first(any(len(choice) > 1 for choice in choices), past_key_values)
-    columns = list(first[:, indices([choice[0] for choice in choices], first.device)].unbind(1))
-    longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
-    at_once = max(1, ROWS_PER_PASS // len(first))
-    for numbers in pieces(longer, at_once):
-        rest = scorer.rest(cache, [choices[number] for number in numbers])
-        for number, scores in zip(numbers, rest.unbind(1), strict=True):
-            columns[number] = columns[number] + scores
-    scores = torch.stack(columns, 1)
+    at_once = max(1, ROWS_PER_PASS // len(scorer.hidden))
+    if torch.is_grad_enabled() and past_key_values is None:
+        scores = torch.cat([scorer.whole(some) for some in pieces(choices, at_once)], 1)
+    else:
+        first, cache = scorer.first(any(len(choice) > 1 for choice in choices), past_key_values)
+        columns = list(first[:, indices([choice[0] for choice in choices], first.device)].unbind(1))
+        longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
+        for numbers in pieces(longer, at_once):
+            rest = scorer.rest(cache, [choices[number] for number in numbers])
+            for number, each in zip(numbers, rest.unbind(1), strict=True):
+                columns[number] = columns[number] + each
+        scores = torch.stack(columns, 1)
     return (
         scores / indices([len(choice) for choice in choices], scores.device) if length_normalized else scores
     )
 
 
-def pieces(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """``size`` at a time, the last perhaps fewer."""
-    return (numbers[first : first + size] for first in range(0, len(numbers), size))
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def sequence_scores(logits: Tensor, targets: Tensor) -> Tensor:
@@ -156,6 +160,14 @@ class _Scorer:
 
     def rest(self, cache: Any, choices: Sequence[Sequence[int]]) -> Tensor:
         """[B, c]: what the tokens after the first add to the scores of c choices of two or more tokens."""
+        return self._scores(choices, past_key_values=_repeated_cache(cache, len(choices)), use_cache=True)
+
+    def whole(self, choices: Sequence[Sequence[int]]) -> Tensor:
+        """[B, c]: the scores of c choices, without a cache."""
+        return self._scores([[self._start(), *choice] for choice in choices], use_cache=False)
+
+    def _scores(self, choices: Sequence[Sequence[int]], **how: Any) -> Tensor:
+        """[B, c]: of the tokens after the first, each choice behind each row's input."""
         B, c = len(self.hidden), len(choices)
         tokens = [indices(choice, self.hidden.device) for choice in choices]
         pad = nn.utils.rnn.pad_sequence
@@ -168,8 +180,7 @@ class _Scorer:
             encoder_outputs=(_repeated(self.hidden, c),),
             attention_mask=None if self.mask is None else _repeated(self.mask, c),
             decoder_input_ids=given,
-            past_key_values=_repeated_cache(cache, c),
-            use_cache=True,
+            **how,
             **more,
         )
         return sequence_scores(output.logits, wanted).view(B, c)

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fastprompt.demo import main, race, report, run, scoring
-from fastprompt.demo.batches import Pair, collate, in_order, shuffled
 from fastprompt.demo.scoring import accuracy, label_scores
-from fastprompt.demo.tune import Curve, Recipe, new_prompt, optimizer_for
+from fastprompt.demo.tune import Recipe, new_prompt, optimizer_for
+from fastprompt.training.batches import Pair, collate, in_order, shuffled
+from fastprompt.training.loop import Curve
 
 PAIRS: list[Pair] = [([5, 6, 7, 1], [8, 1]), ([9, 1], [10, 11, 1]), ([12, 13, 1], [8, 1])]
 

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fastprompt.demo import kinds
-from fastprompt.demo.batches import collate, in_order
 from fastprompt.demo.run import TINY_T5
 from fastprompt.demo.scoring import accuracy
 from fastprompt.demo.tune import Recipe, new_prompt, tune
 from fastprompt.prompts import PromptConfig
+from fastprompt.training.batches import collate, in_order
 
 LABELS = [[8], [10, 11], [12]]
 PAIRS = [([5 + n, 6, 7 + n, 1], LABELS[n % 3]) for n in range(12)]
@@ -77,7 +77,7 @@ def test_a_prompt_of_each_kind_learns_and_is_kept_at_its_best(kind, model, token
     curve = tune(prompted, PAIRS, PAIRS, LABELS, recipe)
     assert curve.losses[-1] < curve.losses[0]
     assert all(not torch.equal(value, before[name]) for name, value in prompted.state_dict().items())
-    assert accuracy(prompted, in_order(PAIRS, 64), LABELS) == curve.dev_accuracy[curve.best_step]
+    assert accuracy(prompted, in_order(PAIRS, 64), LABELS) == curve.scores[curve.best_step]
 
 
 def test_a_prefix_begins_as_a_cached_prompt_in_the_encoder(model, tokenizer):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from fastprompt.demo.batches import collate
 from fastprompt.demo.run import TINY_T5
 from fastprompt.demo.task import load_task
+from fastprompt.training.batches import collate
 
 
 @pytest.fixture(scope="module")

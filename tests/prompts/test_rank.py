@@ -124,21 +124,6 @@ def test_a_given_encoding_is_used(tuned, inputs, monkeypatch):
         assert torch.equal(again.scores, expected.scores)
 
 
-@pytest.mark.parametrize("names", ["prepend", "cached", ["kv", "rows", "cached"]])
-def test_gradients_are_those_of_a_forward_per_choice(names, tuned, inputs):
-    def gradients(scores):
-        tuned.zero_grad()
-        scores.log_softmax(1)[:, 2].sum().backward()
-        return [each.grad.clone() for each in tuned.prompts.parameters() if each.grad is not None]
-
-    expected = gradients(one_by_one(tuned, inputs, CHOICES, prompts=names))
-    found = gradients(choice_scores(tuned, *inputs.values(), CHOICES, prompts=names))
-    assert len(found) == len(expected) > 0
-    for one, other in zip(found, expected, strict=True):
-        largest = float(other.abs().max())  # prompts are fp32, and their gradients sums of terms of that size
-        close(one / largest, other / largest, 1e-6)
-
-
 def test_strings_are_encoded_as_targets(tuned, inputs, tokenizer):
     tuned.tokenizer = tokenizer
     expected = tuned.rank(**inputs, choices=[[7, 1], [3, 4, 1], [9, 1]])
@@ -178,6 +163,31 @@ def test_bad_choices(choices, error, message, tuned, inputs):
 def test_checkpointing_in_training_is_refused_for_several_tokens(make_prompted, inputs):
     model = make_prompted().train()
     model.gradient_checkpointing_enable()
-    assert choice_scores(model, *inputs.values(), [[3], [4]]).shape == (3, 2)
+    assert model.rank(*inputs.values(), choices=[[3], [4]]).scores.shape == (3, 2)
     with pytest.raises(ValueError, match="keeps no cache in training mode"):
-        choice_scores(model, *inputs.values(), [[3], [4, 5]])
+        model.rank(*inputs.values(), choices=[[3], [4, 5]])
+
+
+@pytest.mark.parametrize("how", ["stock", "speed", "balanced", "lean", "minimal", "checkpointed"])
+@pytest.mark.parametrize("names", [*KINDS, ["kv", "rows", "cached"]])
+def test_gradients_are_those_of_a_forward_per_choice(names, how, tuned, make_keyed, inputs, monkeypatch):
+    monkeypatch.setattr(rank, "ROWS_PER_PASS", 6)
+    memory = {} if how in ("stock", "checkpointed") else {"memory": how}
+    model = make_keyed(
+        {}, **memory, dtype=torch.float64, num_layers=3, num_decoder_layers=2, dropout_rate=0.0
+    ).train()
+    for name, prompt in tuned.prompts.items():
+        model.load_prompt(name, file_of(prompt, tuned.kind(name), None, name))
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable()
+
+    def gradients(model, scores):
+        scores.log_softmax(1)[:, 2].sum().backward()
+        return [each.grad for each in model.prompts.parameters() if each.grad is not None]
+
+    expected = gradients(tuned, one_by_one(tuned, inputs, CHOICES, prompts=names))
+    found = gradients(model, choice_scores(model, *inputs.values(), CHOICES, prompts=names))
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        largest = float(other.abs().max())  # prompts are fp32, and their gradients sums of terms of that size
+        close(one / largest, other / largest, 1e-5 if memory else 1e-6)  # patched: statistics in fp32

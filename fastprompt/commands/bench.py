@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastprompt bench`: a step of prompt tuning on this machine, patched beside stock."""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastprompt.commands._model import MEMORY, add_model_arguments, device_and_dtype, positive
+
+HELP = "time a training step of a T5 on this machine, beside Hugging Face's"
+EAGER, SDPA = "HF eager", "HF sdpa"
+SMALL: dict[str, Any] = {
+    "d_model": 512,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "d_kv": 64,
+}  # google/t5-v1_1-small
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and the batch."""
+    add_model_arguments(parser, required=False)
+    for name, default, what in (
+        ("--batch-size", 8, "examples"),
+        ("--num-tokens", 100, "rows of the prompt"),
+        ("--input-tokens", 128, "of each example"),
+        ("--target-tokens", 8, "of each example"),
+    ):
+        parser.add_argument(name, type=positive, default=default, help=f"{what} (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, help="default: the model's own")
+    parser.add_argument("--threads", type=positive, help="of PyTorch on a CPU; default: its own choice")
+    parser.add_argument(
+        "--rounds", type=positive, default=7, help="in which all take a turn (default: %(default)s)"
+    )
+    parser.epilog = (
+        "Without --model: random weights in the shape of v1.1-small, so that nothing is downloaded."
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a table: the median time of a step, and the bytes kept for its backward pass."""
+    try:
+        return _run(arguments)
+    except (OSError, TypeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if arguments.dropout is not None and not 0.0 <= arguments.dropout < 1.0:
+        raise ValueError(f"--dropout must be in [0, 1), got {arguments.dropout}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device, dtype = device_and_dtype(arguments)
+    torch.manual_seed(0)
+    stock = _stock(arguments, device, dtype)
+    B, S, T = arguments.batch_size, arguments.input_tokens, arguments.target_tokens
+    batch = {
+        "input_ids": torch.randint(2, stock.config.vocab_size, (B, S), device=device),
+        "labels": torch.randint(2, stock.config.vocab_size, (B, T), device=device),
+    }
+    steps, models = _steps(arguments, stock, batch)
+    _check(steps, models)
+    times, held = _measure(arguments, steps, stock, device)
+    name = arguments.model or "v1.1-small's shape, random weights"
+    where = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    print(
+        f"{name}, {dtype}".replace("torch.", "")
+        + f", {where}: B={B}, P={arguments.num_tokens}, S={S}, T={T}, dropout {stock.config.dropout_rate}\n"
+    )
+    print(f"{'':22}{'ms per step':>12}{'speed':>8}{'kept for backward':>20}")
+    for contender, spent in times.items():
+        speed = times[EAGER] / spent
+        print(f"{contender:22}{1000 * spent:12.1f}{speed:7.2f}x{held[contender] / 2**20:16.1f} MiB")
+    return 0
+
+
+def _stock(arguments: argparse.Namespace, device: Any, dtype: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config
+
+    changed = {} if arguments.dropout is None else {"dropout_rate": arguments.dropout}
+    if arguments.model:
+        config = AutoConfig.from_pretrained(arguments.model, **changed)
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            arguments.model, config=config, dtype=dtype, attn_implementation="eager"
+        )
+    else:
+        config = T5Config(**SMALL, **changed)
+        model = AutoModelForSeq2SeqLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    return model.to(device).requires_grad_(False)
+
+
+def _steps(
+    arguments: argparse.Namespace, stock: Any, batch: dict[str, Any]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """By contender: a step, which returns the loss and the prompt's gradient; and the model, over the same weights."""
+    import torch
+
+    from fastprompt import PromptConfig, PromptModel, patch
+
+    config = PromptConfig(arguments.num_tokens)
+    prompt = PromptModel(_share(stock), config).prompts["default"]
+    steps: dict[str, Callable[[], Any]] = {}
+    models: dict[str, Any] = {}
+
+    def theirs(model: Any) -> Any:
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        rows = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
+        return model(inputs_embeds=torch.cat([rows, embeds], 1), labels=batch["labels"], use_cache=False).loss
+
+    def ours(model: Any) -> Any:
+        return model(**batch, use_cache=False, return_logits=False).loss
+
+    def step(forward: Callable[[Any], Any], model: Any, learned: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            loss = forward(model)
+            return loss, torch.autograd.grad(loss, learned)[0]
+
+        return call
+
+    for name in (EAGER, SDPA):
+        models[name] = _share(stock)
+        for each in (
+            models[name],
+            models[name].encoder,
+            models[name].decoder,
+        ):  # the stacks have configs of their own
+            each.config._attn_implementation = name.removeprefix("HF ")
+        steps[name] = step(theirs, models[name], prompt)
+    for memory in MEMORY:
+        name = f"fastprompt, {memory}"
+        patched = patch(_share(stock), memory=memory, lm_loss=True)
+        models[name] = PromptModel(patched, config)
+        steps[name] = step(ours, models[name], models[name].prompts["default"])
+    return steps, models
+
+
+def _share(stock: Any) -> Any:
+    """A model of its own over the same weights."""
+    return copy.deepcopy(stock, {id(tensor): tensor for tensor in stock.parameters()})
+
+
+def _check(steps: dict[str, Callable[[], Any]], models: dict[str, Any]) -> None:
+    """No speed without the same results: without dropout, ours are about as close to eager's as HF's sdpa is.
+
+    How close that is depends on the model: a gradient of a trained one may be a small difference of large terms.
+    """
+    import torch
+
+    found = {}
+    for name, model in models.items():
+        model.eval()
+        found[name] = [each.detach().float() for each in steps[name]()]
+        model.train()
+
+    def distance(name: str, which: int) -> float:
+        ours, eager = found[name][which], found[EAGER][which]
+        return float((ours - eager).norm() / eager.norm())
+
+    rounding = 16 * torch.finfo(models[EAGER].dtype).eps
+    for which, what in enumerate(("loss", "gradient")):
+        allowed = rounding + 4 * distance(SDPA, which)
+        for name in found:
+            if not distance(name, which) <= allowed:
+                raise ValueError(
+                    f"bench: the {what} of {name} is {distance(name, which):.2g} of its size away from HF eager's, "
+                    f"where {allowed:.2g} is allowed"
+                )
+
+
+def _measure(
+    arguments: argparse.Namespace, steps: dict[str, Callable[[], Any]], stock: Any, device: Any
+) -> tuple[dict[str, float], dict[str, int]]:
+    """By contender: the median seconds of a step, and the bytes that autograd keeps, weights left out."""
+
+    from fastprompt.testing import saved_bytes
+
+    held = {}
+    for name, step in steps.items():
+        with saved_bytes(exclude=stock.parameters()) as saved:
+            step()
+        held[name] = saved.bytes
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            _wait(device)
+            began = time.perf_counter()
+            step()
+            _wait(device)
+            spent[name].append(time.perf_counter() - began)
+    return {name: statistics.median(each) for name, each in spent.items()}, held
+
+
+def _wait(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastprompt doctor`."""
+
+import argparse
+import importlib.metadata
+import platform
+
+HELP = "say what is installed and which backend each op uses on this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print versions, the devices found, and every op's backends, the default first."""
+    import torch
+
+    import fastprompt
+    from fastprompt import _native, _op
+
+    print(
+        f"fastprompt   {fastprompt.__version__} on Python {platform.python_version()}, {platform.platform()}"
+    )
+    for package in ("torch", "transformers", "triton", "peft"):
+        print(f"{package:12} {version(package)}")
+    print(f"CPU kernels  {', '.join(_native.CPU_TARGETS) or 'none: build the extension for CPU speed'}")
+    print(f"CUDA kernels {'built' if 'cuda' in _native.TARGETS else 'not built'}")
+    print(f"GPU          {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    for name in _op.OPS:
+        found = [f"{device}: {', '.join(fastprompt.backends(name, device))}" for device in ("cpu", "cuda")]
+        print(f"{name:12} {'; '.join(found)}")
+    return 0
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

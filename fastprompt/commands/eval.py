@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastprompt eval`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fastprompt.commands._model import add_example_arguments, add_model_arguments, load, positive
+
+HELP = "tell how many examples a model answers right with a prompt, with several that vote, or with none"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, its prompts, the examples."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--prompt",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="prompt files; none: the frozen model",
+    )
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="examples, as for tune")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the answers, a JSON object per example")
+    parser.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
+    add_example_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the share of right answers."""
+    try:
+        return _run(arguments)
+    except (OSError, TypeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fastprompt import PromptModel, patch, training
+
+    examples = training.read_examples(
+        arguments.data, input_field=arguments.input_field, target_field=arguments.target_field
+    )
+    model, tokenizer = load(arguments)
+    patch(model)
+    names = [f"prompt{number}" for number in range(len(arguments.prompt))]
+    if names:
+        model = PromptModel(model, {}, tokenizer=tokenizer)
+        for name, path in zip(names, arguments.prompt, strict=True):
+            model.load_prompt(name, path)
+        model.cache_prompts([name for name in names if model.kind(name) != "prepend"])
+    found = training.evaluate(
+        model,
+        examples,
+        tokenizer,
+        prompts=names or None,
+        choices=arguments.choices,
+        batch_size=arguments.batch_size,
+        max_input=arguments.max_input,
+        max_new_tokens=arguments.max_target,
+    )
+    if arguments.out:
+        with arguments.out.open("w", encoding="utf-8") as file:
+            for example, answer in zip(examples, found.predictions, strict=True):
+                file.write(json.dumps({**example._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
+    print(f"{found.score:.1%} of {len(examples):,} answers right")
+    return 0

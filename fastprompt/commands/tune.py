@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastprompt tune`."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastprompt.commands._model import MEMORY, add_example_arguments, add_model_arguments, load, positive
+
+HELP = "learn a prompt from examples"
+EPILOG = """
+A file of examples has a JSON object per line, {"input": "a gripping film", "target": "positive"}, or ends in .csv or
+.tsv and is a table under a line of names. With --dev, the prompt is kept at the step that answers most of its examples
+right, and written as often as it gets better.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe, whose defaults are the paper's."""
+    parser.epilog = EPILOG
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--train", required=True, type=Path, metavar="FILE", help="the examples to learn from"
+    )
+    parser.add_argument("--dev", type=Path, metavar="FILE", help="examples that choose the best step")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="the prompt: .safetensors or .npy"
+    )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="losses and scores, as JSON")
+    add_example_arguments(parser)
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--kind", choices=("prepend", "cached", "prefix"), default="prepend")
+    prompt.add_argument("--num-tokens", type=positive, default=100, help="its rows (default: %(default)s)")
+    prompt.add_argument(
+        "--init",
+        choices=("vocab", "labels", "text", "uniform", "uniform_positive", "zeros"),
+        help="where its rows begin (default: labels, where there are --choices; else vocab)",
+    )
+    prompt.add_argument("--text", help="for --init text")
+    prompt.add_argument("--start", type=Path, metavar="PROMPT", help="a prompt file to go on from, instead")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--loss",
+        choices=("target", "choice"),
+        default="target",
+        help="the likelihood of the target, as in the paper, or its choice among --choices, for small models",
+    )
+    recipe.add_argument("--steps", type=positive, default=30_000, help="(default: %(default)s)")
+    recipe.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
+    recipe.add_argument("--lr", type=float, help="constant (default: 0.3, the paper's; for a prefix 0.01)")
+    recipe.add_argument("--weight-decay", type=float, default=1e-5, help="per step (default: %(default)s)")
+    recipe.add_argument("--dev-every", type=positive, default=1000, help="steps (default: %(default)s)")
+    recipe.add_argument("--seed", type=int, default=0, help="of the prompt, the order and dropout")
+    recipe.add_argument(
+        "--memory",
+        choices=MEMORY,
+        default="balanced",
+        help="what is kept for backward (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Learn the prompt and write it."""
+    try:
+        return _run(arguments)
+    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+    from tqdm.auto import tqdm
+
+    from fastprompt import patch, training
+
+    _check(arguments)
+    read = {"input_field": arguments.input_field, "target_field": arguments.target_field}
+    train = training.read_examples(arguments.train, **read)
+    dev = training.read_examples(arguments.dev, **read) if arguments.dev else []
+    for path, examples in ((arguments.train, train), (arguments.dev, dev)):
+        strange = {each.target for each in examples}.difference(arguments.choices or ())
+        if arguments.choices and strange:
+            raise ValueError(f"{path}: targets must be among --choices, got {sorted(strange)}")
+    model, tokenizer = load(arguments)
+    patch(model, memory=arguments.memory, lm_loss=True)
+    torch.manual_seed(arguments.seed)
+    prompted = _prompted(arguments, model, tokenizer)
+
+    def score() -> float:
+        return training.evaluate(
+            prompted,
+            dev,
+            tokenizer,
+            choices=arguments.choices,
+            max_input=arguments.max_input,
+            max_new_tokens=arguments.max_target,
+        ).score
+
+    def save() -> None:
+        prompted.save_prompt("default", arguments.out)
+
+    def on_score(step: int, value: float, best: bool) -> None:
+        if best:
+            save()
+        tqdm.write(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
+
+    pairs = training.encode(train, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
+    print(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters", flush=True)
+    if dev:
+        print(f"dev, {len(dev):,} examples, before: {score():.1%} right", flush=True)
+    try:
+        curve = training.tune(
+            prompted,
+            training.shuffled(pairs, arguments.batch_size, arguments.seed),
+            _loss(arguments, prompted, tokenizer),
+            training.Adafactor(
+                prompted.prompts.parameters(),
+                lr=_rate(arguments, prompted),
+                weight_decay=arguments.weight_decay,
+            ),
+            arguments.steps,
+            score=score if dev else None,
+            score_every=arguments.dev_every,
+            on_score=on_score,
+        )
+    except KeyboardInterrupt:
+        save()
+        print(f"interrupted; the prompt so far is in {arguments.out}", file=sys.stderr)
+        return 130
+    save()
+    if arguments.log:
+        arguments.log.write_text(json.dumps(asdict(curve)) + "\n", encoding="utf-8")
+    print(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
+    return 0
+
+
+def _loss(arguments: argparse.Namespace, prompted: Any, tokenizer: Any) -> Any:
+    from fastprompt import training
+    from fastprompt.prompts.rank import choice_ids
+
+    if arguments.loss == "target":
+        return training.model_loss(prompted)
+    ids = choice_ids(arguments.choices, tokenizer, prompted.config.vocab_size)
+    return training.choice_loss(prompted, ids)
+
+
+def _rate(arguments: argparse.Namespace, prompted: Any) -> float:
+    """The learning rate asked for, or its kind's."""
+    if arguments.lr is not None:
+        return arguments.lr
+    return 0.01 if prompted.kind("default") == "prefix" else 0.3
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Before hours of training, not after."""
+    for option in ("loss choice", "init labels"):
+        name, value = option.split()
+        if getattr(arguments, name) == value and not arguments.choices:
+            raise ValueError(f"--{option} needs --choices, which it reads")
+    for path in (arguments.out, arguments.log):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise ValueError(f"{path}: is a folder. Name a file")
+
+
+def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    from fastprompt import PromptConfig, PromptModel
+
+    if arguments.start:
+        prompted = PromptModel(model, {}, tokenizer=tokenizer)
+        prompted.load_prompt("default", arguments.start)
+        return prompted
+    init = arguments.init or ("labels" if arguments.choices else "vocab")
+    config = PromptConfig(
+        arguments.num_tokens,
+        arguments.kind,
+        init,
+        labels=arguments.choices if init == "labels" else None,
+        text=arguments.text,
+        seed=arguments.seed,
+    )
+    return PromptModel(model, config, tokenizer=tokenizer)

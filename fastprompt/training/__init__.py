@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning a prompt from examples: the recipe of Lester et al. 2021 around a PromptModel.
+
+`fastprompt tune` and `fastprompt eval` are these functions on the command line.
+"""
+
+from fastprompt.training.adafactor import Adafactor
+from fastprompt.training.batches import Batch, collate, encode, in_order, shuffled
+from fastprompt.training.evaluation import Evaluation, evaluate
+from fastprompt.training.examples import Example, read_examples
+from fastprompt.training.loop import Curve, tune
+from fastprompt.training.losses import choice_loss, model_loss
+
+__all__ = [
+    "Adafactor",
+    "Batch",
+    "Curve",
+    "Evaluation",
+    "Example",
+    "choice_loss",
+    "collate",
+    "encode",
+    "evaluate",
+    "in_order",
+    "model_loss",
+    "read_examples",
+    "shuffled",
+    "tune",
+]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adafactor as the released prompt-tuning code sets it up, which neither PyTorch's nor transformers' can be.
+
+Both factor the second moments of whatever has two dimensions; prompts are exempt from that in the released recipe.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor (Shazeer and Stern 2018) with whole second moments, no momentum and no scaling by the parameter.
+
+    Per parameter, with t = 1, 2, ... the number of the step:
+
+        v = d v + (1 - d) (g^2 + 1e-30),  d = 1 - t^-0.8
+        u = g / sqrt(v);  u = u / max(1, rms(u) / clip)
+        p = (1 - weight_decay) p - lr u
+
+    which is T5X's optimiser under the prompt-tuning recipe's settings. The decay is not multiplied by the rate. A loss
+    may be a sum or a mean: u does not depend on the scale of g.
+
+    Args:
+        params: as for any optimiser of PyTorch.
+        lr: constant; the paper's default is 0.3.
+        weight_decay: per step; the paper's is 1e-5.
+        decay: the exponent above, more than 0.
+        clip: the largest root mean square of u.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.3,
+        *,
+        weight_decay: float = 1e-5,
+        decay: float = 0.8,
+        clip: float = 1.0,
+    ) -> None:
+        for name, value, positive in (
+            ("lr", lr, False),
+            ("weight_decay", weight_decay, False),
+            ("decay", decay, True),
+            ("clip", clip, True),
+        ):
+            if not (value > 0 if positive else value >= 0):
+                raise ValueError(
+                    f"Adafactor: {name} must be {'more than' if positive else 'at least'} 0, got {value}"
+                )
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay": decay, "clip": clip})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step. ``closure``, if given, computes the loss anew, and is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+        return loss
+
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        if gradient.is_sparse:
+            raise ValueError("Adafactor: a gradient is sparse. Make the embedding with sparse=False")
+        state = self.state[parameter]
+        if not state:
+            state["step"], state["moment"] = 0, torch.zeros_like(parameter, dtype=torch.float32)
+        state["step"] += 1
+        gradient = gradient.float()
+        fresh = state["step"] ** -group["decay"]  # 1 - d: the first step forgets the zeros
+        state["moment"].lerp_(gradient.square().add_(1e-30), fresh)
+        update = gradient / state["moment"].sqrt()
+        size = update.square().mean().sqrt()
+        update /= (size / group["clip"]).clamp_(min=1.0)  # stays on the device: the host waits for nothing
+        parameter.mul_(1.0 - group["weight_decay"]).sub_(update.to(parameter.dtype), alpha=group["lr"])

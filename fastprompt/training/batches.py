@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token ids in, padded batches out."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt.training.examples import Example
+
+Pair = tuple[list[int], list[int]]
+"""(encoder input ids, decoder target ids) of one example, without padding."""
+
+Batch = dict[str, Tensor]
+"""`input_ids`, `attention_mask` int64 [B, S] and `labels` int64 [B, T], -100 past a target's end."""
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, *, max_input: int = 512, max_target: int = 128
+) -> list[Pair]:
+    """Examples as token ids, each with the end marker, cut to so many ids."""
+    if not examples:
+        return []
+    sources = tokenizer([each.input for each in examples], truncation=True, max_length=max_input)
+    targets = tokenizer([each.target for each in examples], truncation=True, max_length=max_target)
+    return list(zip(sources["input_ids"], targets["input_ids"], strict=True))
+
+
+def collate(pairs: Sequence[Pair], pad: int = 0) -> Batch:
+    """Pads pairs on the right, to the longest of them."""
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    return {
+        "input_ids": padded([source for source, _ in pairs], pad),
+        "attention_mask": padded([[1] * len(source) for source, _ in pairs], 0),
+        "labels": padded([target for _, target in pairs], -100),
+    }
+
+
+def shuffled(pairs: Sequence[Pair], batch_size: int, seed: int) -> Iterator[Batch]:
+    """Endless full batches; every epoch sees each example at most once, in a new order.
+
+    Fewer examples than ``batch_size`` are one batch. ValueError: there are none, or ``batch_size`` is less than 1.
+    """
+    size = min(batch_size, len(pairs))
+    if size < 1:
+        raise ValueError(
+            f"shuffled: needs an example and a batch_size of 1 or more, got {len(pairs)} and {batch_size}"
+        )
+    return _shuffled(pairs, size, random.Random(seed))
+
+
+def _shuffled(pairs: Sequence[Pair], size: int, rng: random.Random) -> Iterator[Batch]:
+    while True:
+        order = rng.sample(pairs, len(pairs))
+        for start in range(0, len(order) - size + 1, size):
+            yield collate(order[start : start + size])
+
+
+def in_order(pairs: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
+    """One pass over all pairs; the last batch may be smaller."""
+    for start in range(0, len(pairs), batch_size):
+        yield collate(pairs[start : start + batch_size])
+
+
+def on(device: torch.device, batch: Batch) -> Batch:
+    """The batch there."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: so many steps, the prompt kept as it was where it scored best."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fastprompt.model import PromptModel
+from fastprompt.training.batches import Batch
+
+BAR = "step {n_fmt} of {total_fmt} [{elapsed}<{remaining}{postfix}]"
+REPORT_EVERY = 20  # steps: reading a loss makes the host wait for a GPU
+
+
+@dataclass
+class Curve:
+    """What training saw: the loss of every step and, by step, the score; the step whose prompt was kept."""
+
+    losses: list[float] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
+    best_step: int = 0
+
+
+def tune(
+    prompted: PromptModel,
+    batches: Iterator[Batch],
+    loss: Callable[[Batch], Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    score: Callable[[], float] | None = None,
+    score_every: int = 1000,
+    on_score: Callable[[int, float, bool], None] | None = None,
+    progress: bool = True,
+) -> Curve:
+    """Train what ``optimizer`` holds, and leave it as it was at the step of the best score (paper, section 3).
+
+    Also where it is interrupted: then the prompt is the best so far or, before the first score, as it is.
+
+    Args:
+        prompted: in training mode meanwhile, in evaluation mode afterwards.
+        batches: at least ``steps`` of them.
+        loss: of a batch, a scalar with a gradient; see :func:`model_loss` and :func:`choice_loss`.
+        optimizer: of the prompts' Parameters; see :class:`Adafactor`.
+        steps: 1 or more.
+        score: higher is better; of equal scores the first stays. None: the last step is kept.
+        score_every: steps between scores; the last step has one in any case.
+        on_score: is called with the step, its score, and whether that is the best so far.
+        progress: whether to count the steps on stderr, where that is a terminal.
+
+    Raises:
+        ValueError: ``steps`` or ``score_every`` is less than 1.
+        FloatingPointError: a loss is not finite. The prompt is then the best so far, or as it was given.
+    """
+    if steps < 1 or score_every < 1:
+        raise ValueError(f"tune: steps and score_every must be 1 or more, got {steps} and {score_every}")
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    curve, best, pending = Curve(), _copies(parameters), list[Tensor]()
+    prompted.train()
+    with tqdm(total=steps, bar_format=BAR, ncols=79, disable=None if progress else True) as bar:
+        try:
+            for step in range(1, steps + 1):
+                found = loss(next(batches))
+                optimizer.zero_grad()
+                found.backward()
+                optimizer.step()
+                pending.append(found.detach())
+                scores_now = step % score_every == 0 or step == steps
+                if scores_now or step % REPORT_EVERY == 0:
+                    _read(pending, curve.losses)
+                    bar.set_postfix_str(_postfix(curve), refresh=False)
+                if score is not None and scores_now:
+                    curve.scores[step] = score()
+                    better = curve.scores[step] > curve.scores.get(curve.best_step, -math.inf)
+                    if better:
+                        curve.best_step, best = step, _copies(parameters)
+                    if on_score is not None:
+                        on_score(step, curve.scores[step], better)
+                    bar.set_postfix_str(_postfix(curve), refresh=False)
+                elif score is None:
+                    curve.best_step = step
+                bar.update()
+        finally:
+            if curve.scores or not all(map(math.isfinite, curve.losses)):
+                with torch.no_grad():
+                    for parameter, value in zip(parameters, best, strict=True):
+                        parameter.copy_(value)
+            prompted.eval()
+    return curve
+
+
+def _copies(parameters: list[Tensor]) -> list[Tensor]:
+    return [each.detach().clone() for each in parameters]
+
+
+def _read(pending: list[Tensor], losses: list[float]) -> None:
+    """Move losses to the host, and see that they are numbers."""
+    losses += torch.stack(pending).tolist()
+    for number in range(len(losses) - len(pending), len(losses)):
+        if not math.isfinite(losses[number]):
+            raise FloatingPointError(
+                f"tune: the loss of step {number + 1} is {losses[number]}. A lower lr, or float32, may help"
+            )
+    pending.clear()
+
+
+def _postfix(curve: Curve) -> str:
+    score = f", best {max(curve.scores.values()):.3g} at {curve.best_step}" if curve.scores else ""
+    return f"loss {curve.losses[-1]:.3g}{score}"

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step makes small."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprompt.prompts.rank import choice_scores
+from fastprompt.training.batches import Batch, on
+
+
+def model_loss(prompted: Any) -> Callable[[Batch], Tensor]:
+    """The paper's: the target's likelihood, in nats per token. It leaves out the logits."""
+    return lambda batch: prompted(**on(prompted.device, batch), return_logits=False).loss
+
+
+def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Callable[[Batch], Tensor]:
+    """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
+
+    A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, as long as
+    the targets have an end marker with theirs. ValueError: a target is none of them.
+    """
+
+    def loss(batch: Batch) -> Tensor:
+        own = own_choice(batch, choices)
+        there = on(model.device, batch)
+        scores = choice_scores(model, there["input_ids"], there["attention_mask"], choices)
+        return torch.nn.functional.cross_entropy(scores, own.to(scores.device))
+
+    return loss
+
+
+def own_choice(batch: Batch, choices: Sequence[Sequence[int]]) -> Tensor:
+    """Which of `choices` each row's target is: int64 [B]."""
+    index = {tuple(choice): number for number, choice in enumerate(choices)}
+    targets = [tuple(token for token in row if token != -100) for row in batch["labels"].tolist()]
+    if strange := [target for target in targets if target not in index]:
+        raise ValueError(f"choice_loss: targets must be among the choices {list(index)}, got {strange[0]}")
+    return torch.tensor([index[target] for target in targets])

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastprompt tune`, `eval` and `bench`, as a user types them."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from fastprompt import PromptModel, training
+from fastprompt.cli import main
+from fastprompt.commands import bench
+from fastprompt.demo.run import TINY_T5
+from fastprompt.prompts import read_prompt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = ["--model", str(TINY_T5), "--device", "cpu"]
+SIZES = ["--batch-size", "2", "--input-tokens", "12", "--target-tokens", "3", "--num-tokens", "5"]
+
+
+@pytest.fixture
+def files(tmp_path, examples, choices):
+    """Paths, and arguments that all commands on these examples share."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": each.input, "area": each.target}) + "\n" for each in examples)
+    )
+    fields = ["--input-field", "text", "--target-field", "area"]
+    return data, tmp_path / "new" / "p.safetensors", [*MODEL, *fields, "--choices", *choices]
+
+
+def run(capsys, *arguments):
+    status = main(list(map(str, arguments)))
+    found = capsys.readouterr()
+    return status, found.out, found.err
+
+
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+def test_what_tune_learns_eval_finds(files, capsys, kind):
+    data, out, common = files
+    recipe = ["--num-tokens", 4, "--steps", 60, "--dev-every", 20, "--lr", 3.0 if kind != "prefix" else 0.1]
+    log = out.with_name("log.json")
+    status, said, _ = run(
+        capsys,
+        "tune",
+        *common,
+        "--train",
+        data,
+        "--dev",
+        data,
+        "--out",
+        out,
+        "--log",
+        log,
+        "--kind",
+        kind,
+        *recipe,
+    )
+    assert status == 0
+    curve = json.loads(log.read_text())
+    assert len(curve["losses"]) == 60
+    best = curve["scores"][str(curve["best_step"])]
+    assert best == max(curve["scores"].values()) > 0.5
+    assert f"dev after step {curve['best_step']}: {best:.1%} right, kept" in said
+    assert said.endswith(f"the prompt of step {curve['best_step']} is in {out}\n")
+    assert read_prompt(out).kind == kind
+    answers = out.with_name("answers.jsonl")
+    status, said, _ = run(capsys, "eval", *common, "--data", data, "--prompt", out, "--out", answers)
+    assert (status, said) == (0, f"{best:.1%} of 5 answers right\n")
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert sum(line["answer"] == line["target"] for line in lines) == best * 5
+    assert run(capsys, "eval", *common, "--data", data, "--prompt", out, out)[:2] == (
+        0,
+        said,
+    )  # of one opinion
+
+
+def test_tune_by_choice_goes_on_from_a_prompt(files, capsys):
+    data, out, common = files
+    first = ["--steps", 1, "--num-tokens", 3, "--lr", 0.0, "--weight-decay", 0.0]
+    assert run(capsys, "tune", *common, "--train", data, "--out", out, *first)[0] == 0
+    further = ["--steps", 40, "--loss", "choice", "--memory", "lean", "--lr", 1.0, "--start", out]
+    status, said, _ = run(capsys, "tune", *common, "--train", data, "--out", out.with_name("q.npy"), *further)
+    assert status == 0
+    assert "576 trained parameters" in said  # 3 rows of 192: the start's
+    before, after = (
+        run(capsys, "eval", *common, "--data", data, "--prompt", path)[1]
+        for path in (out, out.with_name("q.npy"))
+    )
+    assert after == "100.0% of 5 answers right\n" != before
+
+
+def test_rows_begin_as_the_choices(files, capsys, tokenizer, model, choices):
+    data, out, common = files
+    still = ["--steps", 1, "--lr", 0.0, "--weight-decay", 0.0, "--num-tokens", 3]
+    assert run(capsys, "tune", *common, "--train", data, "--out", out, *still)[0] == 0
+    table = model.get_input_embeddings().weight
+    expected = [table[tokenizer(each, add_special_tokens=False).input_ids].mean(0) for each in choices]
+    torch.testing.assert_close(read_prompt(out).rows, torch.stack(expected))
+
+
+def test_equal_seeds_give_equal_prompts(files, capsys):
+    data, out, common = files
+    paths = [out.with_name(f"{number}.npy") for number in range(3)]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        how = ["--steps", 3, "--batch-size", 2, "--num-tokens", 2, "--init", "vocab", "--seed", seed]
+        assert run(capsys, "tune", *common, "--train", data, "--out", path, *how)[0] == 0
+    one, again, other = (read_prompt(path).rows for path in paths)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_an_interruption_leaves_the_prompt(files, capsys, monkeypatch):
+    data, out, common = files
+
+    def interrupted(prompted, *arguments, **options):
+        with torch.no_grad():
+            prompted.prompts["default"].fill_(2.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "tune", interrupted)
+    status, _, said = run(capsys, "tune", *common, "--train", data, "--out", out)
+    assert status == 130
+    assert f"the prompt so far is in {out}" in said
+    assert (read_prompt(out).rows == 2.0).all()
+
+
+def test_without_a_prompt_the_frozen_model_answers(files, capsys, model, examples, tokenizer, choices):
+    data, _, common = files
+    expected = training.evaluate(model, examples, tokenizer, choices=choices).score
+    assert run(capsys, "eval", *common, "--data", data)[:2] == (0, f"{expected:.1%} of 5 answers right\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train", "nowhere.jsonl"], "No such file"),
+        (["--input-field", "txt"], "line 1: needs a text 'txt', got None; its fields are"),
+        (
+            ["--choices", "files"],
+            r"data.jsonl: targets must be among --choices, got \['graphics', 'network'\]",
+        ),
+        (["--out", "."], "is a folder. Name a file"),
+        (["--init", "text"], "init='text' needs text="),
+        (["--lr", "-1"], "Adafactor: lr must be at least 0, got -1.0"),
+        (["--start", "nowhere.npy"], "nowhere.npy"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--device", "cuda"], "PyTorch sees no GPU here"),
+    ],
+)
+def test_slips_are_told_in_a_line(files, capsys, more, message):
+    if "cuda" in more and torch.cuda.is_available():
+        pytest.skip("there is one")
+    data, out, common = files
+    status, _, said = run(capsys, "tune", *common, "--train", data, "--out", out, "--steps", 1, *more)
+    assert status == 1
+    assert re.search(message, said)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("option", ["--loss choice", "--init labels"])
+def test_what_needs_choices_says_so(files, capsys, option):
+    data, out, _ = files
+    status, _, said = run(capsys, "tune", *MODEL, "--train", data, "--out", out, *option.split())
+    assert (status, said) == (1, f"{option} needs --choices, which it reads\n")
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--batch-size", "x"], ["--kind", "suffix"]])
+def test_numbers_and_names_out_of_range(files, capsys, wrong):
+    data, out, common = files
+    with pytest.raises(SystemExit):
+        main(["tune", *common, "--train", str(data), "--out", str(out), *wrong])
+    assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_bench_prints_a_table(capsys, dropout):
+    status, said, _ = run(capsys, "bench", *MODEL, *SIZES, "--rounds", 2, "--dropout", dropout)
+    assert status == 0
+    assert f"float32, 1 threads: B=2, P=5, S=12, T=3, dropout {float(dropout)}" in said
+    rows = {line[:22].strip(): line[22:].split() for line in said.splitlines()[3:]}
+    assert list(rows) == ["HF eager", "HF sdpa", *(f"fastprompt, {memory}" for memory in bench.MEMORY)]
+    assert rows["HF eager"][1] == "1.00x"
+    kept = {name: float(row[2]) for name, row in rows.items()}
+    assert kept["HF eager"] > kept["fastprompt, speed"] > kept["fastprompt, lean"] > 0.0
+
+
+def test_bench_shows_no_speed_of_wrong_results(capsys, monkeypatch):
+    forward = PromptModel.forward
+
+    def wrong(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        output.loss = output.loss * 1.01
+        return output
+
+    monkeypatch.setattr(PromptModel, "forward", wrong)
+    status, said, error = run(capsys, "bench", *MODEL, *SIZES, "--rounds", 1)
+    assert (status, said) == (1, "")
+    assert error.splitlines()[-1].startswith("bench: the loss of fastprompt, speed is 0.01 of its size away")

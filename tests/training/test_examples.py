@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples in files, and as batches."""
+
+import pytest
+import torch
+
+from fastprompt.training import Example, collate, in_order, read_examples, shuffled
+
+PAIRS = [([5, 6, 7, 1], [8, 1]), ([9, 1], [10, 11, 1]), ([12, 13, 1], [8, 1])]
+
+
+def written(tmp_path, text, name="examples.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_json_lines(tmp_path):
+    path = written(
+        tmp_path, '\ufeff{"input": "é a", "target": "b"}\r\n\n{"more": [1], "input": "c", "target": 3}\n'
+    )
+    assert read_examples(path) == [Example("é a", "b"), Example("c", "3")]
+
+
+@pytest.mark.parametrize(("name", "comma"), [("e.csv", ","), ("e.TSV", "\t")])
+def test_tables(tmp_path, name, comma):
+    path = written(tmp_path, f'label{comma}text\npositive{comma}"a{comma} ""b""\nc"\n', name)
+    examples = read_examples(path, input_field="text", target_field="label")
+    assert examples == [Example(f'a{comma} "b"\nc', "positive")]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("", "e.jsonl", "holds no example"),
+        ("input,target\n", "e.csv", "holds no example"),
+        ('{"input": "a", "target": "b"}\n{"input": ', "e.jsonl", "line 2: is no JSON"),
+        ("[1]", "e.jsonl", "line 1: must be a JSON object, got list"),
+        (
+            '{"input": "a", "label": "b"}',
+            "e.jsonl",
+            r"line 1: needs a text 'target', got None.*'input', 'label'",
+        ),
+        ('{"input": "a", "target": true}', "e.jsonl", "needs a text 'target', got True"),
+        ("input,target\na\n", "e.csv", "line 2: needs a text 'target', got None"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, text, name, message):
+    with pytest.raises(ValueError, match=message):
+        read_examples(written(tmp_path, text, name))
+
+
+def test_batches_pad_and_shuffle():
+    batch = collate(PAIRS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [9, 1, 0, 0], [12, 13, 1, 0]]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2, 3]
+    assert batch["labels"].tolist() == [[8, 1, -100], [10, 11, 1], [8, 1, -100]]
+    first, again = shuffled(PAIRS, 2, seed=3), shuffled(PAIRS, 2, seed=3)
+    assert all(torch.equal(next(first)["input_ids"], next(again)["input_ids"]) for _ in range(5))
+
+
+def test_an_epoch_has_every_example_once():
+    batches = shuffled(PAIRS * 2, 3, seed=0)
+    for _ in range(3):
+        epoch = torch.cat([next(batches)["input_ids"][:, 0] for _ in range(2)])
+        assert sorted(epoch.tolist()) == [5, 5, 9, 9, 12, 12]
+
+
+def test_few_examples_are_one_batch():
+    assert len(next(shuffled(PAIRS, 32, seed=0))["labels"]) == 3
+    assert [len(batch["labels"]) for batch in in_order(PAIRS, 2)] == [2, 1]
+
+
+@pytest.mark.parametrize(("pairs", "size"), [([], 32), (PAIRS, 0)])
+def test_no_batch_at_all_is_refused(pairs, size):
+    with pytest.raises(ValueError, match="needs an example and a batch_size of 1 or more"):
+        shuffled(pairs, size, seed=0)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses and scores of a real model, and that a prompt learns by them."""
+
+import pytest
+import torch
+
+from fastprompt import training
+from fastprompt.prompts.rank import choice_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def batch(examples, tokenizer):
+    return training.collate(training.encode(examples, tokenizer))
+
+
+def test_the_models_loss_is_hugging_faces(prompted, model, batch):
+    prompt = prompted.prompts["one"].detach()
+    embeds = torch.cat([prompt.expand(5, -1, -1), model.get_input_embeddings()(batch["input_ids"])], 1)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (len(prompt), 0), value=1)
+    stock = model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"]).loss
+    torch.testing.assert_close(training.model_loss(prompted)(batch), stock, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
+    ids = choice_ids(choices, tokenizer, prompted.config.vocab_size)
+    scores = prompted.rank(batch["input_ids"], batch["attention_mask"], choices=choices).scores
+    own = torch.tensor([0, 1, 2, 0, 1])
+    expected = -scores.log_softmax(1)[torch.arange(5), own].mean()
+    torch.testing.assert_close(training.choice_loss(prompted, ids)(batch), expected)
+    with pytest.raises(ValueError, match="targets must be among the choices"):
+        training.choice_loss(prompted, ids[:2])(batch)
+
+
+@pytest.mark.parametrize("loss", ["target", "choice"])
+def test_a_prompt_learns_its_examples(prompted, examples, tokenizer, choices, loss):
+    pairs = training.encode(examples, tokenizer)
+    ids = choice_ids(choices, tokenizer, prompted.config.vocab_size)
+    losses = {"target": training.model_loss(prompted), "choice": training.choice_loss(prompted, ids)}
+    before = prompted.prompts["two"].detach().clone()
+    curve = training.tune(
+        prompted,
+        training.shuffled(pairs, 5, 0),
+        losses[loss],
+        training.Adafactor([prompted.prompts["one"]], lr=3.0),
+        60,
+        score=lambda: training.evaluate(prompted, examples, tokenizer, choices=choices).score,
+        score_every=10,
+        progress=False,
+    )
+    assert curve.losses[-1] < 0.5 * curve.losses[0]
+    assert curve.scores[curve.best_step] == 1.0
+    assert training.evaluate(prompted, examples, tokenizer, choices=choices).score == 1.0
+    assert torch.equal(prompted.prompts["two"], before)
+
+
+def test_evaluation_by_rank(prompted, examples, tokenizer, choices, batch):
+    prompted.train()
+    found = training.evaluate(prompted, examples, tokenizer, choices=choices, batch_size=2)
+    assert prompted.training
+    prompted.eval()
+    best = prompted.rank(batch["input_ids"], batch["attention_mask"], choices=choices).best
+    assert found.predictions == [choices[index] for index in best]
+    right = sum(a == example.target for a, example in zip(found.predictions, examples, strict=True))
+    assert found.score == right / 5
+
+
+@pytest.mark.parametrize("who", ["bare", "one", "two"])
+def test_evaluation_by_generation(prompted, model, examples, tokenizer, batch, who):
+    asked, names = (model, {}) if who == "bare" else (prompted.eval(), {"prompts": who})
+    ids = asked.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, **names
+    )
+    said = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    wanted = [example._replace(target=f" {text} ") for example, text in zip(examples, said, strict=True)]
+    wanted[1] = wanted[1]._replace(target="something else")
+    found = training.evaluate(asked, wanted, tokenizer, max_new_tokens=4, **names)
+    assert found.predictions == said
+    assert found.score == 0.8
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+def test_several_prompts_vote(prompted, examples, tokenizer, choices, batch, ranked):
+    names = ["two", "one"]
+    inputs = (batch["input_ids"], batch["attention_mask"])
+    if ranked:
+        best = prompted.ensemble(*inputs, prompts=names, choices=choices).best
+        expected = [choices[index] for index in best]
+    else:
+        ids = prompted.ensemble_generate(*inputs, prompts=names, max_new_tokens=4).sequences
+        expected = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    found = training.evaluate(
+        prompted, examples, tokenizer, prompts=names, choices=choices if ranked else None, max_new_tokens=4
+    )
+    assert found.predictions == expected
+
+
+def test_what_cannot_be_evaluated(prompted, model, examples, tokenizer, choices):
+    with pytest.raises(ValueError, match="one or more examples"):
+        training.evaluate(prompted, [], tokenizer)
+    with pytest.raises(ValueError, match=r"among the choices \['files'\], got \['graphics', 'network'\]"):
+        training.evaluate(prompted, examples, tokenizer, choices=choices[:1])
+    with pytest.raises(ValueError, match="needs a PromptModel, got T5ForConditionalGeneration"):
+        training.evaluate(model, examples, tokenizer, prompts="one")

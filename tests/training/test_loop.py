@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: which prompt is left, whatever happens."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastprompt.training import tune
+
+
+class Counter(torch.nn.Module):
+    """Its parameter counts the steps taken: the gradient is -1, the rate 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = torch.nn.Parameter(torch.zeros(()))
+        self.modes = []
+
+    def loss(self, batch):
+        self.modes.append(self.training)
+        return batch - self.steps
+
+
+def run(steps, scores=None, every=1, batches=None, **more):
+    model = Counter()
+    optimizer = torch.optim.SGD([model.steps], lr=1.0)
+    queue = None if scores is None else iter(scores)
+    curve = None
+    try:
+        curve = tune(
+            model,
+            batches or itertools.repeat(torch.tensor(100.0)),
+            model.loss,
+            optimizer,
+            steps,
+            score=None if queue is None else lambda: next(queue),
+            score_every=every,
+            progress=False,
+            **more,
+        )
+    finally:
+        run.model = model
+    return model, curve
+
+
+def interrupted(after):
+    yield from itertools.repeat(torch.tensor(100.0), after)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([0.1, 0.5, 0.5, 0.2], 2), ([-3.0, -2.0, -5.0, -1.0], 4), ([0.0, 0.0, 0.0, 0.0], 1)],
+)
+def test_the_first_of_the_best_scores_is_kept(scores, best):
+    model, curve = run(4, scores)
+    assert model.steps.item() == curve.best_step == best
+    assert list(curve.scores.values()) == scores
+
+
+def test_without_scores_the_last_step_is_kept():
+    model, curve = run(45)
+    assert model.steps.item() == curve.best_step == 45
+    assert curve.losses == [100.0 - step for step in range(45)]
+
+
+def test_the_last_step_has_a_score():
+    seen = []
+    _, curve = run(7, [0.3, 0.1, 0.4], every=3, on_score=lambda *found: seen.append(found))
+    assert curve.scores == {3: 0.3, 6: 0.1, 7: 0.4}
+    assert seen == [(3, 0.3, True), (6, 0.1, False), (7, 0.4, True)]
+
+
+def test_modes():
+    model, _ = run(3)
+    assert model.modes == [True] * 3
+    assert not model.training
+
+
+@pytest.mark.parametrize(("after", "left"), [(1, 1), (5, 2)])
+def test_what_was_learned_survives_an_interruption(after, left):
+    """Before the first score the prompt as it is, then the best."""
+    with pytest.raises(KeyboardInterrupt):
+        run(9, [0.5, 0.4], every=2, batches=interrupted(after))
+    assert run.model.steps.item() == left
+    assert not run.model.training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("scores", "left"), [(None, 0), ([0.5, 0.6, 0.1, 0.1], 4)])
+def test_a_loss_that_is_no_number_stops(value, scores, left):
+    batches = iter([*[torch.tensor(100.0)] * 6, torch.tensor(value), *[torch.tensor(100.0)] * 3])
+    with pytest.raises(FloatingPointError, match=f"the loss of step 7 is {value}"):
+        run(10, scores, every=2, batches=batches)
+    assert run.model.steps.item() == left
+
+
+@pytest.mark.parametrize(("steps", "every"), [(0, 1), (1, 0)])
+def test_no_steps_are_refused(steps, every):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        run(steps, every=every)
