@@ -2,8 +2,8 @@
 """Rank classification: the answer is the choice that the model finds most likely.
 
 The encoder runs once for all choices, and so do the decoder's first position and its keys and values of the encoder's
-output: what is left per choice is its own tokens. With gradients, which a cache does not carry through patched layers
-nor keeps under gradient checkpointing, the decoder runs on each choice as a whole.
+output: what is left per choice is its own tokens. It is differentiable. Where no cache carries gradients, the decoder
+runs on each choice as a whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from fastprompt.modules.attention import FastAttention
 from fastprompt.ops._indices import indices
 from fastprompt.prompts.bank import Names
 
@@ -97,7 +98,7 @@ def choice_scores(
     """
     scorer = _Scorer(model, input_ids, attention_mask, prompts, encoder_outputs)
     at_once = max(1, ROWS_PER_PASS // len(scorer.hidden))
-    if torch.is_grad_enabled() and past_key_values is None:
+    if torch.is_grad_enabled() and past_key_values is None and not scorer.cache_carries_gradients():
         scores = torch.cat([scorer.whole(some) for some in pieces(choices, at_once)], 1)
     else:
         first, cache = scorer.first(any(len(choice) > 1 for choice in choices), past_key_values)
@@ -161,6 +162,15 @@ class _Scorer:
     def rest(self, cache: Any, choices: Sequence[Sequence[int]]) -> Tensor:
         """[B, c]: what the tokens after the first add to the scores of c choices of two or more tokens."""
         return self._scores(choices, past_key_values=_repeated_cache(cache, len(choices)), use_cache=True)
+
+    def cache_carries_gradients(self) -> bool:
+        """Patched attention's does not, and needs no keys for a whole target; under checkpointing there is none."""
+        model = getattr(self.model, "model", self.model)
+        return not any(
+            isinstance(module, FastAttention)
+            or (getattr(module, "gradient_checkpointing", False) and module.training)
+            for module in model.get_decoder().modules()
+        )
 
     def whole(self, choices: Sequence[Sequence[int]]) -> Tensor:
         """[B, c]: the scores of c choices, without a cache."""
