@@ -17,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(argv)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -42,7 +45,13 @@ def _run(argv: Sequence[str] | None) -> int:
         return demo(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return modules[arguments.command].run(arguments)
+    try:
+        return modules[arguments.command].run(arguments)
+    except BrokenPipeError:
+        raise
+    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

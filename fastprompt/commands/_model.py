@@ -2,9 +2,10 @@
 """What commands with a model share: its arguments, and the model, patched."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
-MEMORY = ("speed", "balanced", "lean", "minimal")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -36,17 +37,33 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-target", type=positive, default=128, help="tokens of an answer (default: %(default)s)"
     )
     parser.add_argument(
-        "--choices", nargs="+", metavar="TARGET", help="the answers there are: one is chosen, none generated"
+        "--choices",
+        nargs="+",
+        action="extend",
+        metavar="TARGET",
+        help="the answers there are: one is chosen, none generated",
     )
+
+
+def check_writable(path: Path | None) -> None:
+    """Before hours of work, not after; the file's folder is made."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path}: cannot be written. Name a file, in a folder that you may write to")
 
 
 def device_and_dtype(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The torch.device and torch.dtype asked for, or their defaults."""
     import torch
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device}: PyTorch sees no GPU here. Leave it out, or use cpu")
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {arguments.device}: PyTorch cannot use it here: {reason}") from None
     return device, getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 

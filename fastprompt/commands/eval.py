@@ -3,10 +3,15 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from fastprompt.commands._model import add_example_arguments, add_model_arguments, load, positive
+from fastprompt.commands._model import (
+    add_example_arguments,
+    add_model_arguments,
+    check_writable,
+    load,
+    positive,
+)
 
 HELP = "tell how many examples a model answers right with a prompt, with several that vote, or with none"
 
@@ -17,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         nargs="*",
+        action="extend",
         default=[],
         type=Path,
         metavar="FILE",
@@ -30,16 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the share of right answers."""
-    try:
-        return _run(arguments)
-    except (OSError, TypeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
-def _run(arguments: argparse.Namespace) -> int:
     from fastprompt import PromptModel, patch, training
 
+    check_writable(arguments.out)
     examples = training.read_examples(
         arguments.data, input_field=arguments.input_field, target_field=arguments.target_field
     )
@@ -61,9 +60,9 @@ def _run(arguments: argparse.Namespace) -> int:
         max_input=arguments.max_input,
         max_new_tokens=arguments.max_target,
     )
+    print(f"{found.score:.1%} of {len(examples):,} answers right", flush=True)
     if arguments.out:
         with arguments.out.open("w", encoding="utf-8") as file:
             for example, answer in zip(examples, found.predictions, strict=True):
                 file.write(json.dumps({**example._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
-    print(f"{found.score:.1%} of {len(examples):,} answers right")
     return 0

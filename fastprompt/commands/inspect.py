@@ -2,7 +2,6 @@
 """`fastprompt inspect`."""
 
 import argparse
-import sys
 
 HELP = "show what a prompt file holds"
 
@@ -14,17 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what the prompt file holds; 1 and a message on stderr where it cannot be read."""
+    """Print what the prompt file holds."""
     import torch
 
     from fastprompt.prompts.files import read_prompt
 
     path = arguments.path
-    try:
-        prompt = read_prompt(path, task=arguments.task)
-    except (OSError, TypeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    prompt = read_prompt(path, task=arguments.task)
     parameters = sum(tensor.numel() for tensor in prompt.tensors.values())
     if prompt.kind == "prefix":
         print(

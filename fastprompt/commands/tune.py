@@ -6,9 +6,17 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from fastprompt.commands._model import MEMORY, add_example_arguments, add_model_arguments, load, positive
+from fastprompt.commands._model import (
+    add_example_arguments,
+    add_model_arguments,
+    check_writable,
+    load,
+    positive,
+)
+from fastprompt.patching import MEMORY
 
 HELP = "learn a prompt from examples"
 EPILOG = """
@@ -32,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log", type=Path, metavar="FILE", help="losses and scores, as JSON")
     add_example_arguments(parser)
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--kind", choices=("prepend", "cached", "prefix"), default="prepend")
-    prompt.add_argument("--num-tokens", type=positive, default=100, help="its rows (default: %(default)s)")
+    prompt.add_argument("--kind", choices=("prepend", "cached", "prefix"), help="(default: prepend)")
+    prompt.add_argument("--num-tokens", type=positive, help="its rows (default: 100)")
     prompt.add_argument(
         "--init",
         choices=("vocab", "labels", "text", "uniform", "uniform_positive", "zeros"),
@@ -64,14 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Learn the prompt and write it."""
-    try:
-        return _run(arguments)
-    except (OSError, TypeError, ValueError, FloatingPointError) as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
-def _run(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
@@ -104,14 +104,17 @@ def _run(arguments: argparse.Namespace) -> int:
         prompted.save_prompt("default", arguments.out)
 
     def on_score(step: int, value: float, best: bool) -> None:
-        if best:
+        if best and step:
             save()
         tqdm.write(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
+        sys.stdout.flush()
 
     pairs = training.encode(train, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
     print(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters", flush=True)
-    if dev:
-        print(f"dev, {len(dev):,} examples, before: {score():.1%} right", flush=True)
+    with (
+        TemporaryDirectory() as folder
+    ):  # a format that cannot express the prompt shows now, and spoils no file
+        prompted.save_prompt("default", Path(folder, arguments.out.name))
     try:
         curve = training.tune(
             prompted,
@@ -161,11 +164,12 @@ def _check(arguments: argparse.Namespace) -> None:
         name, value = option.split()
         if getattr(arguments, name) == value and not arguments.choices:
             raise ValueError(f"--{option} needs --choices, which it reads")
+    if arguments.start:
+        for name in ("kind", "num_tokens", "init", "text"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is the --start prompt's. Leave it out")
     for path in (arguments.out, arguments.log):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise ValueError(f"{path}: is a folder. Name a file")
+        check_writable(path)
 
 
 def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
@@ -177,8 +181,8 @@ def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
         return prompted
     init = arguments.init or ("labels" if arguments.choices else "vocab")
     config = PromptConfig(
-        arguments.num_tokens,
-        arguments.kind,
+        arguments.num_tokens or 100,
+        arguments.kind or "prepend",
         init,
         labels=arguments.choices if init == "labels" else None,
         text=arguments.text,

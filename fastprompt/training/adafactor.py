@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adafactor as the released prompt-tuning code sets it up, which neither PyTorch's nor transformers' can be.
+"""Adafactor as the released prompt-tuning code runs it on 100 rows, which neither PyTorch's nor transformers' can.
 
-Both factor the second moments of whatever has two dimensions; prompts are exempt from that in the released recipe.
+Both factor the second moments of whatever has two dimensions; T5X does from 128 in each on.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,18 +20,20 @@ class Adafactor(torch.optim.Optimizer):
         u = g / sqrt(v);  u = u / max(1, rms(u) / clip)
         p = (1 - weight_decay) p - lr u
 
-    which is T5X's optimiser under the prompt-tuning recipe's settings. The decay is not multiplied by the rate. A loss
-    may be a sum or a mean: u does not depend on the scale of g.
+    which are T5X's formulas under the prompt-tuning recipe's settings. The decay is not multiplied by the rate. A
+    constant factor of the loss makes no difference.
 
     Args:
-        params: as for any optimiser of PyTorch.
+        params: as for any optimiser of PyTorch; float32 or float64.
         lr: constant; the paper's default is 0.3.
         weight_decay: per step; the paper's is 1e-5.
         decay: the exponent above, more than 0.
         clip: the largest root mean square of u.
+        steps_before: the t to begin behind. The released code goes on counting from its checkpoint's 1,100,000, from
+            where v is all but a sum: every update is clipped, and of the same size.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or a parameter of another dtype.
     """
 
     def __init__(
@@ -42,18 +44,37 @@ class Adafactor(torch.optim.Optimizer):
         weight_decay: float = 1e-5,
         decay: float = 0.8,
         clip: float = 1.0,
+        steps_before: int = 0,
     ) -> None:
         for name, value, positive in (
             ("lr", lr, False),
             ("weight_decay", weight_decay, False),
             ("decay", decay, True),
             ("clip", clip, True),
+            ("steps_before", steps_before, False),
         ):
             if not (value > 0 if positive else value >= 0):
                 raise ValueError(
                     f"Adafactor: {name} must be {'more than' if positive else 'at least'} 0, got {value}"
                 )
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "decay": decay, "clip": clip})
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "decay": decay,
+            "clip": clip,
+            "steps_before": steps_before,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As PyTorch has it."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype not in (
+                torch.float32,
+                torch.float64,
+            ):  # less cannot hold the steps of a long prompt
+                raise ValueError(f"Adafactor: parameters must be float32 or float64, got {parameter.dtype}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,12 +94,13 @@ class Adafactor(torch.optim.Optimizer):
             raise ValueError("Adafactor: a gradient is sparse. Make the embedding with sparse=False")
         state = self.state[parameter]
         if not state:
-            state["step"], state["moment"] = 0, torch.zeros_like(parameter, dtype=torch.float32)
+            state["step"], state["moment"] = 0, torch.zeros_like(parameter)
         state["step"] += 1
-        gradient = gradient.float()
-        fresh = state["step"] ** -group["decay"]  # 1 - d: the first step forgets the zeros
+        fresh = (group["steps_before"] + state["step"]) ** -group[
+            "decay"
+        ]  # 1 - d: the first step forgets the zeros
         state["moment"].lerp_(gradient.square().add_(1e-30), fresh)
         update = gradient / state["moment"].sqrt()
         size = update.square().mean().sqrt()
         update /= (size / group["clip"]).clamp_(min=1.0)  # stays on the device: the host waits for nothing
-        parameter.mul_(1.0 - group["weight_decay"]).sub_(update.to(parameter.dtype), alpha=group["lr"])
+        parameter.mul_(1.0 - group["weight_decay"]).sub_(update, alpha=group["lr"])

@@ -18,14 +18,24 @@ Batch = dict[str, Tensor]
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, *, max_input: int = 512, max_target: int = 128
+    examples: Sequence[Example], tokenizer: Any, *, max_input: int = 512, max_target: int | None = None
 ) -> list[Pair]:
-    """Examples as token ids, each with the end marker, cut to so many ids."""
+    """Examples as token ids, each with the end marker; inputs are cut to so many.
+
+    Raises:
+        ValueError: a target has more than ``max_target``: a part of it would be learned as the whole.
+    """
     if not examples:
         return []
-    sources = tokenizer([each.input for each in examples], truncation=True, max_length=max_input)
-    targets = tokenizer([each.target for each in examples], truncation=True, max_length=max_target)
-    return list(zip(sources["input_ids"], targets["input_ids"], strict=True))
+    sources = tokenizer([each.input for each in examples], truncation=True, max_length=max_input)["input_ids"]
+    targets = tokenizer([each.target for each in examples])["input_ids"]
+    long = [len(target) for target in targets if max_target is not None and len(target) > max_target]
+    if long:
+        raise ValueError(
+            f"encode: {len(long)} of {len(targets)} targets have more than max_target={max_target} tokens, up to "
+            f"{max(long)}. Allow as many, or leave those out"
+        )
+    return list(zip(sources, targets, strict=True))
 
 
 def collate(pairs: Sequence[Pair], pad: int = 0) -> Batch:
@@ -63,7 +73,7 @@ def _shuffled(pairs: Sequence[Pair], size: int, rng: random.Random) -> Iterator[
 
 
 def in_order(pairs: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
-    """One pass over all pairs; the last batch may be smaller."""
+    """One pass over all pairs; the last batch may be smaller. ``batch_size`` is 1 or more."""
     for start in range(0, len(pairs), batch_size):
         yield collate(pairs[start : start + batch_size])
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often the answer is the example's target."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from fastprompt.model import PromptModel
 from fastprompt.prompts.rank import choice_ids, choice_scores, rank_of
 from fastprompt.training.batches import Batch, encode, in_order, on
 from fastprompt.training.examples import Example
+from fastprompt.training.losses import check_choices
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,17 @@ def evaluate(
         tokenizer: the model's.
         prompts: of a PromptModel: a name (None: its first prompt), or several, which vote (section 6 of the paper).
         choices: the answers there are, among which the model's likelihood chooses; every target is one of them. None:
-            the answer is generated, greedily.
+            the answer is generated, greedily, and right if it is what the target's own tokens read as. A target that
+            the tokenizer does not know whole is never answered right.
         batch_size: examples at a time.
         max_input, max_new_tokens: what is read of an input, and generated of an answer, in tokens.
 
     Raises:
-        ValueError: there is no example, a target is none of the choices, or several prompts for a bare T5.
+        ValueError: there is no example or no prompt's name, a target is none of the choices, two choices are the
+            same, or prompts are named for a bare T5.
     """
-    if not examples:
-        raise ValueError("evaluate: needs one or more examples, got none")
+    if not examples or prompts == []:
+        raise ValueError("evaluate: needs one or more examples, and names or None for prompts")
     if choices is not None and (strange := {each.target for each in examples}.difference(choices)):
         raise ValueError(
             f"evaluate: targets must be among the choices {list(choices)}, got {sorted(strange)}"
@@ -59,31 +63,39 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
+        pairs = encode(examples, tokenizer, max_input=max_input)
+        ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
+        check_choices(ids)
         predictions = []
-        for batch in in_order(encode(examples, tokenizer, max_input=max_input), batch_size):
-            del batch["labels"]
-            batch = on(model.device, batch)
+        for batch in in_order(pairs, batch_size):
+            inputs = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
             if choices is None:
-                predictions += _generated(model, batch, tokenizer, names, max_new_tokens)
+                predictions += _generated(model, inputs, tokenizer, names, max_new_tokens)
             else:
-                predictions += _ranked(model, batch, tokenizer, names, choices)
+                predictions += [choices[index] for index in _ranked(model, inputs, names, ids)]
     finally:
         model.train(was_training)
-    right = sum(found == each.target.strip() for found, each in zip(predictions, examples, strict=True))
+    wanted = [each.target for each in examples] if choices else [_read(ids, tokenizer) for _, ids in pairs]
+    right = sum(map(operator.eq, predictions, wanted))
     return Evaluation(right / len(examples), predictions)
+
+
+def _read(target: Sequence[int], tokenizer: Any) -> str | None:
+    """What a generated answer must read as; None: the tokenizer does not know all of the target."""
+    if tokenizer.unk_token_id in target:
+        return None
+    return tokenizer.decode(target, skip_special_tokens=True).strip()
 
 
 @torch.no_grad()
 def _ranked(
-    model: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], choices: Sequence[str]
-) -> list[str]:
-    ids = choice_ids(choices, tokenizer, model.config.vocab_size)
+    model: Any, batch: Batch, names: Sequence[str | None], choices: Sequence[Sequence[int]]
+) -> list[int]:
     if len(names) > 1:
-        best = model.ensemble(**batch, prompts=names, choices=ids).best
-    else:
-        named: dict[str, Any] = {} if names[0] is None else {"prompts": names[0]}
-        best = rank_of(choice_scores(model, batch["input_ids"], batch["attention_mask"], ids, **named)).best
-    return [choices[index].strip() for index in best.tolist()]
+        return model.ensemble(**batch, prompts=names, choices=choices).best.tolist()
+    named: dict[str, Any] = {} if names[0] is None else {"prompts": names[0]}
+    scores = choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, **named)
+    return rank_of(scores).best.tolist()
 
 
 def _generated(

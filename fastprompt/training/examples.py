@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TABLES: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a tab stands in no field, and a quote is one
+}
 
 
 class Example(NamedTuple):
@@ -23,7 +26,7 @@ def read_examples(
 ) -> list[Example]:
     """The examples of a file: a JSON object per line, or, by the ending .csv or .tsv, a table under a line of names.
 
-    Numbers are taken as they are written. Further fields are left out.
+    Numbers are taken as they are written. Further fields are left out. A .csv may quote its fields, a .tsv does not.
 
     Raises:
         OSError: the file cannot be read.
@@ -32,7 +35,7 @@ def read_examples(
     path = Path(path)
     examples = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = _table(path, file) if path.suffix.lower() in SEPARATORS else _json_lines(path, file)
+        rows = _table(path, file) if path.suffix.lower() in TABLES else _json_lines(path, file)
         for line, row in rows:
             examples.append(Example(*(_text(path, line, row, name) for name in (input_field, target_field))))
     if not examples:
@@ -42,11 +45,11 @@ def read_examples(
 
 def _text(path: Path, line: int, row: dict[str, Any], name: str) -> str:
     value = row.get(name)
-    if isinstance(value, str) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        return str(value)
+    if isinstance(value, str):
+        return value
     raise ValueError(
         f"{path}, line {line}: needs a text {name!r}, got {value!r}; its fields are {sorted(map(str, row))}. "
-        "Name the fields with input_field and target_field"
+        "Say which fields are the input and the target"
     )
 
 
@@ -55,7 +58,7 @@ def _json_lines(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: is no JSON: {error}") from None
         if not isinstance(row, dict):
@@ -64,6 +67,13 @@ def _json_lines(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _table(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file, delimiter=SEPARATORS[path.suffix.lower()])
-    for row in reader:
-        yield reader.line_num, row
+    reader = csv.DictReader(file, **TABLES[path.suffix.lower()], strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: has more fields than the {len(row) - 1} names"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, behind line {reader.line_num}: {error}") from None

@@ -47,24 +47,34 @@ def tune(
         loss: of a batch, a scalar with a gradient; see :func:`model_loss` and :func:`choice_loss`.
         optimizer: of the prompts' Parameters; see :class:`Adafactor`.
         steps: 1 or more.
-        score: higher is better; of equal scores the first stays. None: the last step is kept.
+        score: higher is better; of equal scores the first stays, the one before any step (0) only if it is better.
+            None: the last step is kept.
         score_every: steps between scores; the last step has one in any case.
         on_score: is called with the step, its score, and whether that is the best so far.
         progress: whether to count the steps on stderr, where that is a terminal.
 
     Raises:
-        ValueError: ``steps`` or ``score_every`` is less than 1.
+        ValueError: ``steps`` or ``score_every`` is less than 1, or there are fewer batches.
         FloatingPointError: a loss is not finite. The prompt is then the best so far, or as it was given.
     """
     if steps < 1 or score_every < 1:
         raise ValueError(f"tune: steps and score_every must be 1 or more, got {steps} and {score_every}")
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     curve, best, pending = Curve(), _copies(parameters), list[Tensor]()
+    if score is not None:
+        curve.scores[0] = score()
+        if on_score is not None:
+            on_score(0, curve.scores[0], True)
     prompted.train()
     with tqdm(total=steps, bar_format=BAR, ncols=79, disable=None if progress else True) as bar:
         try:
             for step in range(1, steps + 1):
-                found = loss(next(batches))
+                batch = next(batches, None)
+                if batch is None:
+                    raise ValueError(
+                        f"tune: batches ended before step {step} of {steps}. Give more, or fewer steps"
+                    )
+                found = loss(batch)
                 optimizer.zero_grad()
                 found.backward()
                 optimizer.step()
@@ -75,7 +85,8 @@ def tune(
                     bar.set_postfix_str(_postfix(curve), refresh=False)
                 if score is not None and scores_now:
                     curve.scores[step] = score()
-                    better = curve.scores[step] > curve.scores.get(curve.best_step, -math.inf)
+                    lead = curve.scores[step] - curve.scores[curve.best_step]
+                    better = lead > 0.0 or (lead == 0.0 and curve.best_step == 0)
                     if better:
                         curve.best_step, best = step, _copies(parameters)
                     if on_score is not None:
@@ -85,7 +96,7 @@ def tune(
                     curve.best_step = step
                 bar.update()
         finally:
-            if curve.scores or not all(map(math.isfinite, curve.losses)):
+            if len(curve.scores) > 1 or not all(map(math.isfinite, curve.losses)):
                 with torch.no_grad():
                     for parameter, value in zip(parameters, best, strict=True):
                         parameter.copy_(value)

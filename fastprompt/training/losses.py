@@ -20,8 +20,9 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Callable[[Batch
     """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
 
     A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, as long as
-    the targets have an end marker with theirs. ValueError: a target is none of them.
+    the targets have an end marker with theirs. ValueError: two are the same, or a target is none of them.
     """
+    check_choices(choices)
 
     def loss(batch: Batch) -> Tensor:
         own = own_choice(batch, choices)
@@ -30,6 +31,17 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Callable[[Batch
         return torch.nn.functional.cross_entropy(scores, own.to(scores.device))
 
     return loss
+
+
+def check_choices(choices: Sequence[Sequence[int]]) -> None:
+    """ValueError: two choices are the same to the model."""
+    first: dict[tuple[int, ...], int] = {}
+    for number, choice in enumerate(map(tuple, choices)):
+        if first.setdefault(choice, number) != number:
+            raise ValueError(
+                f"choices {first[choice]} and {number} are the same tokens, {list(choice)}: the model cannot tell them "
+                "apart. Give each once, in words that the tokenizer knows"
+            )
 
 
 def own_choice(batch: Batch, choices: Sequence[Sequence[int]]) -> Tensor:

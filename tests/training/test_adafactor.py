@@ -32,12 +32,12 @@ def start(shape=SHAPE):
     return torch.nn.Parameter(values.reshape(shape))
 
 
-def truth(steps, lr, weight_decay):
+def truth(steps, lr, weight_decay, steps_before=0):
     """In float64, with T5X's names."""
     param, v = start().detach().double().numpy(), np.zeros(SHAPE)
     for step, gradient in enumerate(gradients(steps)):
         grad = gradient.double().numpy()
-        decay_rate = 1.0 - (step + 1.0) ** -0.8
+        decay_rate = 1.0 - (steps_before + step + 1.0) ** -0.8
         v = decay_rate * v + (1.0 - decay_rate) * (grad * grad + 1e-30)
         y = grad * v**-0.5
         y /= max(1.0, np.sqrt(np.mean(y * y)))
@@ -45,11 +45,12 @@ def truth(steps, lr, weight_decay):
     return torch.from_numpy(param)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
-def test_it_is_t5xs(weight_decay):
+@pytest.mark.parametrize("how", [{}, {"weight_decay": 1e-2}, {"steps_before": 1_100_000}])
+def test_it_is_t5xs(how):
+    how = {"lr": 0.3, "weight_decay": 0.0, **how}
     parameter = start()
-    ours = run(Adafactor([parameter], lr=0.3, weight_decay=weight_decay), parameter, 12)
-    expected = truth(12, 0.3, weight_decay)
+    ours = run(Adafactor([parameter], **how), parameter, 12)
+    expected = truth(12, **how)
     assert_within_budget(ours, expected.float(), expected, ulps=12.0, rms_ulps=6.0)  # a rounding per step
 
 
@@ -89,6 +90,12 @@ def test_what_has_no_gradient_stays():
     optimizer = Adafactor([used, unused])
     run(optimizer, used, 2)
     assert torch.equal(unused, start())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_few_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"must be float32 or float64, got {dtype}"):
+        Adafactor([torch.nn.Parameter(torch.ones(3, dtype=dtype))])
 
 
 def test_a_closure_computes_the_loss():

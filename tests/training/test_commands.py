@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import fastprompt
 from fastprompt import PromptModel, training
 from fastprompt.cli import main
 from fastprompt.commands import bench
@@ -39,56 +40,68 @@ def run(capsys, *arguments):
 @pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
 def test_what_tune_learns_eval_finds(files, capsys, kind):
     data, out, common = files
-    recipe = ["--num-tokens", 4, "--steps", 60, "--dev-every", 20, "--lr", 3.0 if kind != "prefix" else 0.1]
+    recipe = ["--num-tokens", 4, "--steps", 60, "--dev-every", 25, "--lr", 3.0 if kind != "prefix" else 0.1]
     log = out.with_name("log.json")
-    status, said, _ = run(
-        capsys,
-        "tune",
-        *common,
-        "--train",
-        data,
-        "--dev",
-        data,
-        "--out",
-        out,
-        "--log",
-        log,
-        "--kind",
-        kind,
-        *recipe,
-    )
+    examples = ["--train", data, "--dev", data]
+    where = ["--out", out, "--log", log]
+    status, said, _ = run(capsys, "tune", *common, *examples, *where, "--kind", kind, *recipe)
     assert status == 0
     curve = json.loads(log.read_text())
     assert len(curve["losses"]) == 60
+    assert list(curve["scores"]) == ["0", "25", "50", "60"]
     best = curve["scores"][str(curve["best_step"])]
     assert best == max(curve["scores"].values()) > 0.5
     assert f"dev after step {curve['best_step']}: {best:.1%} right, kept" in said
     assert said.endswith(f"the prompt of step {curve['best_step']} is in {out}\n")
     assert read_prompt(out).kind == kind
-    answers = out.with_name("answers.jsonl")
+    answers = out.with_name("answers") / "a.jsonl"
     status, said, _ = run(capsys, "eval", *common, "--data", data, "--prompt", out, "--out", answers)
     assert (status, said) == (0, f"{best:.1%} of 5 answers right\n")
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert sum(line["answer"] == line["target"] for line in lines) == best * 5
-    assert run(capsys, "eval", *common, "--data", data, "--prompt", out, out)[:2] == (
-        0,
-        said,
-    )  # of one opinion
+    twice = ["--prompt", out, "--prompt", out]  # of one opinion
+    assert run(capsys, "eval", *common, "--data", data, *twice)[:2] == (0, said)
+    assert run(capsys, "eval", *common, "--data", data, "--prompt", "nowhere", *twice)[0] == 1
 
 
 def test_tune_by_choice_goes_on_from_a_prompt(files, capsys):
     data, out, common = files
+    other = out.with_name("q.npy")
     first = ["--steps", 1, "--num-tokens", 3, "--lr", 0.0, "--weight-decay", 0.0]
     assert run(capsys, "tune", *common, "--train", data, "--out", out, *first)[0] == 0
-    further = ["--steps", 40, "--loss", "choice", "--memory", "lean", "--lr", 1.0, "--start", out]
-    status, said, _ = run(capsys, "tune", *common, "--train", data, "--out", out.with_name("q.npy"), *further)
+    further = ["--steps", 60, "--loss", "choice", "--lr", 1.0, "--start", out, "--dev-every", 10]
+    status, said, _ = run(capsys, "tune", *common, "--train", data, "--dev", data, "--out", other, *further)
     assert status == 0
     assert "576 trained parameters" in said  # 3 rows of 192: the start's
     before, after = (
-        run(capsys, "eval", *common, "--data", data, "--prompt", path)[1]
-        for path in (out, out.with_name("q.npy"))
+        float(run(capsys, "eval", *common, "--data", data, "--prompt", path)[1].partition("%")[0])
+        for path in (out, other)
     )
-    assert after == "100.0% of 5 answers right\n" != before
+    assert after > before
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("prepend", 0.3), ("cached", 0.3), ("prefix", 0.01)])
+def test_the_recipe_reaches_what_it_is_for(files, capsys, monkeypatch, kind, rate):
+    data, out, common = files
+    seen = {}
+
+    def spied(module, name):
+        function = getattr(module, name)
+
+        def spy(*arguments, **options):
+            seen[name] = (arguments, options)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, spy)
+
+    spied(fastprompt, "patch")
+    spied(training, "Adafactor")
+    spied(training, "shuffled")
+    recipe = ["--steps", 1, "--batch-size", 3, "--memory", "lean", "--weight-decay", 0.5, "--seed", 7]
+    assert run(capsys, "tune", *common, "--train", data, "--out", out, "--kind", kind, *recipe)[0] == 0
+    assert seen["patch"][1] == {"memory": "lean", "lm_loss": True}
+    assert seen["Adafactor"][1] == {"lr": rate, "weight_decay": 0.5}
+    assert seen["shuffled"][0][1:] == (3, 7)
 
 
 def test_rows_begin_as_the_choices(files, capsys, tokenizer, model, choices):
@@ -114,16 +127,42 @@ def test_equal_seeds_give_equal_prompts(files, capsys):
 def test_an_interruption_leaves_the_prompt(files, capsys, monkeypatch):
     data, out, common = files
 
-    def interrupted(prompted, *arguments, **options):
-        with torch.no_grad():
-            prompted.prompts["default"].fill_(2.0)
+    def interrupted(prompted, *arguments, on_score, **options):
+        for step, best in ((0, True), (10, True), (20, False)):
+            with torch.no_grad():
+                prompted.prompts["default"].fill_(2.0 + step)
+            on_score(step, 0.5, best)
+            assert out.exists() == (step > 0)
+        assert (read_prompt(out).rows == 12.0).all()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "tune", interrupted)
     status, _, said = run(capsys, "tune", *common, "--train", data, "--out", out)
     assert status == 130
     assert f"the prompt so far is in {out}" in said
-    assert (read_prompt(out).rows == 2.0).all()
+    assert (read_prompt(out).rows == 22.0).all()
+
+
+def test_an_interruption_elsewhere_is_no_traceback(files, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    data, _, common = files
+    status, _, said = run(capsys, "eval", *common, "--data", data)
+    assert (status, said.splitlines()[-1]) == (130, "interrupted")
+
+
+def test_generated_answers_have_so_many_tokens(files, capsys, tokenizer, model, examples):
+    data, out, common = files
+    common = common[: common.index("--choices")]
+    answers, seen = out.with_name("answers.jsonl"), []
+    for limit in (1, 4):
+        how = ["--max-target", limit, "--out", answers]
+        assert run(capsys, "eval", *common, "--data", data, *how)[0] == 0
+        seen.append([json.loads(line)["answer"] for line in answers.read_text().splitlines()])
+        assert seen[-1] == training.evaluate(model, examples, tokenizer, max_new_tokens=limit).predictions
+    assert seen[0] != seen[1]
 
 
 def test_without_a_prompt_the_frozen_model_answers(files, capsys, model, examples, tokenizer, choices):
@@ -141,20 +180,34 @@ def test_without_a_prompt_the_frozen_model_answers(files, capsys, model, example
             ["--choices", "files"],
             r"data.jsonl: targets must be among --choices, got \['graphics', 'network'\]",
         ),
-        (["--out", "."], "is a folder. Name a file"),
+        (["--out", "."], "cannot be written. Name a file"),
+        (["--log", "data.jsonl/log"], "data.jsonl"),
+        (["--out", "p.npy", "--kind", "prefix"], "npy"),
+        (["--max-target", "1"], "more than max_target=1 tokens"),
         (["--init", "text"], "init='text' needs text="),
         (["--lr", "-1"], "Adafactor: lr must be at least 0, got -1.0"),
         (["--start", "nowhere.npy"], "nowhere.npy"),
+        (
+            ["--start", "nowhere.npy", "--num-tokens", "3"],
+            "--num-tokens is the --start prompt's. Leave it out",
+        ),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--device", "cuda"], "PyTorch sees no GPU here"),
+        (["--device", "cuda"], "--device cuda: PyTorch cannot use it here"),
+        (["--device", "foo"], "--device foo: PyTorch cannot use it here"),
     ],
 )
 def test_slips_are_told_in_a_line(files, capsys, more, message):
     if "cuda" in more and torch.cuda.is_available():
         pytest.skip("there is one")
     data, out, common = files
-    status, _, said = run(capsys, "tune", *common, "--train", data, "--out", out, "--steps", 1, *more)
+    more = [str(data.parent / each) if each in ("p.npy", "data.jsonl/log") else each for each in more]
+    if "--choices" in more:
+        common = common[: common.index("--choices")]
+    status, _, said = run(
+        capsys, "tune", *common, "--train", data, "--dev", data, "--out", out, "--steps", 1, *more
+    )
     assert status == 1
+    assert not list(data.parent.glob("**/*.safetensors"))
     assert re.search(message, said)
     assert "Traceback" not in said
 
@@ -186,15 +239,25 @@ def test_bench_prints_a_table(capsys, dropout):
     assert kept["HF eager"] > kept["fastprompt, speed"] > kept["fastprompt, lean"] > 0.0
 
 
-def test_bench_shows_no_speed_of_wrong_results(capsys, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_bench_shows_no_speed_of_wrong_results(capsys, monkeypatch, what):
     forward = PromptModel.forward
 
     def wrong(self, *arguments, **options):
         output = forward(self, *arguments, **options)
-        output.loss = output.loss * 1.01
+        by = output.loss if what == "loss" else output.loss - output.loss.detach()
+        output.loss = output.loss + 0.01 * by
         return output
 
     monkeypatch.setattr(PromptModel, "forward", wrong)
     status, said, error = run(capsys, "bench", *MODEL, *SIZES, "--rounds", 1)
     assert (status, said) == (1, "")
-    assert error.splitlines()[-1].startswith("bench: the loss of fastprompt, speed is 0.01 of its size away")
+    assert error.splitlines()[-1].startswith(f"bench: the {what} of fastprompt, speed is 0.")
+    assert "away from HF eager's" in error
+
+
+def test_bench_needs_no_model(capsys):
+    sizes = ["--batch-size", 1, "--input-tokens", 4, "--target-tokens", 2, "--num-tokens", 2]
+    status, said, _ = run(capsys, "bench", "--device", "cpu", *sizes, "--rounds", 1)
+    assert status == 0
+    assert said.startswith("v1.1-small's shape, random weights, float32")

@@ -17,16 +17,22 @@ def written(tmp_path, text, name="examples.jsonl"):
 
 def test_json_lines(tmp_path):
     path = written(
-        tmp_path, '\ufeff{"input": "é a", "target": "b"}\r\n\n{"more": [1], "input": "c", "target": 3}\n'
+        tmp_path, '\ufeff{"input": "é a", "target": "b"}\r\n\n{"more": [1], "input": 1.50, "target": 3}\n'
     )
-    assert read_examples(path) == [Example("é a", "b"), Example("c", "3")]
+    assert read_examples(path) == [Example("é a", "b"), Example("1.50", "3")]
 
 
-@pytest.mark.parametrize(("name", "comma"), [("e.csv", ","), ("e.TSV", "\t")])
-def test_tables(tmp_path, name, comma):
-    path = written(tmp_path, f'label{comma}text\npositive{comma}"a{comma} ""b""\nc"\n', name)
-    examples = read_examples(path, input_field="text", target_field="label")
-    assert examples == [Example(f'a{comma} "b"\nc', "positive")]
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("e.csv", 'label,text\npositive,"a, ""b""\nc"\n1.50,d\n', ['a, "b"\nc', "d"]),
+        ("e.TSV", 'label\ttext\npositive\t"a, b\n1.50\t"c" d\n', ['"a, b', '"c" d']),
+    ],
+)
+def test_tables(tmp_path, name, text, expected):
+    examples = read_examples(written(tmp_path, text, name), input_field="text", target_field="label")
+    assert [each.input for each in examples] == expected
+    assert [each.target for each in examples] == ["positive", "1.50"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,9 @@ def test_tables(tmp_path, name, comma):
             r"line 1: needs a text 'target', got None.*'input', 'label'",
         ),
         ('{"input": "a", "target": true}', "e.jsonl", "needs a text 'target', got True"),
+        ("input,target\na, b,positive\n", "e.csv", "line 2: has more fields than the 2 names"),
+        ('input,target\n"a,b\n', "e.csv", "behind line 1: unexpected end of data"),
+        (f"input,target\n{'a' * 200_000},b\n", "e.csv", "field larger than field limit"),
         ("input,target\na\n", "e.csv", "line 2: needs a text 'target', got None"),
     ],
 )
@@ -64,6 +73,15 @@ def test_an_epoch_has_every_example_once():
     for _ in range(3):
         epoch = torch.cat([next(batches)["input_ids"][:, 0] for _ in range(2)])
         assert sorted(epoch.tolist()) == [5, 5, 9, 9, 12, 12]
+
+
+def test_the_seed_and_the_epoch_make_the_order():
+    def orders(seed):
+        batches = shuffled([([number], [1]) for number in range(20)], 20, seed)
+        return [next(batches)["input_ids"][:, 0].tolist() for _ in range(3)]
+
+    seen = [tuple(order) for seed in (0, 1) for order in orders(seed)]
+    assert len(set(seen)) == 6
 
 
 def test_few_examples_are_one_batch():

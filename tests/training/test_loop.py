@@ -51,7 +51,13 @@ def interrupted(after):
 
 @pytest.mark.parametrize(
     ("scores", "best"),
-    [([0.1, 0.5, 0.5, 0.2], 2), ([-3.0, -2.0, -5.0, -1.0], 4), ([0.0, 0.0, 0.0, 0.0], 1)],
+    [
+        ([0.0, 0.1, 0.5, 0.5, 0.2], 2),
+        ([-9.0, -3.0, -2.0, -5.0, -1.0], 4),
+        ([0.5, 0.1, 0.2, 0.5, 0.5], 3),  # before any step: only where it is better
+        ([0.0, 0.0, 0.0, 0.0, 0.0], 1),
+        ([0.6, 0.1, 0.5, 0.2, 0.2], 0),
+    ],
 )
 def test_the_first_of_the_best_scores_is_kept(scores, best):
     model, curve = run(4, scores)
@@ -67,9 +73,9 @@ def test_without_scores_the_last_step_is_kept():
 
 def test_the_last_step_has_a_score():
     seen = []
-    _, curve = run(7, [0.3, 0.1, 0.4], every=3, on_score=lambda *found: seen.append(found))
-    assert curve.scores == {3: 0.3, 6: 0.1, 7: 0.4}
-    assert seen == [(3, 0.3, True), (6, 0.1, False), (7, 0.4, True)]
+    _, curve = run(7, [0.2, 0.3, 0.1, 0.4], every=3, on_score=lambda *found: seen.append(found))
+    assert curve.scores == {0: 0.2, 3: 0.3, 6: 0.1, 7: 0.4}
+    assert seen == [(0, 0.2, True), (3, 0.3, True), (6, 0.1, False), (7, 0.4, True)]
 
 
 def test_modes():
@@ -82,18 +88,24 @@ def test_modes():
 def test_what_was_learned_survives_an_interruption(after, left):
     """Before the first score the prompt as it is, then the best."""
     with pytest.raises(KeyboardInterrupt):
-        run(9, [0.5, 0.4], every=2, batches=interrupted(after))
+        run(9, [0.1, 0.5, 0.4], every=2, batches=interrupted(after))
     assert run.model.steps.item() == left
     assert not run.model.training
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("scores", "left"), [(None, 0), ([0.5, 0.6, 0.1, 0.1], 4)])
+@pytest.mark.parametrize(("scores", "left"), [(None, 0), ([0.4, 0.5, 0.6, 0.1, 0.1], 4)])
 def test_a_loss_that_is_no_number_stops(value, scores, left):
     batches = iter([*[torch.tensor(100.0)] * 6, torch.tensor(value), *[torch.tensor(100.0)] * 3])
     with pytest.raises(FloatingPointError, match=f"the loss of step 7 is {value}"):
         run(10, scores, every=2, batches=batches)
     assert run.model.steps.item() == left
+
+
+def test_batches_that_end_are_told():
+    with pytest.raises(ValueError, match="batches ended before step 3 of 5"):
+        run(5, batches=iter([torch.tensor(100.0)] * 2))
+    assert run.model.steps.item() == 2
 
 
 @pytest.mark.parametrize(("steps", "every"), [(0, 1), (1, 0)])
