@@ -176,6 +176,14 @@ def t5_attention_dq_kernel(
 
 
 @triton.jit
+def _factors(seed, o_i, j_first, pair, scale, threshold, BM: tl.constexpr, BN: tl.constexpr):
+    """Dropout's factors of weights [BN, BM]; 1 without a seed. A product with 0 leaves a NaN, as in PyTorch."""
+    if seed is None:
+        return 1.0
+    return tl.where(tl.trans(kept(seed, o_i, j_first, pair, threshold, BM, BN)), scale, 0.0)
+
+
+@triton.jit
 def _dkv_tile(
     tile, b_dk, b_dv, hungry, b_k, b_v, q, qn, dout, rows, h, H, N, begin, queries, query_at, at, table, level, seed,
     j_first, pair, scale, threshold,
@@ -202,15 +210,11 @@ def _dkv_tile(
     b_w = weight(b_s, shift[None, :], EXACT)
     if EXACT:
         b_w *= factor[None, :]
+    b_f = _factors(seed, o_i, j_first, pair, scale, threshold, BM, BN)
     o_out = ((begin + o_i)[:, None] * H + h) * K + tl.arange(0, K)[None, :]
     b_dout = tl.load(dout + o_out, mask=m_i[:, None], other=0.0)
-    b_dw = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-    b_kept = b_w
-    if seed is not None:
-        keep = tl.trans(kept(seed, o_i, j_first, pair, threshold, BM, BN))
-        b_kept = tl.where(keep, b_w, 0.0)
-        b_dw = tl.where(keep, b_dw * scale, 0.0)
-    b_dv = add_product(b_dv, 1.0, b_kept, b_dout)
+    b_dw = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee") * b_f
+    b_dv = add_product(b_dv, 1.0, b_w * b_f, b_dout)
     b_ds = b_w * (b_dw - delta[None, :])
     b_dk = add_product(b_dk, 1.0, b_ds, b_q)
     return b_dk, b_dv, hungry
@@ -223,8 +227,8 @@ def _attend_dkv(
 ):  # fmt: skip
     """b_dk, b_dv += what all queries add for the keys at positions at, at + 1, ... Scores are [BN, BM].
 
-    `begin`: the rows of examples before; query i is at query_at + i. dv lacks dropout's scale. hungry [BM]: was there
-    a query that may attend to nothing?
+    `begin`: the rows of examples before; query i is at query_at + i. hungry [BM]: was there a query that may attend
+    to nothing?
     """
     tiles = tl.cdiv(queries, BM)
     start = 0
@@ -318,8 +322,6 @@ def t5_attention_dkv_kernel(
         _program_again(0), cu_k, prompt_ids, prompt_lens, B, S, P, R, Nk, PROMPT, MOVED, BN
     )
     m_n = real if PROMPT or key_mask is None else own_mask(key_mask + tl.cast(b, tl.int64) * S, o_n, real)
-    if seed is not None:
-        b_dv *= scale
     b_dk, b_dv = tl.where(m_n[:, None], b_dk, 0.0), tl.where(m_n[:, None], b_dv, 0.0)
 
     if not PROMPT and key_mask is not None:  # noqa: SIM102, as this one is decided at compile time
@@ -334,15 +336,11 @@ def t5_attention_dkv_kernel(
                     o_out = ((begin + o_i)[:, None] * H + h) * K + tl.arange(0, K)[None, :]
                     b_dout = tl.load(dout + o_out, mask=m_i[:, None], other=0.0)
                     b_dw = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+                    b_f = _factors(seed, o_i, j_first, pair, scale, threshold, BM, BN)
                     b_w = tl.where(starved[None, :] & real[:, None], 1.0 / size, 0.0)
-                    b_kept = b_w
-                    if seed is not None:
-                        keep = tl.trans(kept(seed, o_i, j_first, pair, threshold, BM, BN))
-                        b_kept = tl.where(keep, b_w * scale, 0.0)
-                        b_dw = tl.where(keep, b_dw * scale, 0.0)
                     b_q = load(base_q, o_i, m_i, qn, K)
-                    b_ds = tl.where(starved[None, :], b_w * (b_dw - delta[None, :]), 0.0)
-                    b_dv = add_product(b_dv, 1.0, b_kept, b_dout)
+                    b_ds = tl.where(starved[None, :], b_w * (b_dw * b_f - delta[None, :]), 0.0)
+                    b_dv = add_product(b_dv, 1.0, b_w * b_f, b_dout)
                     b_dk = add_product(b_dk, 1.0, b_ds, b_q)
     b_dk, b_dv = tl.where(valid, b_dk, float("nan")), tl.where(valid, b_dv, float("nan"))
     o = ((out_row + o_n)[:, None] * H + h) * K + tl.arange(0, K)[None, :]

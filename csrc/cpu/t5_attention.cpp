@@ -90,7 +90,7 @@ void Forward::starve(int64_t i, float* row) const {
     for (int64_t s = 0; s < keys.own; ++s) {
         keys.load_key(a, b, h, s, true, dtype, value);
         const float factor = dropout.active() ? factors[s] : 1.0f;
-        for (int64_t d = 0; d < a.K; ++d) row[d] += factor != 0.0f ? factor * value[d] : 0.0f;
+        for (int64_t d = 0; d < a.K; ++d) row[d] += factor * value[d];
     }
     for (int64_t d = 0; d < a.K; ++d) row[d] /= static_cast<float>(keys.own);
 }

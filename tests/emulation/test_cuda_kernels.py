@@ -282,6 +282,22 @@ def test_error_word_stays_zero(emulated):
     assert (out == 1).all()
 
 
+@pytest.mark.parametrize("begin", [-(2**63), 1 - 2**63, 5 - 2**63, -1])
+def test_error_word_names_an_id_whatever_the_offsets_hold(emulated, begin):
+    """A packed sequence said to begin so far before row 0 that the number of a row's token would wrap around."""
+    S, rows, V, D = 5, 7, 3, 4
+    ids, weight, prompts = torch.full((S,), V), torch.ones(V, D), torch.ones(1, D)
+    lens, cu_rows = torch.tensor([0]), torch.tensor([begin, rows])
+    for first in range(S + 1):
+        cu_tokens, error, out = torch.tensor([first, S]), torch.tensor([0]), torch.ones(rows, D)
+        call(
+            emulated, "prompt_embed", ids, weight, prompts, None, lens, cu_tokens, cu_rows, None, out, error,
+            1, S, rows, 1, V, D, 0.0, 1, torch.float32, torch.float32,
+        )  # fmt: skip
+        assert 0 <= error.item() <= S
+        assert not out.any()
+
+
 def test_nothing_to_do(emulated):
     case = Case(emulated, 5, 8, *[torch.float32] * 3)
     case.N = 0

@@ -121,10 +121,11 @@ def test_loading_over_a_prompt_keeps_its_parameters(name, tuned, make_batch, tmp
 )
 def test_loading_over_another_kind_of_prompt_is_refused(name, other, message, tuned, tmp_path):
     tuned.save_prompt(name, tmp_path / "prompt")
-    before = copy.deepcopy(tuned.state_dict())
+    before, configs = copy.deepcopy(tuned.state_dict()), dict(tuned.configs)
     with pytest.raises(ValueError, match=f"{message}.*Load it under another name, or begin a prompt from it"):
         tuned.load_prompt(other, tmp_path / "prompt")
     assert all(torch.equal(tensor, before[key]) for key, tensor in tuned.state_dict().items())
+    assert tuned.configs == configs
 
 
 def test_a_prefix_of_another_model_is_refused(tuned, make_keyed, tmp_path):
