@@ -180,7 +180,8 @@ def _factors(seed, o_i, j_first, pair, scale, threshold, BM: tl.constexpr, BN: t
     """Dropout's factors of weights [BN, BM]; 1 without a seed. A product with 0 leaves a NaN, as in PyTorch."""
     if seed is None:
         return 1.0
-    return tl.where(tl.trans(kept(seed, o_i, j_first, pair, threshold, BM, BN)), scale, 0.0)
+    else:  # noqa: RET505, as what follows a return is compiled all the same
+        return tl.where(tl.trans(kept(seed, o_i, j_first, pair, threshold, BM, BN)), scale, 0.0)
 
 
 @triton.jit

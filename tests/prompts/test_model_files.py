@@ -37,7 +37,7 @@ def test_loading_over_a_prompt_keeps_the_parameter(saved, make_prompted, tmp_pat
     prompted.load_prompt("p5", path)
     assert prompted.prompts["p5"] is parameter
     assert torch.equal(parameter, expected)
-    assert prompted.configs["p5"] == PromptConfig(5, init="file", source=str(path))  # where its values are from
+    assert prompted.configs["p5"] == PromptConfig(5, init="file", source=str(path))
     longer = make_prompted(lengths=(9,))
     with pytest.raises(
         ValueError, match=r"\[9, 32\]} like prompt 'p9', got .*\[5, 32\]}\. Load it under another"
