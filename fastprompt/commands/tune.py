@@ -111,9 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     pairs = training.encode(train, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
     print(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters", flush=True)
-    with (
-        TemporaryDirectory() as folder
-    ):  # a format that cannot express the prompt shows now, and spoils no file
+    # A format that cannot express the prompt shows now, and spoils no file.
+    with TemporaryDirectory() as folder:
         prompted.save_prompt("default", Path(folder, arguments.out.name))
     try:
         curve = training.tune(

@@ -29,8 +29,8 @@ class Adafactor(torch.optim.Optimizer):
         weight_decay: per step; the paper's is 1e-5.
         decay: the exponent above, more than 0.
         clip: the largest root mean square of u.
-        steps_before: the t to begin behind. The released code goes on counting from its checkpoint's 1,100,000, from
-            where v is all but a sum: every update is clipped, and of the same size.
+        steps_before: the t to begin behind. The released code seems to count on from its checkpoint's 1,100,000: v is
+            all but a sum then, and every update is clipped to the same size.
 
     Raises:
         ValueError: a number is out of its range, or a parameter of another dtype.
@@ -70,10 +70,7 @@ class Adafactor(torch.optim.Optimizer):
         """As PyTorch has it."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype not in (
-                torch.float32,
-                torch.float64,
-            ):  # less cannot hold the steps of a long prompt
+            if parameter.dtype not in (torch.float32, torch.float64):  # fewer bits would lose small steps
                 raise ValueError(f"Adafactor: parameters must be float32 or float64, got {parameter.dtype}")
 
     @torch.no_grad()
@@ -96,9 +93,8 @@ class Adafactor(torch.optim.Optimizer):
         if not state:
             state["step"], state["moment"] = 0, torch.zeros_like(parameter)
         state["step"] += 1
-        fresh = (group["steps_before"] + state["step"]) ** -group[
-            "decay"
-        ]  # 1 - d: the first step forgets the zeros
+        t = group["steps_before"] + state["step"]
+        fresh = t ** -group["decay"]  # 1 - d: the first step forgets the zeros
         state["moment"].lerp_(gradient.square().add_(1e-30), fresh)
         update = gradient / state["moment"].sqrt()
         size = update.square().mean().sqrt()
