@@ -135,8 +135,6 @@ def t5_attention_kernel(
     )  # fmt: skip
 
     starved = (o_query < least if CAUSAL else tl.zeros((BM,), tl.int32) + least == NO_KEY) & (P_b == 0)
-    # A total of 0 would say that no key is allowed; scores that are all -infinity are NaN after the softmax.
-    total = tl.where(top == -INFINITY, float("nan"), total)
     if seed is not None:
         acc *= scale
     b_out = tl.div_rn(acc, tl.where(starved, 1.0, total)[:, None] + tl.zeros((BM, K), tl.float32))

@@ -58,7 +58,8 @@ def t5_attention_rows_kernel(dout, out, stats, rows, N, H: tl.constexpr, K: tl.c
     shift = top if dout.dtype.element_ty == tl.float32 else top * LOG2E + tl.log2(total)
     factor = tl.div_rn(tl.full((BM,), 1.0, tl.float32), tl.where(total == 0.0, 1.0, total))
     tl.store(rows + h * N + o_n, tl.sum(b_dout * b_out, 1), mask=m_n)
-    tl.store(rows + (H + h) * N + o_n, tl.where(total == 0.0, INFINITY, shift), mask=m_n)
+    starved = (total == 0.0) & (top == 0.0)  # where all scores are -infinity, top is, and weights are NaN
+    tl.store(rows + (H + h) * N + o_n, tl.where(starved, INFINITY, shift), mask=m_n)
     tl.store(rows + (2 * H + h) * N + o_n, factor, mask=m_n)
 
 
