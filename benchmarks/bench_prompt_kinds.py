@@ -22,7 +22,6 @@ On a GPU the models are bf16, and the training steps of nothing packed are CUDA 
 model of this size would time the host.
 """
 
-import copy
 import importlib.util
 import math
 import statistics
@@ -37,6 +36,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from fastprompt import PromptConfig, PromptModel, graphed, patch
 from fastprompt.graphs import Graphed
+from fastprompt.testing import share
 
 MODELS = {
     "v1.1-base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "d_kv": 64},
@@ -163,9 +163,7 @@ class Setting:
 
     def peft(self, attention: str, prompt: Tensor) -> tuple[Any, Callable[[], dict[str, Tensor]]]:
         """HF's model, and what PEFT's prompt tuning gives it: in its forward and in generate."""
-        model, P = share(self.stock), len(prompt)
-        for each in (model, model.encoder, model.decoder):
-            each.config._attn_implementation_internal = attention
+        model, P = share(self.stock, attention), len(prompt)
         rows: Callable[[], Tensor] = lambda: prompt.detach().expand(self.B, -1, -1)  # noqa: E731
         if importlib.util.find_spec("peft"):
             from peft import PromptTuningConfig, get_peft_model
@@ -183,11 +181,6 @@ class Setting:
             return {"inputs_embeds": embeds, "attention_mask": torch.cat((ones, self.mask), 1)}
 
         return model, inputs
-
-
-def share(model: Any) -> Any:
-    """A model of its own over the same weights."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
 def training(spec: Spec, setting: Setting) -> Table:

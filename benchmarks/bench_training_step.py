@@ -9,7 +9,6 @@ the step is also run as a CUDA graph (fastprompt.graphed), of the patched and of
 of Liger Kernel in the stock model where that is installed.
 """
 
-import copy
 import importlib.util
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from fastprompt import graphed, patch
-from fastprompt.testing import saved_bytes
+from fastprompt.testing import saved_bytes, share
 
 EAGER, SDPA, COMPILED = "HF eager", "HF sdpa", "torch.compile of HF sdpa"
 LIGER = "Liger in HF sdpa"
@@ -115,13 +114,11 @@ def build(spec: Spec, options: Options) -> Case:
     models: dict[str, Any] = {}
     losses: dict[str, Any] = {}  # what computes a loss: a model, or what Liger makes of one
     for name in contenders(spec, options):
-        model = models[name] = share(stock)
         kind = GRAPHED.get(name, name)
+        attention = None if kind in PATCHED or kind == EAGER else "sdpa"
+        model = models[name] = share(stock, attention)
         if kind in PATCHED:
             patch(model, **PATCHED[kind])
-        elif kind != EAGER:
-            for each in (model, model.encoder, model.decoder):
-                each.config._attn_implementation_internal = "sdpa"
         losses[name] = liger(model) if name == LIGER else model
     calls: dict[str, Contender] = {}
     for name, model in models.items():
@@ -151,12 +148,6 @@ def build(spec: Spec, options: Options) -> Case:
     weights = sum(p.numel() for p in stock.parameters()) * embeds.element_size()
     check = partial(check_step, models, losses, embeds, mask, labels)
     return Case("training_step", spec, calls, 2 * weights, check, goals, calls=None if options.quick else 1)
-
-
-def share(model: Any) -> Any:
-    """A model of its own over the same weights."""
-    memo = {id(tensor): tensor for tensor in model.parameters()}
-    return copy.deepcopy(model, memo)
 
 
 def step(forward: Call, embeds: Tensor) -> Call:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks for numerical kernels: hard inputs, an error budget, poisoned outputs, guarded buffers, bytes saved.
+"""Checks for numerical kernels: hard inputs, an error budget, poisoned outputs, guarded buffers, bytes saved, models
+to compare.
 
 fastprompt's own tests use them; so can the tests of an op that you add.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -150,6 +152,15 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedTensors]:
     saved = SavedTensors(exclude)
     with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
         yield saved
+
+
+def share(model: Any, attention: str | None = None) -> Any:
+    """A model of its own over the same weights: to patch, or to run HF's T5 with ``attention``."""
+    found = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    if attention is not None:
+        for each in (found, found.encoder, found.decoder):  # the stacks have configs of their own
+            each.config._attn_implementation_internal = attention
+    return found
 
 
 def _same_kind(a: Tensor, b: Tensor) -> Tensor:

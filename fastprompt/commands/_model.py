@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands with a model share: its arguments, and the model, patched."""
+"""What commands with a model share: their arguments, and the model itself."""
 
 import argparse
 import os

@@ -2,7 +2,6 @@
 """`fastprompt bench`: a step of prompt tuning on this machine, patched beside stock."""
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -100,9 +99,10 @@ def _steps(
     import torch
 
     from fastprompt import PromptConfig, PromptModel, patch
+    from fastprompt.testing import share
 
     config = PromptConfig(arguments.num_tokens)
-    prompt = PromptModel(_share(stock), config).prompts["default"]
+    prompt = PromptModel(share(stock), config).prompts["default"]
     steps: dict[str, Callable[[], Any]] = {}
     models: dict[str, Any] = {}
 
@@ -122,25 +122,14 @@ def _steps(
         return call
 
     for name in (EAGER, SDPA):
-        models[name] = _share(stock)
-        for each in (
-            models[name],
-            models[name].encoder,
-            models[name].decoder,
-        ):  # the stacks have configs of their own
-            each.config._attn_implementation = name.removeprefix("HF ")
+        models[name] = share(stock, name.removeprefix("HF "))
         steps[name] = step(theirs, models[name], prompt)
     for memory in MEMORY:
         name = f"fastprompt, {memory}"
-        patched = patch(_share(stock), memory=memory, lm_loss=True)
+        patched = patch(share(stock), memory=memory, lm_loss=True)
         models[name] = PromptModel(patched, config)
         steps[name] = step(ours, models[name], models[name].prompts["default"])
     return steps, models
-
-
-def _share(stock: Any) -> Any:
-    """A model of its own over the same weights."""
-    return copy.deepcopy(stock, {id(tensor): tensor for tensor in stock.parameters()})
 
 
 def _check(steps: dict[str, Callable[[], Any]], models: dict[str, Any]) -> None:

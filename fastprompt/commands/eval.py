@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = PromptModel(model, {}, tokenizer=tokenizer)
         for name, path in zip(names, arguments.prompt, strict=True):
             model.load_prompt(name, path)
-        model.cache_prompts([name for name in names if model.kind(name) != "prepend"])
+        model.cache_prompts()
     found = training.evaluate(
         model,
         examples,

@@ -93,8 +93,7 @@ def _ranked(
 ) -> list[int]:
     if len(names) > 1:
         return model.ensemble(**batch, prompts=names, choices=choices).best.tolist()
-    named: dict[str, Any] = {} if names[0] is None else {"prompts": names[0]}
-    scores = choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, **named)
+    scores = choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, prompts=names[0])
     return rank_of(scores).best.tolist()
 
 

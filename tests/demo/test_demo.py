@@ -85,15 +85,6 @@ def test_the_same_prompt_scores_alike_in_fastprompt_and_by_hand(model, prompted)
     torch.testing.assert_close(ours.logits, stock.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_batches_pad_and_shuffle():
-    batch = collate(PAIRS)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [9, 1, 0, 0], [12, 13, 1, 0]]
-    assert batch["attention_mask"].sum(1).tolist() == [4, 2, 3]
-    assert batch["labels"].tolist() == [[8, 1, -100], [10, 11, 1], [8, 1, -100]]
-    first, again = shuffled(PAIRS, 2, seed=3), shuffled(PAIRS, 2, seed=3)
-    assert all(torch.equal(next(first)["input_ids"], next(again)["input_ids"]) for _ in range(5))
-
-
 def test_the_race_leaves_the_prompt_alone_and_agrees(prompted):
     pytest.importorskip("peft")
     before = prompted.prompts["default"].detach().clone()
