@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds fastprompt._C with ninja: each csrc/cpu/*.cpp once per instruction set, each csrc/cuda/*.cu if nvcc is here.
 
-Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a", FASTPROMPT_SANITIZE=address,undefined, CXX,
-MAX_JOBS.
+Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a;75+PTX", FASTPROMPT_SANITIZE=address,undefined,
+CXX, MAX_JOBS. Of an architecture with +PTX, drivers compile for all GPUs from that one on that have no code here.
 """
 
 import os
@@ -74,6 +74,21 @@ def cuda_home(nvcc: str) -> Path:
     return Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
 
 
+def gencode(architecture: str) -> str:
+    number = architecture.removesuffix("+PTX")
+    return f"-gencode=arch=compute_{number},code={'sm' if number == architecture else 'compute'}_{number}"
+
+
+def in_ninja(path: Path) -> str:
+    """A path as ninja reads it in a build statement."""
+    return "".join("$" + each if each in "$ :" else each for each in str(path))
+
+
+def in_command(argument: str) -> str:
+    """An argument of a rule's command: for the shell, through ninja."""
+    return shlex.quote(argument).replace("$", "$$")
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = shlex.split(CXX)[:1]
@@ -101,12 +116,12 @@ class NinjaBuild(build_ext):
         if nvcc:
             toolkit = cuda_home(nvcc)
             include.append(toolkit / "include")
-            link_flags += [f"-L{toolkit}/lib64", "-l:libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
-            link_flags.append("-Wl,--exclude-libs,libcudart_static.a")
-        includes = " ".join(f"-I{path}" for path in include)
-        architectures = os.environ.get("FASTPROMPT_GENCODE", "80;90a").split(";")
+            link_flags += [in_command(f"-L{toolkit}/lib64"), "-l:libcudart_static.a"]
+            link_flags += ["-lpthread", "-ldl", "-lrt", "-Wl,--exclude-libs,libcudart_static.a"]
+        includes = " ".join(in_command(f"-I{path}") for path in include)
+        architectures = os.environ.get("FASTPROMPT_GENCODE", "80;90a;75+PTX").split(";")
         nvcc_flags = ["-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden"]
-        nvcc_flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+        nvcc_flags += [gencode(architecture) for architecture in architectures]
         nvcc_flags.append("-Xptxas --warn-on-spills,--warning-as-error")
         compile_flags = f"$flags {includes} -MD -MF $out.d -c $in -o $out"
         lines = [
@@ -114,7 +129,7 @@ class NinjaBuild(build_ext):
             f"cxx = {CXX}",
             f"rule cxx\n  command = $cxx {' '.join(cxx_flags)} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
-            f"rule cuda\n  command = {nvcc} -ccbin $cxx {' '.join(nvcc_flags)} {compile_flags}",
+            f"rule cuda\n  command = {in_command(nvcc or 'nvcc')} -ccbin $cxx {' '.join(nvcc_flags)} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = $cxx $in -o $out {' '.join(link_flags)}",
         ]
@@ -122,7 +137,7 @@ class NinjaBuild(build_ext):
 
         def compile_object(rule: str, source: Path, name: str, *flags: str) -> None:
             objects.append(name)
-            lines.append(f"build {name}: {rule} {source}\n  flags = {' '.join(flags)}")
+            lines.append(f"build {name}: {rule} {in_ninja(source)}\n  flags = {' '.join(flags)}")
 
         compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
         targets = cpu_targets()
@@ -134,7 +149,8 @@ class NinjaBuild(build_ext):
                 compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)
         for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else ():
             compile_object("cuda", source, f"{source.stem}.cuda.o", "-DFP_TARGET='\"cuda\"'")
-        return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", f"default {output}", ""])
+        target = in_ninja(output)
+        return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
 
 
 setup(

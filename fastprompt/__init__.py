@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastprompt: fused kernels for prompt tuning a frozen Hugging Face T5."""
 
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
+from fastprompt import hf_attention as hf_attention
 from fastprompt import ops
 from fastprompt._op import backend_used, backends, use_backend
 from fastprompt.graphs import graphed
 from fastprompt.model import PromptModel
+from fastprompt.patching import patch, patched, unpatch
 from fastprompt.prompts import PromptConfig
-
-with suppress(ImportError):  # a transformers without these interfaces refuses the name by itself
-    from fastprompt import hf_attention as hf_attention
-    from fastprompt.patching import patch, patched, unpatch
-    from fastprompt.report import explain
+from fastprompt.report import explain
 
 try:
     __version__ = version("fastprompt")

@@ -400,4 +400,5 @@ def _has_tangent(x: Any) -> bool:
 
 
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Triton, and our kernels: these are part of the package only where it is installed."""
+    return all(importlib.util.find_spec(name) for name in ("triton", "fastprompt.triton_kernels"))

@@ -134,9 +134,8 @@ class _Recorded:
             return loss.detach(), torch.autograd.grad(loss, wanted, allow_unused=True)
 
         device = next(iter(tensors.values())).device
-        random_state = torch.cuda.get_rng_state(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), _padded(model), _replaced(model, aliases):
+        with torch.cuda.device(device), _same_random_state(device), _padded(model), _replaced(model, aliases):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
@@ -152,8 +151,6 @@ class _Recorded:
                     f"fastprompt.graphed: {type(model).__name__} cannot be recorded as a CUDA graph ({error}). Does its"
                     " forward wait for a value on the GPU? Call the model itself"
                 ) from error
-            finally:
-                torch.cuda.set_rng_state(random_state, device)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """The loss of these inputs, and the gradients of what requires one, as tensors of their own."""
@@ -186,6 +183,16 @@ def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
             " return_dict on"
         )
     return loss
+
+
+@contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    """Runs that only prepare a graph take no random numbers from those that follow."""
+    state = torch.cuda.get_rng_state(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager

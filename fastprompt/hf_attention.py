@@ -265,6 +265,7 @@ def _covered(query: Tensor, key: Tensor, value: Tensor, allowed: Keys) -> bool:
         K in HEAD_WIDTHS
         and query.dtype in FLOATS
         and query.dtype == key.dtype == value.dtype
+        and len(query) == len(key)
         and (isinstance(allowed.offset, Tensor) or not allowed.causal or allowed.offset + T <= S)
         and allowed.fits(S)
     )
@@ -345,7 +346,10 @@ def _transformers_attention(
         mask = _full_mask(mask, query, key)
         kwargs["is_causal"] = False  # the mask says it
     function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
-    if wants_weights(module, kwargs) or is_transformed():  # sdpa's kernels know no transform
+    inputs = (query, key, value)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    # sdpa's kernels know no transform, and give wrong gradients to a row that may attend to nothing.
+    if wants_weights(module, kwargs) or is_transformed() or (mask is not None and differentiable):
         from transformers.models.t5.modeling_t5 import eager_attention_forward
 
         function = eager_attention_forward
@@ -354,9 +358,7 @@ def _transformers_attention(
             mask = torch.where(mask, zero, torch.finfo(query.dtype).min)
     return function(
         module,
-        query,
-        key,
-        value,
+        *inputs,
         mask,
         scaling=scaling,
         dropout=dropout,

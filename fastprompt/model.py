@@ -20,9 +20,6 @@ from fastprompt.prompts import checks
 from fastprompt.prompts.bank import Names
 from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
-
-# Pickles that were made when that hook stood here look for it here.
-from fastprompt.prompts.holder import _after_loading as _after_loading
 from fastprompt.prompts.keeper import KeyKeeper
 from fastprompt.prompts.key_batch import KeyBatch
 from fastprompt.prompts.rank import Choices, Ranking, choice_ids, choice_scores, rank_of
@@ -109,7 +106,8 @@ class PromptModel(KeyKeeper):
             decoder_input_ids, decoder_attention_mask: as HF has them.
             encoder_outputs: of an earlier forward with the same prompts, [B, L, D]; L = longest prompt + S for
                 "prepend", L = S for other kinds.
-            kwargs: what else the model's forward takes (``output_attentions``, ``past_key_values``, ...).
+            kwargs: what else the model's forward takes (``output_attentions``, ``past_key_values``, ...). ``use_cache``
+                is off unless asked for where a loss with gradient is: nothing reads a cache then.
 
         Returns:
             HF's Seq2SeqLMOutput (a tuple for ``return_dict=False``). Encoder-side entries have L positions.
@@ -123,6 +121,9 @@ class PromptModel(KeyKeeper):
         checks.check_labels(labels, size, self.config.vocab_size)
         batch = self._batch(input_ids, attention_mask, prompts, size)
         return_dict = kwargs.pop("return_dict", True)
+        mask = decoder_attention_mask  # transformers fills up a shorter one where there is a cache
+        if labels is not None and torch.is_grad_enabled() and (mask is None or mask.shape == labels.shape):
+            kwargs.setdefault("use_cache", False)
         arguments = dict(
             labels=labels,
             decoder_input_ids=decoder_input_ids,

@@ -99,7 +99,9 @@ def _why_stock(module: Any) -> str:
 
 
 def _backend(module: nn.Module) -> str:
-    """Of one of its ops; they are all built for the same devices, but for the products of a head."""
+    """Of the op that is most of it."""
     weight = next(module.parameters(), None)
-    op = "frozen_linear" if isinstance(module, FastHead) else "rms_norm"
-    return backends(op, "cpu" if weight is None or weight.is_meta else weight.device.type)[0]
+    device = "cpu" if weight is None or weight.is_meta else weight.device.type
+    if isinstance(module, FastAttention):  # CUDA C++ has it for decoding alone
+        return next(name for name in backends("t5_attention", device) if name != "cuda")
+    return backends("frozen_linear" if isinstance(module, FastHead) else "rms_norm", device)[0]

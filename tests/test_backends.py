@@ -240,8 +240,10 @@ def test_without_the_extension_it_warns_and_computes_the_same(usual):
     torch.testing.assert_close(torch.tensor(hidden["y"]), torch.tensor(usual["y"]))
 
 
-def test_without_triton_nothing_is_missed(usual):
-    hidden = answer("import sys; sys.modules['triton'] = None", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("missing", ["triton", "fastprompt.triton_kernels"])
+def test_without_triton_nothing_is_missed(usual, missing):
+    """Or without our kernels, which a source tree on the path does not have."""
+    hidden = answer(f"import sys; sys.modules[{missing!r}] = None", TRITON_INTERPRET="1")
     assert hidden["warnings"] == []
     assert hidden["y"] == usual["y"]
     assert "triton" not in hidden["backends"] + hidden["cuda"]

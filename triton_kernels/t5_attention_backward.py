@@ -55,7 +55,8 @@ def t5_attention_rows_kernel(dout, out, stats, rows, N, H: tl.constexpr, K: tl.c
     b_out = tl.load(out + o, mask=m_n[:, None], other=0.0).to(tl.float32)
     top = tl.load(stats + h * N + o_n, mask=m_n, other=0.0)
     total = tl.load(stats + (H + h) * N + o_n, mask=m_n, other=1.0)
-    shift = top if dout.dtype.element_ty == tl.float32 else top * LOG2E + tl.log2(total)
+    # Where top is infinite, total is NaN: shift is to be, too, as infinity has a meaning of its own.
+    shift = top + 0.0 * total if dout.dtype.element_ty == tl.float32 else top * LOG2E + tl.log2(total)
     factor = tl.div_rn(tl.full((BM,), 1.0, tl.float32), tl.where(total == 0.0, 1.0, total))
     tl.store(rows + h * N + o_n, tl.sum(b_dout * b_out, 1), mask=m_n)
     starved = (total == 0.0) & (top == 0.0)  # where all scores are -infinity, top is, and weights are NaN

@@ -14,7 +14,7 @@
 
 namespace fp {
 
-// The codes that fastprompt/_op.py passes for torch.float32, torch.bfloat16 and torch.float16.
+// The codes of fastprompt/_native.py for torch.float32, torch.bfloat16 and torch.float16.
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct bf16 {

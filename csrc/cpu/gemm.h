@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small products of fp32 matrices that lie in the caches: what attention is made of.
+// Small products of fp32 matrices that lie in the caches: what attention and frozen_linear are made of.
 #pragma once
 #include "cpu/simd.h"
 

@@ -101,7 +101,8 @@ struct Keys {
         count = 0;
         for (int64_t p = 0; p < prompt; ++p) index[count++] = static_cast<int32_t>(p);
         const uint8_t* mask = a.key_mask == nullptr ? nullptr : a.key_mask + a.key_begin(b);
-        for (int64_t s = 0; s < own; ++s) {
+        const int64_t end = a.causal == 0 ? own : clamp(a.query_offset(b) + a.queries(b), 0, own);
+        for (int64_t s = 0; s < end; ++s) {
             if (mask == nullptr || mask[s] != 0) index[count++] = static_cast<int32_t>(prompt + s);
         }
         for (int64_t pad = 0; pad < kPanel; ++pad) index[count + pad] = static_cast<int32_t>(prompt + own + pad);

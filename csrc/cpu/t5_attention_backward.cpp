@@ -42,6 +42,7 @@ struct Backward : Work {
     void weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw);
     void differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const;
     bool is_silent(const void* dout_rows, const float* stats, int64_t i) const;
+    bool keys_are_finite() const;
     void clear_queries(void* dq_rows, int64_t first, int64_t end) const;
     void load_gradients(const void* dout_rows, const float* stats, int64_t first, int64_t count);
     void starve(int64_t i, int64_t row);
@@ -163,6 +164,15 @@ bool Backward::is_silent(const void* dout_rows, const float* stats, int64_t i) c
     return sum_lanes(size) == 0.0f && (finite || keys.allowed(a, offset + i) == 0);
 }
 
+// Zero times one that is not is NaN, in a silent query's gradients, too.
+bool Backward::keys_are_finite() const {
+    vfloat sum{};
+    for (int64_t n = 0; n < round_up(keys.count, kPanel) * Products::depth(a.K); n += kLanes) {
+        sum += load(key_panels + n) * 0.0f + load(value_panels + n) * 0.0f;
+    }
+    return sum_lanes(sum) == 0.0f;
+}
+
 void Backward::clear_queries(void* dq_rows, int64_t first, int64_t end) const {
     const float zeros[256] = {};
     for (int64_t i = first; i < end; ++i) store_row(zeros, dq_rows, row_offset(i), dtype, a.K);
@@ -219,7 +229,7 @@ void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, voi
     int64_t begin = 0, end = T;
     while (begin < end && is_silent(dout_rows, stats, begin)) ++begin;
     while (begin < end && is_silent(dout_rows, stats, end - 1)) --end;
-    if (T <= kFewQueries) begin = 0, end = T;
+    if (T <= kFewQueries || (end - begin < T && !keys_are_finite())) begin = 0, end = T;
     clear_queries(dq_rows, 0, begin);
     clear_queries(dq_rows, end, T);
     bool starved = false;

@@ -37,8 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the share of right answers."""
     from fastprompt import PromptModel, patch, training
+    from fastprompt.prompts import read_prompt
 
     check_writable(arguments.out)
+    for path in arguments.prompt:  # a broken one shows before the model is loaded
+        read_prompt(path)
     examples = training.read_examples(
         arguments.data, input_field=arguments.input_field, target_field=arguments.target_field
     )

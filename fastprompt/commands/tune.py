@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -158,28 +159,36 @@ def _rate(arguments: argparse.Namespace, prompted: Any) -> float:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Before hours of training, not after."""
-    for option in ("loss choice", "init labels"):
+    """Before hours of training, not after, and before the model is loaded."""
+    from fastprompt.prompts import read_prompt
+
+    for option, source in (("loss choice", "choices"), ("init labels", "choices"), ("init text", "text")):
         name, value = option.split()
-        if getattr(arguments, name) == value and not arguments.choices:
-            raise ValueError(f"--{option} needs --choices, which it reads")
+        if getattr(arguments, name) == value and not getattr(arguments, source):
+            raise ValueError(f"--{option} needs --{source}, which it reads")
+    for name in ("lr", "weight_decay"):
+        value = getattr(arguments, name)
+        if value is not None and not 0.0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number of 0 or more, got {value}")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
     if arguments.start:
         for name in ("kind", "num_tokens", "init", "text"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is the --start prompt's. Leave it out")
+        read_prompt(arguments.start)
+    else:
+        _config(arguments)  # checks itself
     for path in (arguments.out, arguments.log):
         check_writable(path)
 
 
-def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
-    from fastprompt import PromptConfig, PromptModel
+def _config(arguments: argparse.Namespace) -> Any:
+    """Of a new prompt."""
+    from fastprompt import PromptConfig
 
-    if arguments.start:
-        prompted = PromptModel(model, {}, tokenizer=tokenizer)
-        prompted.load_prompt("default", arguments.start)
-        return prompted
     init = arguments.init or ("labels" if arguments.choices else "vocab")
-    config = PromptConfig(
+    return PromptConfig(
         arguments.num_tokens or 100,
         arguments.kind or "prepend",
         init,
@@ -187,4 +196,13 @@ def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
         text=arguments.text,
         seed=arguments.seed,
     )
-    return PromptModel(model, config, tokenizer=tokenizer)
+
+
+def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    from fastprompt import PromptModel
+
+    if not arguments.start:
+        return PromptModel(model, _config(arguments), tokenizer=tokenizer)
+    prompted = PromptModel(model, {}, tokenizer=tokenizer)
+    prompted.load_prompt("default", arguments.start)
+    return prompted

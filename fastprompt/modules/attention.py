@@ -196,11 +196,13 @@ class FastAttention:
 
     def _way(self, allowed: hf_attention.Keys, past: Any) -> Callable[..., Tensor] | None:
         """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
-        held = self._held(past)
+        held, layer = self._held(past), self._attention.layer_idx
         if self.attention_name == "SelfAttention" and held != allowed.offset:
             return None
         if held == 0:
             return self._run
+        if self.attention_name != "SelfAttention" and past is not None and not past.is_updated.get(layer):
+            return None
         generates = (
             held is not None
             and not torch.is_grad_enabled()
@@ -247,6 +249,8 @@ class FastAttention:
         prompt_k, prompt_v, prompt_ids, prompt_lens = allowed.prompt_of(layer)
         differentiable = any(t is not None and t.requires_grad for t in (x, states, prompt_k, prompt_v))
         save = torch.is_grad_enabled() and differentiable
+        if save and states is not None and not torch.compiler.is_compiling() and states.is_inference():
+            states = states.clone()  # autograd saves none of inference mode's
         T, K = x.shape[1], attention.key_value_proj_dim
         shared = prompt_ids is None and prompt_lens is None
         absorbed = states is not None and past is None and shared and _absorbed.pays(T, K, save)
@@ -367,7 +371,7 @@ class FastCrossAttention(FastAttention):
     ) -> tuple[Tensor, Tensor | None, None]:
         weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
         fits = weights is not None and attention_mask.fits(key_value_states.shape[1])
-        served = fits and not attention_mask.causal
+        served = fits and not attention_mask.causal and len(hidden_states) == len(key_value_states)
         way = self._way(attention_mask, past_key_values) if served else None
         if way is not None:
             y = way(weights, hidden_states, key_value_states, None, attention_mask, past_key_values)

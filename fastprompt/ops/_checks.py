@@ -40,9 +40,9 @@ def check_same_device(op: str, name: str, value: torch.Tensor, like: str, other:
         )
 
 
-def check_frozen(op: str, name: str, value: torch.Tensor) -> None:
+def check_frozen(op: str, name: str, value: object) -> None:
     """fastprompt computes no weight gradients: a weight that wants one is refused, never silently left without."""
-    if value.requires_grad and torch.is_grad_enabled():
+    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
         refuse_gradient(op, name)
 
 

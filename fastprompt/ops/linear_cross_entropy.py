@@ -108,6 +108,10 @@ def _check(
     check_same_device(name, "weight", weight, "hidden", hidden)
     check_same_device(name, "labels", labels, "hidden", hidden)
     if num_items is not None:
+        if not isinstance(num_items, Tensor):
+            fail(
+                name, f"num_items must be an int or a torch.Tensor, got {type(num_items).__name__}", TypeError
+            )
         check_tensor(name, "num_items", num_items, (torch.int64, torch.int32, torch.float32))
         check_shape(name, "num_items", num_items, (), "a scalar's")
         if num_items.device.type != "cpu":  # a number on the CPU goes with any device

@@ -17,6 +17,7 @@ Source: Lester et al. 2021, section 2; PEFT's PromptEmbedding computes the same 
 
 import itertools
 from collections.abc import Sequence
+from operator import index
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastprompt.ops._checks import (
     refuse_gradient,
 )
 from fastprompt.ops._device_errors import device_error_word, raise_device_errors
-from fastprompt.ops._dropout import check_dropout, keep_mask, keep_scale, new_seed
+from fastprompt.ops._dropout import check_dropout, dropout, new_seed
 from fastprompt.ops._indices import indices
 
 op = Op("prompt_embed")
@@ -178,7 +179,10 @@ def _select(
         check_shape("prompt_embed", "prompt_ids", prompt_ids, (sequences,), "[B]")
         chosen = prompt_ids.tolist()
     else:
-        chosen = [0] * sequences if prompt_ids is None else [int(i) for i in prompt_ids]
+        try:
+            chosen = [0] * sequences if prompt_ids is None else [index(i) for i in prompt_ids]
+        except TypeError:
+            fail("prompt_embed", f"prompt_ids must be whole numbers, got {prompt_ids}", TypeError)
         if len(chosen) != sequences:
             fail("prompt_embed", f"prompt_ids must have shape [B]=[{sequences}], got [{len(chosen)}]")
     for b, i in enumerate(chosen):
@@ -263,7 +267,7 @@ def prompt_embed_reference(
         target = out[cu_rows[b] : cu_rows[b + 1]] if packed else out[b]  # type: ignore[index]
         target[: len(prompt)] = prompt.to(weight.dtype)
         target[len(prompt) : len(prompt) + len(ids)] = weight[ids.long()]
-    return _drop(out, dropout_p, seed)
+    return dropout(out, seed, dropout_p)
 
 
 def _check_token_ids(ids: Tensor, weight: Tensor) -> None:
@@ -278,12 +282,6 @@ def _fail_token_id(token_id: int, weight: Tensor) -> None:
         f"input_ids must lie in [0, V)=[0, {weight.shape[0]}), got {token_id}. Was another model's tokenizer used?",
         IndexError,
     )
-
-
-def _drop(rows: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    if seed is None or dropout_p == 0.0:
-        return rows
-    return torch.where(keep_mask(tuple(rows.shape), dropout_p, seed), rows * keep_scale(dropout_p), 0.0)
 
 
 @op.native
@@ -358,7 +356,7 @@ def prompt_embed_backward_reference(
     _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
     total = torch.zeros_like(prompts, dtype=torch.promote_types(prompts.dtype, torch.float32))
     lost = torch.zeros_like(total)  # the low-order part of what Kahan's sum has so far
-    dout = _drop(dout.to(total.dtype), dropout_p, seed)
+    dout = dropout(dout.to(total.dtype), seed, dropout_p)
     B = dout.shape[0] if cu_rows is None else cu_rows.shape[0] - 1
     for b in range(B):
         start, length = (
@@ -457,7 +455,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, prompts, starts, lens, _, cu_rows, seed, _, dropout_p = inputs
     if ctx.needs_input_grad[1]:
         refuse_gradient("prompt_embed", "weight")
-    ctx.save_for_backward(prompts, starts, lens, cu_rows, seed)
+    # Not the prompts themselves: an optimiser may write to them before a backward pass of earlier calls.
+    like = prompts.new_empty(()).expand(prompts.shape)
+    ctx.save_for_backward(like, starts, lens, cu_rows, seed)
     ctx.dropout_p = dropout_p
 
 

@@ -29,7 +29,7 @@ from fastprompt.ops._checks import (
     fail,
     refuse_gradient,
 )
-from fastprompt.ops._dropout import check_dropout, keep_mask, keep_scale, new_seed
+from fastprompt.ops._dropout import check_dropout, dropout, new_seed
 
 op = Op("rms_norm")
 
@@ -262,9 +262,7 @@ def rms_norm_residual_reference(
     x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_residual(x, residual, w, seed, eps, dropout_p)
-    wide = x.to(_wide(x, residual, w))
-    if seed is not None and dropout_p > 0.0:
-        wide = torch.where(keep_mask(tuple(x.shape), dropout_p, seed), wide * keep_scale(dropout_p), 0.0)
+    wide = dropout(x.to(_wide(x, residual, w)), seed, dropout_p)
     h = (residual + wide).to(torch.promote_types(x.dtype, residual.dtype)).contiguous()
     y, rstd = rms_norm_reference(h, w, eps)
     return y, h, rstd
@@ -339,10 +337,8 @@ def rms_norm_residual_backward_reference(
     dresidual = total.to(residual_dtype)
     if dropout_p == 0.0 and x_dtype == residual_dtype:
         return dresidual, h.new_empty((0,), dtype=x_dtype)
-    if seed is not None and dropout_p > 0.0:
-        total = torch.where(keep_mask(tuple(h.shape), dropout_p, seed), total * keep_scale(dropout_p), 0.0)
     # A copy: an op's two outputs must not share memory.
-    return dresidual, total.to(x_dtype, copy=True)
+    return dresidual, dropout(total, seed, dropout_p).to(x_dtype, copy=True)
 
 
 @op.native

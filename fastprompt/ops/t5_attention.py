@@ -121,7 +121,7 @@ def t5_attention(
     offsets = None
     if isinstance(offset, Tensor):
         offsets, offset = _offsets(offset, q, cu_q), 0
-    if key_mask is not None and key_mask.dtype != torch.bool:
+    if key_mask is not None and getattr(key_mask, "dtype", None) != torch.bool:
         key_mask = _mask_of_lengths(key_mask, k)
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(q.device)

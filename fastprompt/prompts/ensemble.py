@@ -137,6 +137,11 @@ def generated(
     kwargs: dict[str, Any],
 ) -> GeneratedEnsemble:
     """The arguments are those of ``PromptModel.ensemble_generate``."""
+    for name in ("encoder_outputs", "past_key_values"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"PromptModel: an ensemble's prompts each need {name} of their own: leave it out"
+            )
     pad = _padding_id(model, kwargs)
 
     def run(each: Pass) -> Tensor:

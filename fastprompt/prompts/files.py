@@ -150,7 +150,8 @@ def _read_safetensors(source: Path, sizes: Mapping[str, int]) -> PromptFile:
         if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"read_prompt: {source} holds other tensors {sorted(handle.keys())[:4]}, not a prompt. "
-                "For a PEFT adapter pass its folder"
+                "For a PEFT adapter pass its folder, open a store of prompts with fastprompt.prompts.PromptStore, and "
+                "read kept keys with PromptModel.load_caches"
             )
         if metadata.get("version") != VERSION:
             raise ValueError(

@@ -187,7 +187,7 @@ class PromptHolder(nn.Module):
         """
         shape = ModelShape.of(self.model)
         file = path if isinstance(path, PromptFile) else read_prompt(path, shape=shape, task=task)
-        source = str(file.name) if isinstance(path, PromptFile) else os.fspath(path)
+        source = (file.name or name) if isinstance(path, PromptFile) else os.fspath(path)
         check_fits(f"PromptModel: {source}", file, shape, self._identity() if strict and file.model else None)
         if name in self.prompts:
             assign(f"PromptModel: {source}", name, self.prompts[name], self.kind(name), file)

@@ -91,7 +91,7 @@ def _text(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
 
 
 def _zeros(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
-    return torch.zeros(config.num_tokens, weight.shape[1], device="cpu")
+    return torch.zeros(config.num_tokens, weight.shape[1], dtype=torch.float32, device="cpu")
 
 
 def _array(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
@@ -132,7 +132,8 @@ def _generator(config: PromptConfig) -> torch.Generator:
 
 
 def _rand(config: PromptConfig, weight: Tensor) -> Tensor:
-    return torch.rand(config.num_tokens, weight.shape[1], generator=_generator(config), device="cpu")
+    shape = config.num_tokens, weight.shape[1]
+    return torch.rand(shape, generator=_generator(config), dtype=torch.float32, device="cpu")
 
 
 def _embed(weight: Tensor, ids: Tensor) -> Tensor:

@@ -165,8 +165,9 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
             )
         if attention.has_relative_attention_bias:
             weight = attention.relative_attention_bias.weight
-            if weight.requires_grad or weight.is_meta:
-                got = "it offloaded" if weight.is_meta else "requires_grad=True"
+            sharded = hasattr(weight, "device_mesh")  # a DTensor, whole in its block's forward alone
+            if weight.requires_grad or weight.is_meta or sharded:
+                got = "it offloaded" if weight.is_meta else "it sharded" if sharded else "requires_grad=True"
                 return f"needs a frozen relative_attention_bias.weight, got {got}"
             if not is_plain_bias(attention):
                 return "needs a relative_attention_bias that is its weight and no more"

@@ -11,7 +11,7 @@ as W2 begins at zero, and is needed for training only: ``tensors()`` is all that
 """
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,20 @@ class Network(nn.Module):
         layers, positions, *width = shape
         self.shape = (positions, layers, *width)
         generator = torch.Generator("cpu").manual_seed(seed)
+        how: Any = {"dtype": torch.float32, "device": "cpu"}
 
         def normal(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*size, generator=generator, device="cpu"))
+            return nn.Parameter(torch.randn(*size, generator=generator, **how))
+
+        def zeros(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*size, **how))
 
         self.table = normal(positions, hidden)
         self.first = nn.Parameter(normal(hidden, hidden).data / hidden**0.5)
-        self.first_bias = nn.Parameter(torch.zeros(hidden, device="cpu"))
+        self.first_bias = zeros(hidden)
         outputs = torch.Size(self.shape[1:]).numel()
-        self.second = nn.Parameter(torch.zeros(outputs, hidden, device="cpu"))
-        self.second_bias = nn.Parameter(torch.zeros(outputs, device="cpu"))
+        self.second = zeros(outputs, hidden)
+        self.second_bias = zeros(outputs)
 
     @torch.no_grad()
     def clear(self) -> None:

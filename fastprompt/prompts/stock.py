@@ -37,8 +37,9 @@ def obstacle(encoder: Any, device: torch.device) -> str | None:
     used = encoder.config._attn_implementation_internal
     if not _attends_as_transformers(encoder, used):
         return f'needs transformers\' own "eager" or "sdpa" as attention, got {used!r}. Call fastprompt.patch(model)'
-    if backends("t5_attention", device.type)[0] == "reference":
-        return f"needs a kernel of t5_attention on {device.type}, got its reference alone"
+    kernel = "triton" if device.type == "cuda" else "cpu"  # that serves packed rows
+    if kernel not in backends("t5_attention", device.type):
+        return f"needs the {kernel} kernel of t5_attention on {device.type}, which is not installed"
     if has_global_hooks():
         return "needs modules without global hooks, got some"
     modules, lookup = [encoder], encoder.embed_tokens  # which sees tokens before they are rows

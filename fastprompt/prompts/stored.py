@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """StoredPrompts: a store's prompts as a PromptModel's batches use them, frozen; the last ones used stay in memory."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 import torch
@@ -34,9 +33,8 @@ class StoredPrompts:
     ) -> None:
         self.store, self.shape, self.identity, self.device = store, shape, identity, device
         self.keep_bytes = keep_bytes
-        self._kept: OrderedDict[str, tuple[str, Prompt]] = (
-            OrderedDict()
-        )  # name: kind and prompt, the last used last
+        # name: kind and prompt, the last used last. Threads share it: what one saw there, another may have dropped.
+        self._kept: dict[str, tuple[str, Prompt]] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self.store
@@ -54,12 +52,13 @@ class StoredPrompts:
 
     def trim(self, used: Collection[str]) -> None:
         """Forget what was not used for longest, until ``keep_bytes`` hold the rest; never what is in ``used``."""
-        others = [name for name in self._kept if name not in used]
-        total = sum(_bytes(self._kept[name][1]) for name in others)
-        for name in others:
+        others = {name: _bytes(prompt) for name, (_, prompt) in list(self._kept.items()) if name not in used}
+        total = sum(others.values())
+        for name, size in others.items():
             if total <= self.keep_bytes:
                 return
-            total -= _bytes(self._kept.pop(name)[1])
+            self._kept.pop(name, None)
+            total -= size
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a module that is moved; what is kept is read again there."""
@@ -69,14 +68,15 @@ class StoredPrompts:
             self._kept.clear()
 
     def _entry(self, name: str) -> tuple[str, Prompt]:
-        if name not in self._kept:
+        entry = self._kept.pop(name, None)
+        if entry is None:
             file = self.store[name]
             check_fits(f"PromptModel: {name!r} of {self.store.path!s}", file, self.shape, self.identity)
             with torch.inference_mode(False):  # whose tensors tell nobody when they are written to
                 prompt = prompt_of(file, self.device)
-            self._kept[name] = (file.kind, prompt.requires_grad_(False))
-        self._kept.move_to_end(name)
-        return self._kept[name]
+            entry = file.kind, prompt.requires_grad_(False)
+        self._kept[name] = entry
+        return entry
 
 
 def _bytes(prompt: Prompt) -> int:

@@ -67,10 +67,12 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As PyTorch has it."""
+        """As PyTorch has it. ValueError: a parameter of another dtype; nothing is added then."""
+        # Added first: PyTorch knows all that "params" may be, such as a tensor, an iterator, or pairs with names.
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dtype not in (torch.float32, torch.float64):  # fewer bits would lose small steps
+                self.param_groups.pop()
                 raise ValueError(f"Adafactor: parameters must be float32 or float64, got {parameter.dtype}")
 
     @torch.no_grad()

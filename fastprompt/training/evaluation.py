@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastprompt.model import PromptModel
+from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.rank import choice_ids, choice_scores, rank_of
 from fastprompt.training.batches import Batch, encode, in_order, on
 from fastprompt.training.examples import Example
@@ -34,7 +35,7 @@ def evaluate(
     max_input: int = 512,
     max_new_tokens: int = 128,
 ) -> Evaluation:
-    """Ask the model for every example's target. It is in evaluation mode meanwhile.
+    """Ask the model for every example's target. It is in evaluation mode meanwhile, each of its modules.
 
     Args:
         model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt.
@@ -51,7 +52,7 @@ def evaluate(
         ValueError: there is no example or no prompt's name, a target is none of the choices, two choices are the
             same, or prompts are named for a bare T5.
     """
-    if not examples or prompts == []:
+    if not examples or (prompts is not None and not prompts):
         raise ValueError("evaluate: needs one or more examples, and names or None for prompts")
     if choices is not None and (strange := {each.target for each in examples}.difference(choices)):
         raise ValueError(
@@ -60,21 +61,17 @@ def evaluate(
     if prompts is not None and not isinstance(model, PromptModel):
         raise ValueError(f"evaluate: prompts={prompts!r} needs a PromptModel, got {type(model).__name__}")
     names = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
-    was_training = model.training
-    model.eval()
-    try:
-        pairs = encode(examples, tokenizer, max_input=max_input)
-        ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
-        check_choices(ids)
-        predictions = []
+    pairs = encode(examples, tokenizer, max_input=max_input)
+    ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
+    check_choices(ids)
+    predictions = []
+    with evaluating(model):
         for batch in in_order(pairs, batch_size):
             inputs = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
             if choices is None:
                 predictions += _generated(model, inputs, tokenizer, names, max_new_tokens)
             else:
                 predictions += [choices[index] for index in _ranked(model, inputs, names, ids)]
-    finally:
-        model.train(was_training)
     wanted = [each.target for each in examples] if choices else [_read(ids, tokenizer) for _, ids in pairs]
     right = sum(map(operator.eq, predictions, wanted))
     return Evaluation(right / len(examples), predictions)

@@ -47,8 +47,8 @@ def tune(
         loss: of a batch, a scalar with a gradient; see :func:`model_loss` and :func:`choice_loss`.
         optimizer: of the prompts' Parameters; see :class:`Adafactor`.
         steps: 1 or more.
-        score: higher is better; of equal scores the first stays, the one before any step (0) only if it is better.
-            None: the last step is kept.
+        score: higher is better, and NaN worse than any number; of equal scores the first stays, the one before any
+            step (0) only if it is better. None: the last step is kept.
         score_every: steps between scores; the last step has one in any case.
         on_score: is called with the step, its score, and whether that is the best so far.
         progress: whether to count the steps on stderr, where that is a terminal.
@@ -85,12 +85,13 @@ def tune(
                     bar.set_postfix_str(_postfix(curve), refresh=False)
                 if score is not None and scores_now:
                     curve.scores[step] = score()
-                    lead = curve.scores[step] - curve.scores[curve.best_step]
-                    better = lead > 0.0 or (lead == 0.0 and curve.best_step == 0)
+                    now, before = _rank(curve.scores[step]), _rank(curve.scores[curve.best_step])
+                    better = now > before or (now == before and curve.best_step == 0)
                     if better:
                         curve.best_step, best = step, _copies(parameters)
                     if on_score is not None:
                         on_score(step, curve.scores[step], better)
+                    prompted.train()  # which neither need have left so
                     bar.set_postfix_str(_postfix(curve), refresh=False)
                 elif score is None:
                     curve.best_step = step
@@ -108,6 +109,11 @@ def _copies(parameters: list[Tensor]) -> list[Tensor]:
     return [each.detach().clone() for each in parameters]
 
 
+def _rank(score: float) -> tuple[bool, float]:
+    """What to order scores by: NaN, which is equal to nothing, is less than any number."""
+    return (False, 0.0) if math.isnan(score) else (True, score)
+
+
 def _read(pending: list[Tensor], losses: list[float]) -> None:
     """Move losses to the host, and see that they are numbers."""
     losses += torch.stack(pending).tolist()
@@ -120,5 +126,5 @@ def _read(pending: list[Tensor], losses: list[float]) -> None:
 
 
 def _postfix(curve: Curve) -> str:
-    score = f", best {max(curve.scores.values()):.3g} at {curve.best_step}" if curve.scores else ""
+    score = f", best {curve.scores[curve.best_step]:.3g} at {curve.best_step}" if curve.scores else ""
     return f"loss {curve.losses[-1]:.3g}{score}"

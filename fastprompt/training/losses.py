@@ -12,15 +12,15 @@ from fastprompt.training.batches import Batch, on
 
 
 def model_loss(prompted: Any) -> Callable[[Batch], Tensor]:
-    """The paper's: the target's likelihood, in nats per token. It leaves out the logits."""
-    return lambda batch: prompted(**on(prompted.device, batch), return_logits=False).loss
+    """The paper's: the target's likelihood, in nats per token. It leaves out the logits, and keeps no cache."""
+    return lambda batch: prompted(**on(prompted.device, batch), return_logits=False, use_cache=False).loss
 
 
 def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Callable[[Batch], Tensor]:
     """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
 
-    A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, as long as
-    the targets have an end marker with theirs. ValueError: two are the same, or a target is none of them.
+    A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, ended by
+    the end marker if, and only if, the targets are. ValueError: two are the same, or a target is none of them.
     """
     check_choices(choices)
 

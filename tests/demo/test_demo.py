@@ -3,14 +3,14 @@
 
 import importlib.util
 import json
-import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fastprompt.demo import main, race, report, run, scoring
-from fastprompt.demo.scoring import accuracy, label_scores
+from fastprompt.demo.scoring import accuracy
 from fastprompt.demo.tune import Recipe, new_prompt, optimizer_for
 from fastprompt.training.batches import Pair, collate, in_order, shuffled
 from fastprompt.training.loop import Curve
@@ -53,24 +53,18 @@ def test_zero_steps_are_refused(tmp_path, capsys):
     assert "--steps must be 1 or more" in capsys.readouterr().err
 
 
-def test_label_scores_are_the_labels_log_likelihoods(model):
-    batch = collate(PAIRS)
-    scores = label_scores(model, batch, [[8, 1], [10, 11, 1]])
-    for row, (source, _) in enumerate(PAIRS):
-        for column, label in enumerate([[8, 1], [10, 11, 1]]):
-            loss = model(input_ids=torch.tensor([source]), labels=torch.tensor([label])).loss
-            assert math.isclose(scores[row, column].item(), -loss.item() * len(label), rel_tol=1e-4)
+@pytest.mark.parametrize("labels", [[[8, 1], [10, 11, 1]], [[8, 1], [2, 1]]], ids=["as it should", "failing"])
+def test_accuracy_ranks_the_own_label_and_restores_each_mode(monkeypatch, labels):
+    def prefer_the_first(model, input_ids, attention_mask, choices):
+        assert not any(module.training for module in model.modules())
+        return torch.tensor([[0.0, -1.0]]).repeat(len(input_ids), 1)
 
-
-def test_accuracy_ranks_the_own_label_and_restores_the_mode(monkeypatch):
-    def prefer_the_first(model, batch, labels):
-        assert not model.training
-        return torch.tensor([[0.0, -1.0]]).repeat(len(batch["labels"]), 1)
-
-    monkeypatch.setattr(scoring, "label_scores", prefer_the_first)
-    model = torch.nn.Linear(1, 1).train()
-    assert accuracy(model, in_order(PAIRS, 2), [[8, 1], [10, 11, 1]]) == pytest.approx(2 / 3)
-    assert model.training
+    monkeypatch.setattr(scoring, "choice_scores", prefer_the_first)
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
+    model[1].eval()
+    with pytest.raises(ValueError, match="among the choices") if [2, 1] in labels else nullcontext():
+        assert accuracy(model, in_order(PAIRS, 2), labels) == pytest.approx(2 / 3)
+    assert [module.training for module in model.modules()] == [True, True, False]
 
 
 def test_the_same_prompt_scores_alike_in_fastprompt_and_by_hand(model, prompted):

@@ -445,6 +445,33 @@ def test_head_widths_that_no_kernel_has(padding, pair, batch, labels, ran):
     assert not ran
 
 
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_rows_that_may_attend_to_nothing_have_gradients_of_their_own(p, pair, batch, labels, ran):
+    """In transformers' functions, where sdpa's are of another size. p: the share of rows, of the second example."""
+    eager, ours = pair(d_kv=12)
+    inputs = batch()
+    inputs["attention_mask"][1, : int(p * 17)] = 0
+    decoder = torch.ones_like(labels)
+    decoder[1, :2] = 0
+    for our, their in zip(
+        step(ours, inputs, labels, decoder_attention_mask=decoder),
+        step(eager, inputs, labels, decoder_attention_mask=decoder),
+        strict=True,
+    ):
+        close(our, their)
+    assert not ran
+
+
+def test_one_encoding_for_several_targets(pair, batch, labels, ran):
+    eager, ours = pair()
+    one = {name: x[:1] for name, x in batch().items()}
+    found = []
+    for model in (ours, eager):
+        encoded = model.encoder(**one)
+        found.append(model(encoder_outputs=encoded, attention_mask=one["attention_mask"], labels=labels))
+    close(found[0].logits, found[1].logits)
+
+
 @pytest.mark.parametrize("layout", LAYERS)
 def test_attention_weights(layout, pair, batch, labels, ran):
     eager, ours = (model(**batch(), labels=labels, output_attentions=True) for model in pair(layout))

@@ -11,6 +11,8 @@ from layouts import FULL, LAYOUTS, MEMORY, TINY, VOCAB, as_close, close, no_furt
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
     Pop2PianoConfig,
     Pop2PianoForConditionalGeneration,
     T5EncoderModel,
@@ -382,6 +384,43 @@ def test_a_step_of_generation_has_gradients_and_dropout(make, batch):
         for module in model.decoder.modules():  # a layer's own dropout alone
             module.train("Dropout" in type(module).__name__)
         assert not torch.equal(continued(model, batch(), embeds), expected)
+
+
+@each_memory
+def test_one_encoding_for_several_targets(make, batch, labels, memory):
+    one = {name: x[:1] for name, x in batch().items()}
+    found = []
+    for model in (make(), patch(make(), memory=memory)):
+        encoded = model.encoder(**one)
+        found.append(model(encoder_outputs=encoded, labels=labels, use_cache=False).logits)
+    close(found[1], found[0])
+
+
+def test_a_cache_that_was_emptied_is_filled_again(make, batch, labels):
+    """EncoderDecoderCache.reset leaves keys of zeros, and says that they are not up to date."""
+    found = []
+    for model in (make(), patch(make())):
+        past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        with torch.no_grad():
+            encoded = model.encoder(**batch())
+            for _ in range(2):
+                past.reset()
+                output = model(encoder_outputs=encoded, labels=labels, past_key_values=past)
+        found.append(output)
+    close(found[1].logits, found[0].logits)
+    assert found[1].past_key_values.is_updated == found[0].past_key_values.is_updated
+
+
+@each_memory
+def test_an_encoding_of_inference_mode_can_be_trained_on(make, batch, labels, memory):
+    gradients = []
+    for model in (make(), patch(make(), memory=memory)):
+        with torch.inference_mode():
+            encoded = model.encoder(**batch())
+        embeds = model.shared(labels.clamp(min=0)).requires_grad_()
+        model(encoder_outputs=encoded, decoder_inputs_embeds=embeds, labels=labels).loss.backward()
+        gradients.append(embeds.grad)
+    close(gradients[1], gradients[0])
 
 
 def test_training_fills_the_cache_as_before(make, batch, labels):

@@ -67,6 +67,8 @@ def test_the_backend_named_is_the_one_that_runs(make, batch, device):
     model(**batch(), decoder_input_ids=batch()["input_ids"])
     named = {row.cls: row.backend for row in explain(model) if row.reason is None}
     head = named.pop("Linear", None)  # a GPU's is PyTorch's
+    attention = {named.pop(cls) for cls in [*named] if "Attention" in cls}
+    assert attention == {"triton" if device.type == "cuda" else backend_used("t5_attention")}
     assert set(named.values()) == {backend_used("rms_norm")}
     assert head == (backend_used("frozen_linear") if device.type == "cpu" else None)
 

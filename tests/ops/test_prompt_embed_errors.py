@@ -63,6 +63,7 @@ REFUSED = [
     case(IndexError, r"prompt_ids\[0\] must lie in \[0, 1\), got -1", prompt_ids=torch.tensor([-1, 0])),
     case(IndexError, r"prompt_ids\[0\] must lie in \[0, 0\), got 0", prompts=torch.ones(0, 2, 4)),
     case(TypeError, "prompt_ids must have dtype int", prompt_ids=torch.tensor([0.5, 0.0])),
+    case(TypeError, r"prompt_ids must be whole numbers, got \[0, 0.5\]", prompt_ids=[0, 0.5]),
     case(
         ValueError,
         r"prompt_ids must have shape \[B\]=\[2\], got \[2, 1\]",

@@ -217,7 +217,7 @@ def test_many_blocks(backend, device, dtype):
 @pytest.mark.parametrize("T", [3, 9, 90])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_outputs_that_nothing_reads(backend, device, slow, T, p):
-    """Their gradients are zero, as a model's are at padding; a NaN in such a row spreads all the same."""
+    """Their gradients are zero, as a model's are at padding; what is not finite spreads there all the same."""
     T = min(T, 12) if slow else T
     case = Case(device, B=4, T=T, S=T, P=3, dropout_p=p)
     case.dout[0, -(T // 2) :] = 0.0
@@ -225,9 +225,11 @@ def test_outputs_that_nothing_reads(backend, device, slow, T, p):
     case.dout[2, [0, T - 1]] = 0.0
     case.dout[3] = 0.0
     case.check()
-    case.q[1, 0, 1, 3] = float("nan")
-    for ours, stock in zip(*(case.results(f, case.tensors)[1:] for f in (case.ours, case.hf)), strict=True):
-        assert torch.equal(ours.isnan(), stock.isnan())
+    for x, value in ((case.q, "nan"), (case.k, "-inf"), (case.v, "nan"), (case.v, "inf")):
+        kept = x[1, 0, 1, 3].clone()
+        x[1, 0, 1, 3] = float(value)
+        assert_finite_where_hf_is(case)
+        x[1, 0, 1, 3] = kept
 
 
 @pytest.mark.parametrize(
@@ -467,6 +469,32 @@ def test_keys_that_are_masked_are_not_read(backend, device):
     for x in case.tensors[1:]:
         x[~case.options["key_mask"]] = float("nan")
     assert torch.equal(case.ours(*case.tensors), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_keys_behind_all_queries_are_not_read(backend, device, p, dtype):
+    case = Case(device, dtype, T=5, S=9, causal=True, dropout_p=p)
+    expected = case.results(case.ours, case.tensors)
+    case.k[:, 5:], case.v[:, 5:] = float("nan"), float("nan")
+    for x, y in zip(case.results(case.ours, case.tensors), expected, strict=True):
+        if backend == "triton":  # reads whole tiles: NaN may spread there as in HF
+            x = x.where(~x.isnan(), y)
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [3, 9])
+def test_masked_keys_beside_infinite_scores(backend, device, T, dtype):
+    """A row with such a score is NaN, and none that may attend to nothing: masked keys get nothing from it but NaN."""
+    case = Case(device, dtype, T=T, key_mask=key_mask("right", 2, 11, device))
+    case.q[:, 1, :, 0], case.k[:, 0, :, 0] = float("inf"), 1.0
+    _, dq, dk, dv = case.results(case.ours, case.tensors)
+    masked = ~case.options["key_mask"]
+    assert masked.any()
+    assert dq[:, 1].isnan().all()
+    assert not dk[masked].nan_to_num(0.0).any()
+    assert not dv[masked].nan_to_num(0.0).any()
 
 
 def test_nothing_to_do(backend, device):

@@ -47,7 +47,7 @@ def sdist(source, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(sdist, tmp_path_factory):
-    """Built in isolation: pip brings setuptools, pybind11 and ninja, and no torch."""
+    """Built in isolation: pip brings setuptools, pybind11 and ninja, and no torch. In a folder with a space."""
     out = tmp_path_factory.mktemp("wheel")
     run(
         sys.executable,
@@ -61,6 +61,7 @@ def wheel(sdist, tmp_path_factory):
         sdist,
         cwd=out,
         FASTPROMPT_CUDA="0",
+        TMPDIR=str(tmp_path_factory.mktemp("a folder")),
     )
     return next(out.glob("*.whl"))
 

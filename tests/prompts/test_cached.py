@@ -151,6 +151,21 @@ def test_encoder_outputs_are_reused(make_keyed, make_batch):
     )
 
 
+def test_masks_of_the_decoder_that_transformers_takes(make_keyed, make_batch):
+    """One that is shorter than the targets, and one with an entry for each query."""
+    prompted, batch = make_keyed({"p": config(5)}), make_batch()
+    B, T = batch["labels"].shape
+    full = torch.ones(B, T, dtype=torch.int64, device=prompted.device)
+    full[:, 2:] = 0
+    expected = prompted(**batch, decoder_attention_mask=full).logits
+    causal = torch.ones(T, T, dtype=torch.bool, device=prompted.device).tril() & full.bool()[:, None, None]
+    least = torch.finfo(expected.dtype).min
+    for mask in (full[:, :2], torch.zeros(causal.shape, device=prompted.device).masked_fill(~causal, least)):
+        found = prompted(**batch, decoder_attention_mask=mask).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(prompted(**batch).logits, expected)
+
+
 def test_it_is_another_function_than_prepend(make_keyed, make_batch):
     prompted = make_keyed({"c": config(5), "p": PromptConfig(5, init="uniform")})
     assert torch.equal(prompted.prompts["c"], prompted.prompts["p"])

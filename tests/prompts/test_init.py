@@ -66,6 +66,19 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone(init, weight):
         assert torch.equal(initial_prompt(PromptConfig(9, init=init, seed=1), weight), first)
 
 
+@pytest.mark.parametrize("init", ["uniform", "uniform_positive", "zeros", "vocab"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_others_make_by_default_is_not_asked(dtype, init, weight):
+    expected = initial_prompt(PromptConfig(9, init=init), weight)
+    torch.set_default_dtype(dtype)
+    try:
+        found = initial_prompt(PromptConfig(9, init=init), weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rows_are_fp32_on_the_cpu_whatever_the_table(dtype, weight):
     prompt = initial_prompt(PromptConfig(9), weight.to(dtype))

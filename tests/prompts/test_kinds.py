@@ -53,6 +53,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(prompts, memory, reentr
     assert_same(gradients(prompted, batch, prompts), expected)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptConfig(5, init="uniform"),
+        CONFIGS["cached"],
+        CONFIGS["rows"],
+        PromptConfig(4, "prefix", init="uniform", parameterization="kv"),
+    ],
+    ids=["prepend", "cached", "rows", "kv"],
+)
+@pytest.mark.parametrize("memory", [None, "speed", "lean"])
+def test_an_optimiser_may_write_before_the_backward_pass(config, memory, make_keyed, make_batch):
+    """As with a concatenated prompt, whose values no gradient needs."""
+    prompted, batch = make_keyed({"p": config}, memory=memory, dropout_rate=0.0).train(), make_batch("left")
+    expected = gradients(prompted, batch, "p")
+    assert expected
+    prompted.zero_grad()
+    loss = prompted(**batch).loss
+    with torch.no_grad():
+        for parameter in prompted.prompts.parameters():
+            parameter.add_(1.0)
+    loss.backward()
+    assert_same({name: each.grad for name, each in prompted.prompts.named_parameters()}, expected)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_decoders_input(reentrant, make_keyed, make_batch):
     prompted, batch = make_keyed(CONFIGS, dropout_rate=0.0).train(), make_batch()

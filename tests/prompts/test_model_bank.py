@@ -6,6 +6,8 @@ In float64: where prompts of other kinds are, attention runs on other functions,
 
 import copy
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -385,6 +387,34 @@ def test_of_a_stores_prompts_the_last_ones_used_stay(stored, empty, make_batch, 
     for name in ("cached", "prepend", "cached", "rows", "cached"):
         logits(model, batch, name)
     assert reads == ["cached", "prepend", "rows"]
+
+
+def test_threads_share_a_stores_prompts(stored, empty, tuned):
+    """While each puts those of the others out of memory."""
+    model = empty()
+    model.attach_store(stored, keep_bytes=0)
+    shared, wrong = model.prompts._stored, []
+
+    def use(name):
+        try:
+            for _ in range(4000):
+                if not torch.equal(shared.prompt(name), tuned.prompts[name]):
+                    wrong.append(name)
+                shared.trim([name])
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=use, args=(name,)) for name in ("prepend", "cached") * 3]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
 
 
 @pytest.mark.parametrize("own", [False, True])

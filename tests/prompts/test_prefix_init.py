@@ -77,7 +77,13 @@ def test_labels_and_text_stand_first_in_every_layer(arguments, tuned):
 
 
 def test_networks_draw_each_for_itself(tuned):
-    tuned.add_prompt("mlp", PromptConfig(P, "prefix", mlp=3, seed=2**32 - 1))
+    """In float32, whatever others make by default."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        tuned.add_prompt("mlp", PromptConfig(P, "prefix", mlp=3, seed=2**32 - 1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in tuned.prompts["mlp"].parameters())
     tables = [network.table.flatten().tolist() for network in tuned.prompts["mlp"].networks.values()]
     assert len({tuple(table) for table in tables}) == 3
 

@@ -98,6 +98,37 @@ def test_parameters_of_few_bits_are_refused(dtype):
         Adafactor([torch.nn.Parameter(torch.ones(3, dtype=dtype))])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda wrong: wrong,
+        lambda wrong: [start(), wrong],
+        lambda wrong: iter([wrong]),
+        lambda wrong: (wrong,),
+    ],
+    ids=["tensor", "list", "iterator", "tuple"],
+)
+def test_a_refused_group_is_not_trained(given):
+    optimizer = Adafactor([start()])
+    wrong = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    wrong.grad = torch.ones_like(wrong)
+    with pytest.raises(ValueError, match="must be float32 or float64"):
+        optimizer.add_param_group({"params": given(wrong)})
+    optimizer.step()
+    assert torch.equal(wrong, torch.ones_like(wrong))
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "given", [lambda right: right, lambda right: iter([right])], ids=["tensor", "iterator"]
+)
+def test_a_group_that_is_added_is_trained(given):
+    first, later = start(), start()
+    optimizer = Adafactor([first])
+    optimizer.add_param_group({"params": given(later), "lr": 0.0, "weight_decay": 0.25})
+    assert torch.equal(run(optimizer, later, 1), start().detach() * (1.0 - 0.25))
+
+
 def test_a_closure_computes_the_loss():
     parameter = start()
     optimizer = Adafactor([parameter])

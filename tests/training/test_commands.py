@@ -10,7 +10,8 @@ import torch
 import fastprompt
 from fastprompt import PromptModel, training
 from fastprompt.cli import main
-from fastprompt.commands import bench
+from fastprompt.commands import bench, tune
+from fastprompt.commands import eval as commands_eval
 from fastprompt.demo.run import TINY_T5
 from fastprompt.prompts import read_prompt
 
@@ -184,9 +185,6 @@ def test_without_a_prompt_the_frozen_model_answers(files, capsys, model, example
         (["--log", "data.jsonl/log"], "data.jsonl"),
         (["--out", "p.npy", "--kind", "prefix"], "npy"),
         (["--max-target", "1"], "more than max_target=1 tokens"),
-        (["--init", "text"], "init='text' needs text="),
-        (["--lr", "-1"], "Adafactor: lr must be at least 0, got -1.0"),
-        (["--start", "nowhere.npy"], "nowhere.npy"),
         (
             ["--start", "nowhere.npy", "--num-tokens", "3"],
             "--num-tokens is the --start prompt's. Leave it out",
@@ -210,6 +208,38 @@ def test_slips_are_told_in_a_line(files, capsys, more, message):
     assert not list(data.parent.glob("**/*.safetensors"))
     assert re.search(message, said)
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--init", "text"], "--init text needs --text, which it reads"),
+        (["--init", "text", "--text", " "], "text must be a str that is not blank"),
+        (["--text", "topic"], "text is read only by init='text'"),
+        (["--num-tokens", "1000000"], "num_tokens must be from 1 to"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--lr", "-1"], "--lr must be a finite number of 0 or more, got -1.0"),
+        (["--weight-decay", "nan"], "--weight-decay must be a finite number of 0 or more, got nan"),
+        (["--start", "nowhere.npy"], "No such file.*nowhere.npy"),
+        (["--start", "data.jsonl"], "data.jsonl is no safetensors file"),
+        (["--start", "data.jsonl", "--seed", str(1 << 70)], "--seed must be from 0 to"),
+    ],
+)
+def test_slips_are_told_before_the_model_is_loaded(files, capsys, monkeypatch, more, message):
+    monkeypatch.setattr(tune, "load", lambda arguments: pytest.fail("the model was loaded"))
+    data, out, common = files
+    more = [str(data) if each == "data.jsonl" else each for each in more]
+    status, said, error = run(capsys, "tune", *common, "--train", data, "--out", out, *more)
+    assert (status, said) == (1, "")
+    assert re.search(message, error)
+
+
+def test_eval_reads_its_prompts_before_the_model(files, capsys, monkeypatch):
+    monkeypatch.setattr(commands_eval, "load", lambda arguments: pytest.fail("the model was loaded"))
+    data, _, common = files
+    status, _, said = run(capsys, "eval", *common, "--data", data, "--prompt", "nowhere.npy")
+    assert status == 1
+    assert "nowhere.npy" in said
 
 
 @pytest.mark.parametrize("option", ["--loss choice", "--init labels"])

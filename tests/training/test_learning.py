@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fastprompt import training
+from fastprompt import patch, training
 from fastprompt.prompts.rank import choice_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,6 +21,17 @@ def test_the_models_loss_is_hugging_faces(prompted, model, batch):
     mask = torch.nn.functional.pad(batch["attention_mask"], (len(prompt), 0), value=1)
     stock = model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"]).loss
     torch.testing.assert_close(training.model_loss(prompted)(batch), stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_step_fills_no_cache(prompted, model, batch, patched):
+    """Nothing would read it, and patched cross-attention of few queries makes no keys where none are kept."""
+    if patched:
+        patch(model, lm_loss=True)
+    seen = []
+    prompted.register_forward_hook(lambda *found: seen.append(found[-1].past_key_values))
+    training.model_loss(prompted)(batch).backward()
+    assert seen == [None]
 
 
 def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
@@ -81,6 +92,16 @@ def test_evaluation_by_rank(prompted, examples, tokenizer, choices, limit):
     assert seen[0] == seen[1] != seen[2]
 
 
+@pytest.mark.parametrize("ranked", [True, False])
+def test_evaluation_leaves_each_module_in_its_mode(prompted, examples, tokenizer, choices, ranked):
+    prompted.train()
+    prompted.model.encoder.eval()
+    before = [module.training for module in prompted.modules()]
+    how = {"choices": choices if ranked else None, "max_new_tokens": 2}
+    training.evaluate(prompted, examples, tokenizer, **how)
+    assert [module.training for module in prompted.modules()] == before
+
+
 def test_targets_as_the_tokenizer_reads_them(model, tokenizer, batch, examples):
     """A generated answer has no double spaces, nor what the tokenizer does not know."""
     ids = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4)
@@ -134,8 +155,9 @@ def test_several_prompts_vote(prompted, examples, tokenizer, choices, batch, ran
 def test_what_cannot_be_evaluated(prompted, model, examples, tokenizer, choices):
     with pytest.raises(ValueError, match="one or more examples"):
         training.evaluate(prompted, [], tokenizer)
-    with pytest.raises(ValueError, match="names or None for prompts"):
-        training.evaluate(prompted, examples, tokenizer, prompts=[])
+    for none in ([], ()):
+        with pytest.raises(ValueError, match="names or None for prompts"):
+            training.evaluate(prompted, examples, tokenizer, prompts=none)
     with pytest.raises(ValueError, match="are the same tokens"):
         training.evaluate(prompted, examples, tokenizer, choices=[*choices, "日", "月"])
     with pytest.raises(ValueError, match=r"among the choices \['files'\], got \['graphics', 'network'\]"):

@@ -2,11 +2,14 @@
 """The loop: which prompt is left, whatever happens."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from fastprompt.training import tune
+from fastprompt.training import Curve, loop, tune
+
+NAN = float("nan")
 
 
 class Counter(torch.nn.Module):
@@ -57,12 +60,30 @@ def interrupted(after):
         ([0.5, 0.1, 0.2, 0.5, 0.5], 3),  # before any step: only where it is better
         ([0.0, 0.0, 0.0, 0.0, 0.0], 1),
         ([0.6, 0.1, 0.5, 0.2, 0.2], 0),
+        ([NAN, 0.1, 0.5, 0.2, NAN], 2),
+        ([0.0, NAN, 0.1, NAN, 0.2], 4),
+        ([0.0, NAN, NAN, NAN, NAN], 0),
+        ([-math.inf, NAN, NAN, NAN, NAN], 0),  # no number at all is less than any
+        ([NAN, NAN, NAN, NAN, NAN], 1),
     ],
 )
 def test_the_first_of_the_best_scores_is_kept(scores, best):
     model, curve = run(4, scores)
     assert model.steps.item() == curve.best_step == best
     assert list(curve.scores.values()) == scores
+
+
+def test_a_score_may_leave_the_model_as_it_likes():
+    model = Counter()
+
+    def score():
+        model.eval()
+        return 0.0
+
+    optimizer = torch.optim.SGD([model.steps], lr=1.0)
+    batches = itertools.repeat(torch.tensor(100.0))
+    tune(model, batches, model.loss, optimizer, 4, score=score, score_every=2, progress=False)
+    assert model.modes == [True] * 4
 
 
 def test_without_scores_the_last_step_is_kept():
@@ -76,6 +97,23 @@ def test_the_last_step_has_a_score():
     _, curve = run(7, [0.2, 0.3, 0.1, 0.4], every=3, on_score=lambda *found: seen.append(found))
     assert curve.scores == {0: 0.2, 3: 0.3, 6: 0.1, 7: 0.4}
     assert seen == [(0, 0.2, True), (3, 0.3, True), (6, 0.1, False), (7, 0.4, True)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([0.1, NAN, 0.2, NAN], [True, False, True, False]),
+        ([NAN, 0.2, NAN, 0.3], [True, True, False, True]),
+    ],
+)
+def test_a_score_that_is_no_number_is_never_better_than_one(scores, said):
+    seen = []
+    run(3, scores, on_score=lambda step, score, best: seen.append(best))
+    assert seen == said
+
+
+def test_the_bar_shows_the_best_number():
+    assert loop._postfix(Curve([1.0], {0: NAN, 1: 0.5, 2: 0.25}, 1)) == "loss 1, best 0.5 at 1"
 
 
 def test_modes():
