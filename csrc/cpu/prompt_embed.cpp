@@ -10,7 +10,7 @@ constexpr int64_t kBadRange = -1, kBadDType = -2;
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kRowsAhead = 4;
 constexpr int64_t kRowsPerSum = 64;
-constexpr int64_t kColumnsAhead = 64;
+constexpr int64_t kColumnsAhead = 128;
 
 // Where the rows of each sequence come from and go to. Null arrays stand for the regular case.
 struct Layout {
@@ -230,9 +230,12 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
 template <bool kDrop, class T>
 void add_rows(const T* dout, const int64_t* rows, int64_t count, const Dropout<>& dropout, float* total, float* lost,
               int64_t D) {
-    constexpr int kVectors = 32 / FP_LANES;
+    // As many columns as dropout draws at once; AVX-512 has registers for twice as many.
+    constexpr int64_t kColumns = FP_LANES == 16 ? 64 : 32;
+    constexpr int kVectors = kColumns / FP_LANES;
     int64_t d = 0;
-    for (; d + 32 <= D; d += 32) add_columns<kDrop, kVectors>(dout, rows, count, dropout, d, Whole{}, total, lost);
+    for (; d + kColumns <= D; d += kColumns)
+        add_columns<kDrop, kVectors>(dout, rows, count, dropout, d, Whole{}, total, lost);
     for (; d + kLanes <= D; d += kLanes) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Whole{}, total, lost);
     if (d < D) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Part{D - d}, total, lost);
 }
