@@ -2,7 +2,8 @@
 """One prompt-tuning step of a whole frozen T5, forward + backward to the input embeddings: patched beside stock.
 
 Random weights in the shapes of v1.1-small and v1.1-base, train mode, a right-padded batch of P + S encoder rows, T
-labels. Saved bytes are what autograd keeps for backward, parameters left out; peak bytes are what a step takes in all.
+labels; on a CPU in fp32, and v1.1-small in bf16, too, where PyTorch has instructions for it. Saved bytes are what
+autograd keeps for backward, parameters left out; peak bytes are what a step takes in all.
 
 fastprompt's goals count for memory="speed"; the other policies trade time for bytes, from which they follow. On a GPU
 the step is also run as a CUDA graph (fastprompt.graphed), of the patched and of the stock model, and with the functions
@@ -10,6 +11,7 @@ of Liger Kernel in the stock model where that is installed.
 """
 
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,7 +64,7 @@ def specs(options: Options) -> list[Spec]:
     else:
         sizes = [("v1.1-small", 8, 128, 8), ("v1.1-base", 4, 128, 32)]
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    return [
+    tables = [
         Spec(
             model,
             dtype,
@@ -74,6 +76,9 @@ def specs(options: Options) -> list[Spec]:
         for p in (0.1, 0.0)
         for model, B, S, T in sizes
     ]
+    if options.device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        tables += [replace(spec, dtype=torch.bfloat16, headline=False) for spec in tables if spec.headline]
+    return tables
 
 
 def contenders(spec: Spec, options: Options) -> list[str]:
@@ -142,7 +147,8 @@ def build(spec: Spec, options: Options) -> Case:
             call()
         peak = None if name in GRAPHED else peak_bytes(call, options.device)
         calls[name] = Contender(call, None, counted, peak)
-    goal = GOALS[options.device].get(spec.what, (None, None))[spec.dropout_p > 0.0]
+    stated = (spec.dtype == torch.float32) == (options.device == "cpu")
+    goal = GOALS[options.device].get(spec.what, (None, None))[spec.dropout_p > 0.0] if stated else None
     goals = {EAGER: goal, SDPA: goal, LIGER: goal, COMPILED: 1.15 if options.device == "cpu" else None}
     goals = {name: value for name, value in goals.items() if name in calls and value and not options.quick}
     weights = sum(p.numel() for p in stock.parameters()) * embeds.element_size()
