@@ -37,7 +37,7 @@ REFUSED = [
     case(ValueError, "weight must be frozen, got requires_grad=True", weight=torch.ones(9, 4, requires_grad=True)),
     case(ValueError, "num_items must be positive, got 0", num_items=0),
     case(ValueError, "num_items must be positive, got -3", num_items=-3),
-    case(TypeError, "num_items must be a torch.Tensor, got float", num_items=2.5),
+    case(TypeError, "num_items must be an int or a torch.Tensor, got float", num_items=2.5),
     case(TypeError, "num_items must have dtype int64, int32, float32, got bool", num_items=torch.tensor(True)),
     case(ValueError, r"num_items must have shape .*=\[\], got \[1\]", num_items=torch.tensor([3])),
     case(ValueError, "num_items must be on cpu like hidden, got meta", num_items=torch.tensor(3, device="meta")),
