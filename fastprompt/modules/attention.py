@@ -196,15 +196,14 @@ class FastAttention:
 
     def _way(self, allowed: hf_attention.Keys, past: Any) -> Callable[..., Tensor] | None:
         """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
-        held, layer = self._held(past), self._attention.layer_idx
-        if self.attention_name == "SelfAttention" and held != allowed.offset:
+        held, own = self._held(past), self.attention_name == "SelfAttention"
+        if own and held != allowed.offset:
             return None
         if held == 0:
             return self._run
-        if self.attention_name != "SelfAttention" and past is not None and not past.is_updated.get(layer):
-            return None
         generates = (
             held is not None
+            and (own or past.is_updated.get(self._attention.layer_idx))
             and not torch.is_grad_enabled()
             and not self._attention.training
             and rate(self._modules["dropout"]) == 0.0

@@ -411,6 +411,16 @@ def test_a_cache_that_was_emptied_is_filled_again(make, batch, labels):
     assert found[1].past_key_values.is_updated == found[0].past_key_values.is_updated
 
 
+def test_a_cache_without_a_part_for_cross_attention(make, batch, labels):
+    """It is transformers' to read and to fill."""
+    found = []
+    for model in (make(), patch(make())):
+        with torch.no_grad():
+            encoded = model.encoder(**batch())
+            found.append(model(encoder_outputs=encoded, labels=labels, past_key_values=DynamicCache()).logits)
+    close(found[1], found[0])
+
+
 @each_memory
 def test_an_encoding_of_inference_mode_can_be_trained_on(make, batch, labels, memory):
     gradients = []
