@@ -121,9 +121,6 @@ class PromptModel(KeyKeeper):
         checks.check_labels(labels, size, self.config.vocab_size)
         batch = self._batch(input_ids, attention_mask, prompts, size)
         return_dict = kwargs.pop("return_dict", True)
-        mask = decoder_attention_mask  # transformers fills up a shorter one where there is a cache
-        if labels is not None and torch.is_grad_enabled() and (mask is None or mask.shape == labels.shape):
-            kwargs.setdefault("use_cache", False)
         arguments = dict(
             labels=labels,
             decoder_input_ids=decoder_input_ids,
@@ -131,6 +128,9 @@ class PromptModel(KeyKeeper):
             return_dict=True,
             **kwargs,
         )
+        # transformers fills up a shorter mask where there is a cache
+        if labels is not None and torch.is_grad_enabled() and checks.has_whole_mask(arguments):
+            arguments.setdefault("use_cache", False)
         if encoder_outputs is None:
             encoder_outputs = batch.encode({name: kwargs[name] for name in _FLAGS if name in kwargs})
         output = batch.forward(encoder_outputs, arguments)

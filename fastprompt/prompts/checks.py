@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PromptModel asks of its model and of a batch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -143,6 +144,14 @@ def check_labels(labels: object, batch: int, vocab_size: int) -> None:
             f"PromptModel: labels must lie in [0, {vocab_size}) or be -100, got {int(outside[0])}. "
             "Was the text encoded by another model's tokenizer?"
         )
+
+
+def has_whole_mask(arguments: Mapping[str, Any]) -> bool:
+    """Has the decoder's mask among forward's arguments, if any, an entry for each of its rows, [B, T]?"""
+    mask = arguments["decoder_attention_mask"]
+    inputs = (arguments.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+    given = next((x for x in inputs if x is not None), None)
+    return mask is None or given is None or mask.shape == given.shape[:2]
 
 
 def check_keywords(kwargs: dict[str, Any], known: frozenset[str]) -> None:

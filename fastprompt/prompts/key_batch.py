@@ -41,7 +41,7 @@ class KeyBatch(NamedTuple):
         model, mask = self.tokens.model, self.tokens.mask
         self.tokens.check_mask(encoder_outputs[0])
         decoder, cross = self.keys["decoder"], self.keys["cross"]
-        if arguments.get("past_key_values") is not None or not _is_whole(arguments):
+        if arguments.get("past_key_values") is not None or not checks.has_whole_mask(arguments):
             # Where the queries stand among the keys, and what other masks mean, is for transformers to say.
             with hf_attention.prompt_keys(model, decoder=decoder, cross=cross):
                 return model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
@@ -74,14 +74,6 @@ class KeyBatch(NamedTuple):
         if ids is None and labels is not None:
             ids = model.prepare_decoder_input_ids_from_labels(labels)
         return None if ids is None else model.get_decoder().get_input_embeddings()(ids)
-
-
-def _is_whole(arguments: Mapping[str, Any]) -> bool:
-    """Has the decoder's mask, if any, an entry [B, T] for each of its rows?"""
-    mask = arguments["decoder_attention_mask"]
-    inputs = (arguments.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
-    given = next((x for x in inputs if x is not None), None)
-    return mask is None or given is None or mask.shape == given.shape[:2]
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:

@@ -12,8 +12,8 @@ from fastprompt.training.batches import Batch, on
 
 
 def model_loss(prompted: Any) -> Callable[[Batch], Tensor]:
-    """The paper's: the target's likelihood, in nats per token. It leaves out the logits, and keeps no cache."""
-    return lambda batch: prompted(**on(prompted.device, batch), return_logits=False, use_cache=False).loss
+    """The paper's: the target's likelihood, in nats per token. It leaves out the logits."""
+    return lambda batch: prompted(**on(prompted.device, batch), return_logits=False).loss
 
 
 def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Callable[[Batch], Tensor]:
