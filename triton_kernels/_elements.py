@@ -25,7 +25,7 @@ def elements(N, BD: tl.constexpr):
 def kept(seed, threshold, BD: tl.constexpr):
     """Which of this program's elements [BD] dropout keeps."""
     o_first = tl.program_id(0).to(tl.int64) * BD + tl.arange(0, 1)
-    return tl.reshape(keep_mask(tl.load(seed), o_first, threshold, 4, 1, BD), (BD,))
+    return tl.reshape(keep_mask(tl.load(seed), o_first, threshold, 8, 1, BD), (BD,))
 
 
 def launch_elements(kernel: Any, x: Tensor, *arguments: Any, **options: Any) -> None:

@@ -29,12 +29,12 @@ from torch.nn import functional
 from fastprompt._native import stream
 from fastprompt._note import leave_note, note_on
 from fastprompt._op import is_capturing
-from fastprompt.ops._dropout import half_threshold
+from fastprompt.ops._dropout import drop_threshold, keep_scale
 from fastprompt.ops._t5_attention_layout import Layout
 
 from ._launch import cdiv
 from ._math import LOG2E, exp
-from ._philox import ROUNDS, keep_scale
+from ._philox import ROUNDS, keep_halves
 from ._t5_attention_tiles import Tile, tile
 
 PAD = 256  # at least BM + BN of every tile: how far a tile that touches the band reaches out of it
@@ -135,15 +135,7 @@ def kept(seed, o_query, j_first, pair, threshold: tl.uint32, BM: tl.constexpr, B
     o_row = o_query[:, None] + tl.zeros((1, BN // 8), tl.int32)
     zero = tl.zeros((BM, BN // 8), tl.int32)
     word0, word1, word2, word3 = tl.philox(tl.load(seed), o_block, o_row, zero + pair, zero, ROUNDS)
-    low = tl.join(
-        tl.join((word0 & 0xFFFF) >= threshold, (word2 & 0xFFFF) >= threshold),
-        tl.join((word1 & 0xFFFF) >= threshold, (word3 & 0xFFFF) >= threshold),
-    )
-    high = tl.join(
-        tl.join((word0 >> 16) >= threshold, (word2 >> 16) >= threshold),
-        tl.join((word1 >> 16) >= threshold, (word3 >> 16) >= threshold),
-    )
-    return tl.reshape(tl.join(low, high), (BM, BN))
+    return keep_halves(word0, word1, word2, word3, threshold, BM, BN)
 
 
 @triton.jit
@@ -212,7 +204,7 @@ class Call(Layout):
         self.busy = self.seed is not None or a.causal
         self.masked = a.key_mask is not None
         self.tensors = (q, k, v, bias, prompt_k, prompt_v, *self.indices, self.seed)
-        scale, threshold = keep_scale(a.dropout_p), half_threshold(a.dropout_p)
+        scale, threshold = keep_scale(a.dropout_p), drop_threshold(a.dropout_p)
         sizes = (self.B, self.T, self.S, self.P, self.R, self.M, self.N, self.Nk)
         self.sizes = (*sizes, a.offset, scale, threshold)
         self.constants = {"H": self.H, "K": self.K, "PAD": PAD}

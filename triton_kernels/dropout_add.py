@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastprompt.ops._dropout import drop_threshold, keep_scale
+
 from ._elements import aot_tensors, elements, kept, launch_elements
-from ._philox import drop_threshold, keep_scale
 
 
 @triton.jit(do_not_specialize=["threshold"])

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastprompt.ops._dropout import drop_threshold, keep_scale
+
 from ._launch import cdiv, launch, next_power_of_2, row_tile
-from ._philox import drop_threshold, dropout, keep_scale
+from ._philox import dropout
 
 BACKWARD_BD = 256  # columns of a backward program, one warp: P * D / 256 programs fill a GPU at P = 100
 BACKWARD_STAGES = 8  # sequences whose gradient rows it has in flight

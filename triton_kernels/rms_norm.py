@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastprompt.ops._dropout import drop_threshold, keep_scale
+
 from ._launch import cdiv, launch, row_tile
-from ._philox import drop_threshold, dropout, keep_scale
+from ._philox import dropout
 
 
 @triton.jit

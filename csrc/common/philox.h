@@ -2,8 +2,8 @@
 // Dropout's random bits: Philox 4x32-7 (Salmon et al. 2011), a pure function of (seed, element index). The backward
 // pass therefore rebuilds the mask of the forward pass, and every backend draws the same one.
 //
-// Element i of a tensor takes word i % 4 of the block whose counter is i / 4; the key is the seed.
-// An element is kept when its word >= drop_threshold(p). The readable twin is fastprompt/ops/_dropout.py.
+// Element i of a tensor takes half-word i % 8 of the block whose counter is i / 8, low halves first; the key is the
+// seed. An element is kept when its half-word >= drop_threshold(p). The readable twin is fastprompt/ops/_dropout.py.
 #pragma once
 #include <math.h>
 
@@ -49,17 +49,8 @@ FP_INLINE fp::PhiloxBlock philox(uint64_t seed, uint64_t counter, uint32_t strea
     return {{c0, c1, c2, c3}};
 }
 
-// p in [0, 1]; 1 drops everything but a word of 2^32 - 1, and its scale of 0 silences that too.
-FP_INLINE uint32_t drop_threshold(double p) {
-    const double threshold = p * 4294967296.0;
-    return threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold);
-}
-
-// Where each element takes 16 bits: p to the nearest 2^-16.
-FP_INLINE uint32_t half_threshold(double p) {
-    const double threshold = p * 65536.0;
-    return threshold >= 65535.0 ? 65535u : static_cast<uint32_t>(nearbyint(threshold));
-}
+// How many of the 65,536 half-words drop their element: p in [0, 1] to the nearest 2^-16.
+FP_INLINE uint32_t drop_threshold(double p) { return static_cast<uint32_t>(nearbyint(p * 65536.0)); }
 
 FP_INLINE float keep_scale(double p) { return p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f; }
 

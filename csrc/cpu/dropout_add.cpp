@@ -11,7 +11,7 @@ constexpr int64_t kBadDType = -1;
 int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, void* y, int64_t count, double dropout_p,
                     int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
-    const Dropout<> dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);

@@ -65,7 +65,7 @@ bool are_valid(int64_t act, int64_t dtype) { return act >= kGeluNew && act <= kS
 int64_t gated_act(const void* a, const void* b, const int64_t* seed, void* y, int64_t count, int64_t act,
                   double dropout_p, int64_t dtype, void* /*stream*/) {
     if (!are_valid(act, dtype)) return kBadArgument;
-    const Dropout<> dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
     with_type(dtype, [&](auto type) {
         with_act(act, [&](auto kind) {
             using T = decltype(type);
@@ -88,7 +88,7 @@ int64_t gated_act(const void* a, const void* b, const int64_t* seed, void* y, in
 int64_t gated_act_backward(const void* dy, const void* a, const void* b, const int64_t* seed, void* da, void* db,
                            int64_t count, int64_t act, double dropout_p, int64_t dtype, void* /*stream*/) {
     if (!are_valid(act, dtype)) return kBadArgument;
-    const Dropout<> dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
     with_type(dtype, [&](auto type) {
         with_act(act, [&](auto kind) {
             using T = decltype(type);

@@ -135,7 +135,7 @@ void drop_row(const float* factors, W* row, int64_t D) {
     });
 }
 
-void drop(const Dropout<>& dropout, int64_t first, int64_t dtype, void* row, int64_t D) {
+void drop(const Dropout& dropout, int64_t first, int64_t dtype, void* row, int64_t D) {
     float factors[kChunk] = {};
     with_type(dtype, [&](auto type) {
         each_chunk(D, [&](int64_t begin, int64_t count) {
@@ -153,7 +153,7 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
     const Layout layout{starts, lens, cu_tokens, cu_rows, B, S, L, R};
     if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return kBadDType;
     if (!layout.prompts_valid() || !layout.rows_valid() || !layout.tokens_valid()) return kBadRange;
-    const Dropout<> dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
     const int64_t bytes = D * size_of(dtype), total = layout.all_rows();
     const Input input{ids, weight, prompts, V, bytes, D * size_of(prompt_dtype), ids_are_int64 != 0};
     const bool streaming = !dropout.active() && streams(out, bytes, total);
@@ -199,7 +199,7 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
 // Adds columns [d, d + kVectors * kLanes) of the rows that begin at `rows` to total, by Kahan's compensated sum: `lost`
 // is what rounding took so far. -ffp-contract=off keeps it exact. The sums stay in registers over all rows.
 template <bool kDrop, int kVectors, class T, class Extent>
-FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, const Dropout<>& dropout, int64_t d,
+FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, int64_t d,
                            Extent extent, float* total, float* lost) {
     constexpr int kVectorsPerLine = kLine / (kLanes * static_cast<int64_t>(sizeof(T)));
     vfloat sum[kVectors], low[kVectors];
@@ -228,10 +228,9 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
 }
 
 template <bool kDrop, class T>
-void add_rows(const T* dout, const int64_t* rows, int64_t count, const Dropout<>& dropout, float* total, float* lost,
+void add_rows(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, float* total, float* lost,
               int64_t D) {
-    // As many columns as dropout draws at once; AVX-512 has registers for twice as many.
-    constexpr int64_t kColumns = FP_LANES == 16 ? 64 : 32;
+    constexpr int64_t kColumns = Dropout::kDrawn;
     constexpr int kVectors = kColumns / FP_LANES;
     int64_t d = 0;
     for (; d + kColumns <= D; d += kColumns)
@@ -247,7 +246,7 @@ int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int
     const Layout layout{starts, lens, nullptr, cu_rows, B, 0, L, R};
     if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return kBadDType;
     if (!layout.prompts_valid() || !layout.rows_valid()) return kBadRange;
-    const Dropout<> dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
 #pragma omp parallel for schedule(static) if (B * R * D >= kParallelElements)
     for (int64_t r = 0; r < R; ++r) {
         each_chunk(D, [&](int64_t begin, int64_t count) {

@@ -34,7 +34,7 @@ FP_INLINE int64_t count_of(Part part) { return part.count; }
 int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept, int64_t count, double dropout_p,
                      int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
-    const Dropout<> dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {

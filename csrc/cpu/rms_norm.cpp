@@ -130,7 +130,7 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
                           float* rstd, int64_t N, int64_t D, double eps, double dropout_p, int64_t x_dtype,
                           int64_t residual_dtype, int64_t w_dtype, void* /*stream*/) {
     if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return kBadDType;
-    const Dropout<> dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
     const int64_t x_size = size_of(x_dtype), residual_size = size_of(residual_dtype);
     const bool streaming = streams(y, D * size_of(w_dtype), N);
@@ -203,7 +203,7 @@ struct ResidualBackward {
     const float* rstd;
     void *dresidual, *dx;  // dx is null where it would equal dresidual
     int64_t N, D, x_dtype, residual_dtype;
-    Dropout<> dropout;
+    Dropout dropout;
 
     template <class H, class W>
     void row(int64_t n, bool stream_residual, bool stream_x) const {
@@ -236,7 +236,7 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
                                    void* /*stream*/) {
     if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return kBadDType;
     const ResidualBackward call{dy, dh, h, w,       rstd,           dresidual,
-                                dx, N,  D, x_dtype, residual_dtype, Dropout<>(seed, dropout_p)};
+                                dx, N,  D, x_dtype, residual_dtype, Dropout(seed, dropout_p)};
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
     const bool stream_residual = streams(dresidual, D * size_of(residual_dtype), N);
     const bool stream_x = streams(dx, D * size_of(x_dtype), N);

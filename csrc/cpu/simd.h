@@ -27,6 +27,7 @@ FP_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 using vfloat = float __attribute__((vector_size(FP_LANES * 4)));
 using vuint = uint32_t __attribute__((vector_size(FP_LANES * 4)));
+using vint = int32_t __attribute__((vector_size(FP_LANES * 4)));
 using vushort = uint16_t __attribute__((vector_size(FP_LANES * 2)));
 
 template <class To, class From>
@@ -35,6 +36,30 @@ FP_INLINE To bit_cast(From from) {
     To to;
     memcpy(&to, &from, sizeof(to));
     return to;
+}
+
+// One instruction, where GCC 12 converts a vector in halves.
+FP_INLINE vuint widen(vushort narrow) {
+#if FP_LANES == 16 && defined(__AVX512F__)
+    return bit_cast<vuint>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(narrow)));
+#elif FP_LANES == 8 && defined(__AVX2__)
+    return bit_cast<vuint>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(narrow)));
+#else
+    return __builtin_convertvector(narrow, vuint);
+#endif
+}
+
+// Of lanes below 2^16.
+FP_INLINE vushort shorten(vuint wide) {
+#if FP_LANES == 16 && defined(__AVX512F__)
+    return bit_cast<vushort>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(wide)));
+#elif FP_LANES == 8 && defined(__AVX2__)
+    const auto lanes = bit_cast<__m256i>(wide);
+    const auto packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lanes, lanes), 0b1000);
+    return bit_cast<vushort>(_mm256_castsi256_si128(packed));
+#else
+    return __builtin_convertvector(wide, vushort);
+#endif
 }
 
 FP_INLINE vfloat load(const float* from) {
@@ -46,12 +71,7 @@ FP_INLINE vfloat load(const float* from) {
 FP_INLINE vfloat load(const fp::bf16* from) {
     vushort bits;
     memcpy(&bits, from, sizeof(bits));
-#if FP_LANES == 8 && defined(__AVX2__)
-    const auto wide = bit_cast<vuint>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
-#else
-    const auto wide = __builtin_convertvector(bits, vuint);
-#endif
-    return bit_cast<vfloat>(wide << 16);
+    return bit_cast<vfloat>(widen(bits) << 16);
 }
 
 FP_INLINE vfloat load(const fp::fp16* from) {
@@ -81,14 +101,7 @@ template <>
 FP_INLINE auto pack<fp::bf16>(vfloat value) {
     const vuint bits = bit_cast<vuint>(value);
     const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vuint narrow = value != value ? vuint{} + 0x7fc0u : rounded;  // a quiet NaN for any NaN
-#if FP_LANES == 8 && defined(__AVX2__)
-    const auto lanes = bit_cast<__m256i>(narrow);
-    const auto packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lanes, lanes), 0b1000);
-    return bit_cast<vushort>(_mm256_castsi256_si128(packed));
-#else
-    return __builtin_convertvector(narrow, vushort);
-#endif
+    return shorten(value != value ? vuint{} + 0x7fc0u : rounded);  // a quiet NaN for any NaN
 }
 
 template <>
@@ -258,6 +271,16 @@ FP_INLINE vwords multiply(vwords a, uint32_t b) {
 #endif
 }
 
+// a's low halves, and b's in front of them.
+FP_INLINE vwords pair(vwords a, vwords b) {
+#if FP_LANES == 16 && defined(__AVX512F__)
+    return bit_cast<vwords>(
+        _mm512_mask_shuffle_epi32(bit_cast<__m512i>(a), 0xaaaa, bit_cast<__m512i>(b), _MM_PERM_CCAA));
+#else
+    return (a & 0xffffffffu) | (b << 32);
+#endif
+}
+
 // a0 b0 a1 b1 ...
 FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 #if FP_LANES == 16 && defined(__AVX512F__)
@@ -408,15 +431,19 @@ FP_INLINE vfloat exp(vfloat x) {
 // Dropped means zero: an infinity times a factor of 0 would leave a NaN.
 FP_INLINE vfloat drop(vfloat value, vfloat factor) { return factor != 0.0f ? value * factor : vfloat{}; }
 
-// Dropout's factors, 0 or `scale`: element i of the tensor is kept when its Philox word >= threshold. With Halves it
-// takes a half-word, which has half the price: eight elements to a block, low halves first.
-template <bool Halves = false>
+// Dropout's factors, 0 or `scale`: an element is kept when its half-word of common/philox.h >= drop_threshold(p).
 class Dropout {
+    // Groups of blocks computed side by side: one alone would wait for its own multiplications.
+    static constexpr int64_t kChains = 2;
+    static constexpr int64_t kPerBlock = 8;
+
 public:
+    static constexpr int64_t kDrawn = kPerBlock * kBlocks * kChains;  // elements at once
+
     Dropout(const int64_t* seed, double p)
         : active_(seed != nullptr && p > 0.0),
-          threshold_(Halves ? half_threshold(p) : drop_threshold(p)),
-          scale_(keep_scale(p)) {
+          threshold_(static_cast<uint16_t>(drop_threshold(p) <= 0xffff ? drop_threshold(p) : 0xffff)),
+          scale_(drop_threshold(p) <= 0xffff ? keep_scale(p) : 0.0f) {
         const uint64_t key = active_ ? static_cast<uint64_t>(*seed) : 0;
         for (uint32_t round = 0; round < fp::kPhiloxRounds; ++round) {
             keys_[round][0] = static_cast<uint32_t>(key) + round * 0x9E3779B9u;
@@ -429,39 +456,38 @@ public:
 
     // factors[i] for elements [first, first + count) of the tensor. `stream` is the counter's third word.
     void factors(int64_t first, int64_t count, float* factors, uint32_t stream = 0) const {
-        constexpr int64_t kPerBlock = Halves ? 8 : 4, kElements = kPerBlock * kBlocks * kChains;
+        const uint16_t threshold = threshold_;  // copies, which no store can change
+        const float scale = scale_;
         uint64_t block = static_cast<uint64_t>(first) / kPerBlock;
-        for (int64_t i = -(first % kPerBlock); i < count; i += kElements, block += kBlocks * kChains) {
+        for (int64_t i = -(first % kPerBlock); i < count; i += kDrawn, block += kBlocks * kChains) {
             vuint words[4 * kBlocks * kChains / kLanes];
             words_of(block, stream, words);
-            float values[kElements];
-            for (int64_t k = 0; k < kElements / kLanes; ++k) {
-                const auto keep = bit_cast<vuint>(number(words, k) >= threshold_);  // all bits or none
-                store(values + k * kLanes, bit_cast<vfloat>(keep & float_bits(scale_)));
-            }
-            if (i >= 0 && i + kElements <= count) {
-                memcpy(factors + i, values, sizeof(values));
-            } else {
-                const int64_t begin = i < 0 ? -i : 0, end = count - i < kElements ? count - i : kElements;
-                memcpy(factors + i + begin, values + begin, static_cast<size_t>(end - begin) * sizeof(float));
+            float edge[kDrawn];
+            const bool inside = i >= 0 && i + kDrawn <= count;
+            float* to = inside ? factors + i : edge;
+            for (int64_t k = 0; k < kDrawn / kLanes; ++k) store(to + k * kLanes, factor(words, k, threshold, scale));
+            if (!inside) {
+                const int64_t begin = i < 0 ? -i : 0, end = count - i < kDrawn ? count - i : kDrawn;
+                memcpy(factors + i + begin, edge + begin, static_cast<size_t>(end - begin) * sizeof(float));
             }
         }
     }
 
 private:
-    // Groups of blocks computed side by side: one alone would wait for its own multiplications.
-    static constexpr int64_t kChains = 2;
-
-    // The random numbers of the elements [k * kLanes, (k + 1) * kLanes).
-    FP_INLINE static vuint number(const vuint* words, int64_t k) {
-        if constexpr (Halves) {
-            uint16_t __attribute__((vector_size(kLanes * 2))) halves;
-            memcpy(&halves, reinterpret_cast<const char*>(words) + k * static_cast<int64_t>(sizeof(halves)),
-                   sizeof(halves));
-            return __builtin_convertvector(halves, vuint);
-        } else {
-            return words[k];
-        }
+    // The factors of the elements [k * kLanes, (k + 1) * kLanes).
+    FP_INLINE static vfloat factor(const vuint* words, int64_t k, uint16_t threshold, float scale) {
+#if FP_LANES == 16 && defined(__AVX512BW__)
+        const auto least = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+        const __mmask32 keep = _mm512_cmpge_epu16_mask(bit_cast<__m512i>(words[k / 2]), least);
+        const auto half = static_cast<__mmask16>(k % 2 == 0 ? keep : keep >> 16);
+        return bit_cast<vfloat>(_mm512_maskz_mov_ps(half, _mm512_set1_ps(scale)));
+#else
+        vushort halves;
+        memcpy(&halves, reinterpret_cast<const char*>(words) + k * static_cast<int64_t>(sizeof(halves)),
+               sizeof(halves));
+        const auto keep = bit_cast<vuint>(bit_cast<vint>(widen(halves)) > threshold - 1);  // all bits or none
+        return bit_cast<vfloat>(keep & float_bits(scale));
+#endif
     }
 
     // The words of blocks [block, block + kBlocks * kChains), in element order.
@@ -485,13 +511,12 @@ private:
             }
         }
         for (int64_t chain = 0; chain < kChains; ++chain) {
-            interleave((c0[chain] & 0xffffffffu) | (c1[chain] << 32), (c2[chain] & 0xffffffffu) | (c3[chain] << 32),
-                       words + chain * 4 * kBlocks / kLanes);
+            interleave(pair(c0[chain], c1[chain]), pair(c2[chain], c3[chain]), words + chain * 4 * kBlocks / kLanes);
         }
     }
 
     bool active_;
-    uint32_t threshold_;
+    uint16_t threshold_;  // with a scale of 0 where no half-word is kept
     float scale_;
     uint64_t keys_[fp::kPhiloxRounds][2];  // of each round; 64 bits wide for the lanes
 };
@@ -499,9 +524,9 @@ private:
 // run(factor) for the elements [first, first + size) of a tensor, size at most kChunk: factor(i, extent) is dropout's
 // factors of a vector of them, 1 where nothing is dropped.
 template <class Run>
-FP_INLINE void with_factors(const Dropout<>& dropout, int64_t first, int64_t size, const Run& run) {
+FP_INLINE void with_factors(const Dropout& dropout, int64_t first, int64_t size, const Run& run) {
     if (!dropout.active()) return run([](int64_t, auto) { return splat(1.0f); });
-    float factors[kChunk] = {};
+    float factors[kChunk];
     dropout.factors(first, size, factors);
     run([&](int64_t i, auto extent) { return load_at(factors, i, extent); });
 }

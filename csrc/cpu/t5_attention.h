@@ -170,8 +170,6 @@ struct Keys {
     }
 };
 
-using WeightDropout = Dropout<true>;
-
 // Of a row of which only `allowed` weights of `width` are written, the others.
 template <class Weight>
 FP_INLINE void clear_weights(Weight* row, int64_t allowed, int64_t width) {
@@ -184,10 +182,10 @@ FP_INLINE void clear_weights(Weight* row, int64_t allowed, int64_t width) {
 struct Work {
     using Factor = Products::Factor;
 
-    Work(const fp::Attention& a, const WeightDropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
+    Work(const fp::Attention& a, const Dropout& dropout, int64_t dtype) : a(a), dropout(dropout), dtype(dtype) {}
 
     const fp::Attention& a;
-    const WeightDropout& dropout;
+    const Dropout& dropout;
     const int64_t dtype;
     Keys keys = {};
     int64_t b = -1, h = 0, T = 0, offset = 0;  // no example yet
@@ -306,7 +304,7 @@ void Work::score_few(int64_t chunk, int64_t width, float* to) const {
 template <class Pass, class Run>
 int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p, int64_t dtype, const Run& run) {
     if (!Products::serves(dtype)) return kBadDType;
-    const WeightDropout dropout(seed, dropout_p);
+    const Dropout dropout(seed, dropout_p);
     const Limits most = limits(a);
     const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
     const int64_t threads = omp_get_max_threads();

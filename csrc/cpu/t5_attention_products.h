@@ -249,7 +249,7 @@ private:
     // What came from bf16, so that nothing is lost.
     static void narrow(const float* from, int64_t count, fp::bf16* to) {
         for (int64_t d = 0; d < count; d += kLanes) {
-            const auto bits = __builtin_convertvector(bit_cast<vuint>(load(from + d)) >> 16, vushort);
+            const vushort bits = shorten(bit_cast<vuint>(load(from + d)) >> 16);
             memcpy(to + d, &bits, sizeof(bits));
         }
     }

@@ -100,7 +100,7 @@ FP_INLINE void pair_rows(const fp::bf16* first, const fp::bf16* second, int64_t 
         vushort low, high;
         memcpy(&low, first + j, sizeof(low));
         memcpy(&high, second + j, sizeof(high));
-        const vuint pairs = __builtin_convertvector(low, vuint) | __builtin_convertvector(high, vuint) << 16;
+        const vuint pairs = widen(low) | widen(high) << 16;
         memcpy(to + 2 * j, &pairs, sizeof(pairs));
     }
 }

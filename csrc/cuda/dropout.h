@@ -23,28 +23,27 @@ struct DropoutKey {
 
     __device__ __forceinline__ explicit DropoutKey(const Dropout& dropout)
         : dropout(dropout), seed(dropout.seed == nullptr ? 0 : static_cast<uint64_t>(*dropout.seed)) {}
+
+    // Whether element i of a block, in [0, 8), is kept. Not word[i / 2]: an array indexed at run time would live in
+    // local memory.
+    __device__ __forceinline__ bool keeps(const fp::PhiloxBlock& block, uint64_t i) const {
+        const uint32_t even = i < 4 ? block.word[0] : block.word[2], odd = i < 4 ? block.word[1] : block.word[3];
+        const uint32_t word = i % 4 < 2 ? even : odd;
+        return (i % 2 == 0 ? word & 0xffffu : word >> 16) >= dropout.threshold;
+    }
+
+    // __fmul_rn is never fused with a later addition: every backend rounds alike.
+    __device__ __forceinline__ float scaled(float value) const { return __fmul_rn(value, dropout.scale); }
 };
 
-// Not word[i]: an array indexed at run time would live in local memory.
-__device__ __forceinline__ uint32_t word_at(const fp::PhiloxBlock& block, uint64_t i) {
-    const uint32_t low = i == 0 ? block.word[0] : block.word[1], high = i == 2 ? block.word[2] : block.word[3];
-    return i < 2 ? low : high;
-}
-
-// `index` is the first element's flat index, a multiple of V.
+// `index` is the first element's flat index, a multiple of V, which is 1, 4 or 8: one block serves all.
 template <int V>
 __device__ __forceinline__ void drop(float (&value)[V], const DropoutKey& key, int64_t index) {
     if (key.dropout.seed == nullptr) return;
+    const fp::PhiloxBlock block = philox(key.seed, static_cast<uint64_t>(index) / 8);
+    const uint64_t first = index % 8 & ~(V - 1);  // a multiple of V, as the compiler then knows
 #pragma unroll
-    for (int k = 0; k < V; k += 4) {
-        const fp::PhiloxBlock block = philox(key.seed, static_cast<uint64_t>(index + k) / 4);
-#pragma unroll
-        for (int m = k; m < k + 4 && m < V; ++m) {
-            const uint32_t word = V == 1 ? word_at(block, index % 4) : block.word[m - k];
-            // __fmul_rn is never fused with a later addition: every backend rounds alike.
-            value[m] = word >= key.dropout.threshold ? __fmul_rn(value[m], key.dropout.scale) : 0.0f;
-        }
-    }
+    for (int k = 0; k < V; ++k) value[k] = key.keeps(block, first + k) ? key.scaled(value[k]) : 0.0f;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // relu_dropout, forward and backward: fastprompt/ops/relu_dropout.py has the formulas. Memory-bound: one pass. A thread
-// takes the eight elements whose bits share a byte.
+// takes the eight elements whose bits share a byte, and whose random numbers a block.
 #include "common/kernel.h"
 #include "cuda/dropout.h"
 #include "cuda/elements.h"
@@ -24,23 +24,23 @@ template <int V, int Mix>
 __global__ void __launch_bounds__(kElementThreads) relu_elements(const Relu r) {
     const fp::DType type = type_of<Mix>(r.type);
     const DropoutKey key(r.dropout);
+    const bool drops = r.dropout.seed != nullptr;
     for (int64_t first = first_element(kByte); first < r.count; first += element_stride(kByte)) {
+        const fp::PhiloxBlock block = drops ? philox(key.seed, first / kByte) : fp::PhiloxBlock{};
         unsigned bits = 0;
 #pragma unroll
         for (int part = 0; part < kByte; part += V) {
             const int64_t i = first + part;
             if (i >= r.count) continue;
-            float value[V], mask[V];
+            float value[V];
             unpack(load<V>(r.in, i, type), type, value);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-                value[k] = value[k] <= 0.0f ? 0.0f : value[k];  // NaN passes, as in torch
-                mask[k] = value[k] == 0.0f ? 0.0f : 1.0f;
+                const bool kept = !drops || key.keeps(block, part + k);
+                const bool passes = kept && !(value[k] <= 0.0f);  // NaN passes, as in torch
+                value[k] = passes ? key.scaled(value[k]) : 0.0f;
+                bits |= static_cast<unsigned>(passes) << (part + k);
             }
-            drop(value, key, i);
-            drop(mask, key, i);
-#pragma unroll
-            for (int k = 0; k < V; ++k) bits |= static_cast<unsigned>(mask[k] != 0.0f) << (part + k);
             store(r.out, i, type, pack(value, type));
         }
         r.kept[first / kByte] = static_cast<uint8_t>(bits);

@@ -193,9 +193,8 @@ __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b
 // Dropout's factor for key j, the prompt's counted first, of the group's query n.
 __device__ __forceinline__ float factor_at(const DropoutKey& key, const Group& g, int64_t H, int n, int64_t j) {
     const uint64_t counter = static_cast<uint64_t>(g.i + n) << 32 | static_cast<uint64_t>(j / 8);
-    const uint32_t word = word_at(philox(key.seed, counter, static_cast<uint32_t>(g.b * H + g.h)), j % 8 / 2);
-    const uint32_t half = j % 2 == 0 ? word & 0xffffu : word >> 16;
-    return half >= key.dropout.threshold ? key.dropout.scale : 0.0f;
+    const fp::PhiloxBlock block = philox(key.seed, counter, static_cast<uint32_t>(g.b * H + g.h));
+    return key.keeps(block, j % 8) ? key.dropout.scale : 0.0f;
 }
 
 // U keys of a team: loaded all at once, then scored, then added to what has been seen.
@@ -516,9 +515,7 @@ int64_t t5_attention(const void* q, const void* k, const void* v, const float* b
     const bool aligned = is_aligned(q, a.q_strides, bytes) && is_aligned(k, a.k_strides, bytes) &&
                          is_aligned(v, a.v_strides, bytes) && is_aligned(prompt_k, a.prompt_k_strides, bytes) &&
                          is_aligned(prompt_v, a.prompt_v_strides, bytes);
-    Decode d = {a,       {dropout_p > 0.0 ? seed : nullptr, half_threshold(dropout_p), keep_scale(dropout_p)},
-                out,     stats,
-                aligned, 0};
+    Decode d = {a, make_dropout(seed, dropout_p), out, stats, aligned, 0};
     if (dtype == fp::kBFloat16) return launch_attend<fp::bf16, 8>(d, stream);
     if (dtype == fp::kFloat16) return launch_attend<fp::fp16, 8>(d, stream);
     return a.K == 256 ? launch_attend<float, 8>(d, stream) : launch_attend<float, 4>(d, stream);

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout by counter: the mask is a pure function of (seed, element index), so no backend ever stores one.
 
-Philox 4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i takes word i % 4 of the
-block with counter i // 4 under the key ``seed``; it is kept when that word >= p * 2^32. The native twin is
-``csrc/common/philox.h``; in Triton it is ``tl.philox`` with the same counters.
+Philox 4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Element i takes half-word i % 8 of
+the block with counter i // 8 under the key ``seed``, low halves first; it is kept when that half-word >= p * 2^16, p
+rounded to a multiple of 2^-16. The native twin is ``csrc/common/philox.h``; in Triton it is ``tl.philox`` with the same
+counters.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -46,27 +49,27 @@ def philox(seed: Tensor, counter: Tensor, stream: int = 0) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
+def half_words(words: Tensor) -> Tensor:
+    """The 16-bit numbers of blocks, low halves first: words [..., 4] -> [..., 8] in [0, 2^16)."""
+    return torch.stack((words & 0xFFFF, words >> 16), -1).flatten(-2)
+
+
 def keep_mask(shape: tuple[int, ...], dropout_p: float, seed: Tensor) -> Tensor:
     """Bool tensor of ``shape``: which elements of a contiguous tensor dropout keeps."""
-    count = 1
-    for size in shape:
-        count *= size
-    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=seed.device)
-    words = philox(seed, blocks).reshape(-1)[:count].reshape(shape)
-    return words >= min(int(dropout_p * 2**32), _MASK32)
+    count = math.prod(shape)
+    blocks = torch.arange((count + 7) // 8, dtype=torch.int64, device=seed.device)
+    halves = half_words(philox(seed, blocks)).reshape(-1)[:count].reshape(shape)
+    return halves >= drop_threshold(dropout_p)
+
+
+def drop_threshold(dropout_p: float) -> int:
+    """How many of the 2^16 half-words drop their element: p to the nearest 2^-16."""
+    return round(dropout_p * 2**16)
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What a kept element is multiplied by: 1 / (1 - p), and 0 for p = 1."""
+    """What a kept element is multiplied by: 1 / (1 - p), as in torch, and 0 for p = 1."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-
-
-def half_threshold(dropout_p: float) -> int:
-    """The smallest half-word that keeps its element, where each takes 16 bits: p to the nearest 2^-16.
-
-    For p = 1 it is 2^16 - 1, which the scale of 0 silences.
-    """
-    return min(round(dropout_p * 2**16), 2**16 - 1)
 
 
 def dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.ops._dropout import half_threshold, keep_scale, philox
+from fastprompt.ops._dropout import drop_threshold, half_words, keep_scale, philox
 
 
 class Inputs(NamedTuple):
@@ -106,12 +106,9 @@ def keep_keys(seed: Tensor, first: int, H: int, T: int, keys: int, dropout_p: fl
     block = torch.arange((keys + 7) // 8, device=seed.device)
     row = torch.arange(T, device=seed.device)[:, None] << 32
     words = [philox(seed, row + block, stream=first + h) for h in range(H)]
-    halves = [torch.stack((each & 0xFFFF, each >> 16), -1).flatten(1)[:, :keys] for each in words]
-    return (
-        torch.stack(halves) >= half_threshold(dropout_p)
-        if H
-        else row.new_zeros((0, T, keys), dtype=torch.bool)
-    )
+    if not H:
+        return row.new_zeros((0, T, keys), dtype=torch.bool)
+    return half_words(torch.stack(words)).flatten(2)[:, :, :keys] >= drop_threshold(dropout_p)
 
 
 def forward(a: Inputs) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ Keys that are not allowed are not read. A row that allows no key at all takes th
 in Hugging Face, where every score is the same finite minimum then; t = 0 marks it. No keys at all give zeros.
 
 Dropout: key j (prompt first, then own) of query i and head h of example b takes half-word j % 8 of the Philox block
-with counter (j // 8, i, b * H + h, 0), low halves first; its p is rounded to a multiple of 2^-16. The mask depends on
-neither padding nor blocking, so every backend, padded or packed, draws the same one.
+with counter (j // 8, i, b * H + h, 0), low halves first. The mask depends on neither padding nor blocking, so every
+backend, padded or packed, draws the same one.
 
 Backward saves q, k, v, stats and the seed, and out where it is read: on a CPU the kernel makes dout . out of the
 weights and their gradients, which it has in its caches. (a, t) may be the row's largest score and its sum of

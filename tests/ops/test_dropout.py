@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fastprompt.ops._dropout import keep_mask, keep_scale, philox
+from fastprompt.ops._dropout import drop_threshold, keep_mask, keep_scale, philox
 
 # Counter, key and output of kat_vectors in Random123, the authors' implementation (philox4x32, 7 rounds).
 KNOWN_ANSWERS = [
@@ -43,12 +43,20 @@ def test_philox_equals_the_published_one(seed):
         assert tuple(got) == published_philox(low_high, (seed % 2**32, (seed >> 32) % 2**32))
 
 
-def test_mask_keeps_an_element_whose_word_reaches_the_threshold():
+def test_mask_keeps_an_element_whose_half_word_reaches_the_threshold():
     seed, p = torch.tensor([42]), 0.37
-    words = [word for block in range(3) for word in published_philox((block, 0, 0, 0), (42, 0))]
-    expected = [word >= int(p * 2**32) for word in words]
-    assert keep_mask((12,), p, seed).tolist() == expected
+    words = [word for block in range(2) for word in published_philox((block, 0, 0, 0), (42, 0))]
+    expected = [half >= round(p * 2**16) for word in words for half in (word % 2**16, word >> 16)]
+    assert 0 < sum(expected) < 16
+    assert keep_mask((16,), p, seed).tolist() == expected
     assert keep_mask((3, 3), p, seed).reshape(-1).tolist() == expected[:9]
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 2**-17, 2**-16, 0.1, 0.3, 0.5, 0.9, 1 - 2**-16, 1 - 2**-18, 1.0])
+def test_p_is_rounded_to_a_multiple_of_two_to_the_minus_sixteen(p):
+    dropped = sum(half < drop_threshold(p) for half in range(2**16))
+    assert abs(dropped / 2**16 - p) <= 2**-17
+    assert keep_scale(p) == (1 / (1 - p) if p < 1 else 0.0)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 1.0])
@@ -59,12 +67,11 @@ def test_fraction_and_expectation(p):
     assert abs(float(kept.mean()) - (1 - p)) <= five_sigma
     if p < 1.0:
         assert abs(float(kept.mean()) * keep_scale(p) - 1.0) <= five_sigma / (1 - p)
-    assert keep_scale(1.0) == 0.0
 
 
 def test_masks_of_neighbouring_seeds_and_elements_are_independent():
     n = 100_000
     masks = [keep_mask((n,), 0.5, torch.tensor([seed])).double() for seed in (1, 2)]
-    pairs = [masks, (masks[0][1:], masks[0][:-1]), (masks[0][4:], masks[0][:-4])]
+    pairs = [masks, *((masks[0][step:], masks[0][:-step]) for step in (1, 2, 8))]
     for a, b in pairs:
         assert abs(float((a * b).mean()) - 0.25) < 5 * (0.25 * 0.75 / n) ** 0.5

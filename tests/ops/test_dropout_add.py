@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """dropout_add: residual plus x by the mask, forward and backward, with only the seed saved."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastprompt.ops import dropout_add
-from fastprompt.ops._dropout import keep_mask, keep_scale, philox
+from fastprompt.ops._dropout import half_words, keep_mask, keep_scale, philox
 from fastprompt.testing import saved_bytes
 
 OP = "dropout_add"
@@ -57,12 +59,15 @@ def test_any_shape(backend, device, examples):
 
 
 def test_an_element_is_kept_from_the_threshold_on(backend, device):
-    x, seed = torch.ones(4, device=device), SEED.to(device)
-    words = philox(seed, torch.zeros(1, dtype=torch.int64, device=device))[0].tolist()
-    for i, word in enumerate(words):
-        kept, dropped = (dropout_add(x, None, dropout_p=n / 2**32, seed=seed) for n in (word, word + 1))
-        assert kept[i] > 0
-        assert dropped[i] == 0
+    """A half-word decides, where it is p's or more: p to the nearest 2^-16."""
+    seed = SEED.to(device)
+    halves = half_words(philox(seed, torch.zeros(1, dtype=torch.int64, device=device)))[0].tolist()
+    for dtype, count in itertools.product(FLOATS, (8, 7)):
+        x = torch.ones(count, dtype=dtype, device=device)
+        for i, half in enumerate(halves[:count]):
+            for less, kept in ((-0.6, True), (0.0, True), (0.4, True), (0.6, False), (1.0, False)):
+                h = dropout_add(x, None, dropout_p=(half + less) / 2**16, seed=seed)
+                assert (h[i] > 0) == kept, (dtype, count, i, less)
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastprompt.triton_kernels import _philox, _t5_attention_shared
+from fastprompt.triton_kernels import _t5_attention_shared
 from fastprompt.triton_kernels._philox import keep_mask, philox
 
 from fastprompt.ops import _dropout
@@ -43,32 +43,38 @@ def test_words(device, seed):
     assert torch.equal(words, _dropout.philox(seed, blocks))
 
 
-@pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 0.75, 1.0])
-def test_threshold_and_scale(p):
-    assert _philox.keep_scale(p) == _dropout.keep_scale(p)
-    words = torch.tensor([0, 1, 2**31, 2**32 - 2, 2**32 - 1])
-    assert torch.equal(words >= _philox.drop_threshold(p), words >= min(int(p * 2**32), 2**32 - 1))
-
-
-@pytest.mark.parametrize("p", [0.1, 0.75])
-@pytest.mark.parametrize("D", [12, 13, 14, 15])
+@pytest.mark.parametrize("p", [0.1, 0.75, 1.0])
+@pytest.mark.parametrize("D", [8, 12, 13, 14, 15, 16])
 def test_keep_mask_of_any_width(device, D, p):
     N, seed = 5, torch.tensor([7], device=device)
     firsts = torch.zeros(8, dtype=torch.int64, device=device)
     firsts[:N] = torch.arange(N) * D
     keep = torch.empty(8, 16, dtype=torch.bool, device=device)
-    keep_kernel[(1,)](seed, firsts, keep, _philox.drop_threshold(p), D=D, BN=8, BD=16)
+    keep_kernel[(1,)](seed, firsts, keep, _dropout.drop_threshold(p), D=D, BN=8, BD=16)
     assert torch.equal(keep[:N, :D], _dropout.keep_mask((N, D), p, seed))
 
 
-@pytest.mark.parametrize("D", [4, 3])
+@pytest.mark.parametrize("D", [8, 3])
 def test_keep_mask_of_a_large_tensor(device, D):
-    """Element 2^34 takes its word from block 2^32: the counter's second word counts."""
-    first, seed = 3 * 2**34, torch.tensor([7], device=device)
+    """Element 2^35 takes its half-word from block 2^32: the counter's second word counts."""
+    first, seed = 3 * 2**35, torch.tensor([7], device=device)
     keep = torch.empty(1, 16, dtype=torch.bool, device=device)
-    keep_kernel[(1,)](seed, torch.tensor([first], device=device), keep, 2**31, D=D, BN=1, BD=16)
-    words = _dropout.philox(seed, first // 4 + torch.arange(4, device=device)).reshape(1, -1)
-    assert torch.equal(keep, words >= 2**31)
+    keep_kernel[(1,)](seed, torch.tensor([first], device=device), keep, 2**15, D=D, BN=1, BD=16)
+    words = _dropout.philox(seed, first // 8 + torch.arange(2, device=device))
+    assert torch.equal(keep, _dropout.half_words(words).reshape(1, -1) >= 2**15)
+
+
+@pytest.mark.parametrize("i", range(8))
+@pytest.mark.parametrize("D", [8, 7])
+def test_keep_mask_where_a_half_word_is_the_threshold(device, D, i):
+    seed = torch.tensor([9], device=device)
+    halves = _dropout.half_words(_dropout.philox(seed, torch.arange(2, device=device))).flatten()
+    keep = torch.empty(1, 16, dtype=torch.bool, device=device)
+    for threshold in (int(halves[i]), int(halves[i]) + 1):
+        keep_kernel[(1,)](
+            seed, torch.zeros(1, dtype=torch.int64, device=device), keep, threshold, D=D, BN=1, BD=16
+        )
+        assert torch.equal(keep[0], halves >= threshold)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -88,7 +94,7 @@ def test_keep_mask_of_attention_where_a_word_is_the_threshold(device, j):
     word = int(_dropout.philox(seed, block, stream=pair)[0, j // 2])
     p = (word >> 16 if j % 2 else word & 0xFFFF) / 2**16
     keep = torch.empty(16, 16, dtype=torch.bool, device=device)
-    keep_keys_kernel[(1,)](seed, keep, first, j_first, pair, _dropout.half_threshold(p), BM=16, BN=16)
+    keep_keys_kernel[(1,)](seed, keep, first, j_first, pair, _dropout.drop_threshold(p), BM=16, BN=16)
     expected = keep_keys(seed, pair, 1, first + 16, j_first + 16, p)[0, first:, j_first:]
     assert expected[0, j]
     assert torch.equal(keep, expected)
