@@ -76,13 +76,15 @@ def prompt_embed_kernel(
         tl.store(error + tl.zeros_like(o_t), o_t + 1, mask=m_token & ~m_known)
     m_token &= m_known
 
+    if seed is not None:
+        key = tl.load(seed)  # here: inside the loop a register more spills at D = 768 on sm_90
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)[None, :]
         b_prompt = tl.load(prompts + i_r[:, None] * D + o_d, mask=m_prompt[:, None] & (o_d < D), other=0.0)
         b_token = tl.load(weight + i_v[:, None] * D + o_d, mask=m_token[:, None] & (o_d < D), other=0.0)
         b_out = tl.where(m_prompt[:, None], b_prompt.to(out.dtype.element_ty), b_token)
         if seed is not None:
-            b_out = dropout(b_out.to(tl.float32), tl.load(seed), o_n * D + i_d, scale, threshold, D)
+            b_out = dropout(b_out.to(tl.float32), key, o_n * D + i_d, scale, threshold, D)
         tl.store(out + o_n[:, None] * D + o_d, b_out.to(out.dtype.element_ty), mask=m_n[:, None] & (o_d < D))
 
 
