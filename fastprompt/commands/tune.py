@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recipe.add_argument("--steps", type=positive, default=30_000, help="(default: %(default)s)")
     recipe.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
+    recipe.add_argument(
+        "--micro-batch", type=positive, help="rows at once, where memory is short: the step stays the batch's"
+    )
     recipe.add_argument("--lr", type=float, help="constant (default: 0.3, the paper's; for a prefix 0.01)")
     recipe.add_argument("--weight-decay", type=float, default=1e-5, help="per step (default: %(default)s)")
     recipe.add_argument("--dev-every", type=positive, default=1000, help="steps (default: %(default)s)")
@@ -126,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
                 weight_decay=arguments.weight_decay,
             ),
             arguments.steps,
+            micro_batch=arguments.micro_batch,
             score=score if dev else None,
             score_every=arguments.dev_every,
             on_score=on_score,

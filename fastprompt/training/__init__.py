@@ -9,7 +9,7 @@ from fastprompt.training.batches import Batch, collate, encode, in_order, shuffl
 from fastprompt.training.evaluation import Evaluation, evaluate
 from fastprompt.training.examples import Example, read_examples
 from fastprompt.training.loop import Curve, tune
-from fastprompt.training.losses import choice_loss, model_loss
+from fastprompt.training.losses import Loss, choice_loss, model_loss
 
 __all__ = [
     "Adafactor",
@@ -17,6 +17,7 @@ __all__ = [
     "Curve",
     "Evaluation",
     "Example",
+    "Loss",
     "choice_loss",
     "collate",
     "encode",

@@ -78,6 +78,22 @@ def in_order(pairs: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
         yield collate(pairs[start : start + batch_size])
 
 
+def pieces(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The batch, `rows` of it at a time, without columns at the end that only longer rows fill."""
+    for start in range(0, len(batch["labels"]), rows):
+        piece = {name: tensor[start : start + rows] for name, tensor in batch.items()}
+        inputs, targets = _width(piece["attention_mask"] != 0), _width(piece["labels"] != -100)
+        for name, width in (("input_ids", inputs), ("attention_mask", inputs), ("labels", targets)):
+            piece[name] = piece[name][:, :width].contiguous()  # T5 takes a view of the labels
+        yield piece
+
+
+def _width(filled: Tensor) -> int:
+    """Columns of bool [B, S] up to the last with a True, at least one."""
+    columns = filled.any(0).nonzero()
+    return int(columns[-1]) + 1 if len(columns) else 1
+
+
 def on(device: torch.device, batch: Batch) -> Batch:
     """The batch there."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

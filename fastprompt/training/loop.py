@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastprompt.model import PromptModel
-from fastprompt.training.batches import Batch
+from fastprompt.training.batches import Batch, pieces
+from fastprompt.training.losses import Loss
 
 BAR = "step {n_fmt} of {total_fmt} [{elapsed}<{remaining}{postfix}]"
 REPORT_EVERY = 20  # steps: reading a loss makes the host wait for a GPU
@@ -32,6 +33,7 @@ def tune(
     optimizer: torch.optim.Optimizer,
     steps: int,
     *,
+    micro_batch: int | None = None,
     score: Callable[[], float] | None = None,
     score_every: int = 1000,
     on_score: Callable[[int, float, bool], None] | None = None,
@@ -47,6 +49,9 @@ def tune(
         loss: of a batch, a scalar with a gradient; see :func:`model_loss` and :func:`choice_loss`.
         optimizer: of the prompts' Parameters; see :class:`Adafactor`.
         steps: 1 or more.
+        micro_batch: so many rows of a batch go through the model at once, and need memory at once. The step is the
+            whole batch's, dropout's draws and rounding apart. None: all rows. It needs a :class:`Loss`, which knows
+            what it is a mean of, and batches as :func:`shuffled` gives them.
         score: higher is better, and NaN worse than any number; of equal scores the first stays, the one before any
             step (0) only if it is better. None: the last step is kept.
         score_every: steps between scores; the last step has one in any case.
@@ -54,11 +59,14 @@ def tune(
         progress: whether to count the steps on stderr, where that is a terminal.
 
     Raises:
-        ValueError: ``steps`` or ``score_every`` is less than 1, or there are fewer batches.
+        ValueError: ``steps``, ``score_every`` or ``micro_batch`` is less than 1, or there are fewer batches.
+        TypeError: ``micro_batch`` with another loss.
         FloatingPointError: a loss is not finite. The prompt is then the best so far, or as it was given.
     """
     if steps < 1 or score_every < 1:
         raise ValueError(f"tune: steps and score_every must be 1 or more, got {steps} and {score_every}")
+    if micro_batch is not None:
+        _check_micro_batch(micro_batch, loss)
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     curve, best, pending = Curve(), _copies(parameters), list[Tensor]()
     if score is not None:
@@ -74,11 +82,9 @@ def tune(
                     raise ValueError(
                         f"tune: batches ended before step {step} of {steps}. Give more, or fewer steps"
                     )
-                found = loss(batch)
                 optimizer.zero_grad()
-                found.backward()
+                pending.append(_backward(loss, batch, micro_batch))
                 optimizer.step()
-                pending.append(found.detach())
                 scores_now = step % score_every == 0 or step == steps
                 if scores_now or step % REPORT_EVERY == 0:
                     _read(pending, curve.losses)
@@ -103,6 +109,36 @@ def tune(
                         parameter.copy_(value)
             prompted.eval()
     return curve
+
+
+def _check_micro_batch(rows: int, loss: Callable[[Batch], Tensor]) -> None:
+    if rows < 1:
+        raise ValueError(f"tune: micro_batch must be 1 or more, got {rows}")
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            "tune: with micro_batch the loss must be a fastprompt.training.Loss, which says how many items it is a "
+            f"mean of, got {type(loss).__name__}. Give Loss(mean=your_loss, items=their_number)"
+        )
+
+
+def _backward(loss: Callable[[Batch], Tensor], batch: Batch, rows: int | None) -> Tensor:
+    """The batch's loss, without a graph: backward has run, for `rows` at a time."""
+    losses = []
+    for part, share in _parts(loss, batch, rows):
+        found = loss(part) * share
+        found.backward()
+        losses.append(found.detach())
+    return torch.stack(losses).sum()
+
+
+def _parts(loss: Callable[[Batch], Tensor], batch: Batch, rows: int | None) -> list[tuple[Batch, float]]:
+    """Pieces of the batch, and which share of its items each has, unless it has none."""
+    if rows is None:
+        return [(batch, 1.0)]
+    assert isinstance(loss, Loss)
+    counts = [(piece, loss.items(piece)) for piece in pieces(batch, rows)]
+    total = sum(count for _, count in counts)
+    return [(piece, count / total) for piece, count in counts if count] or [(batch, 1.0)]
 
 
 def _copies(parameters: list[Tensor]) -> list[Tensor]:

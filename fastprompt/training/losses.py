@@ -2,6 +2,7 @@
 """What a step makes small."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,26 @@ from fastprompt.prompts.rank import choice_scores
 from fastprompt.training.batches import Batch, on
 
 
-def model_loss(prompted: Any) -> Callable[[Batch], Tensor]:
+@dataclass(frozen=True)
+class Loss:
+    """A scalar with a gradient: the mean over `items` of a batch, of which it has so many."""
+
+    mean: Callable[[Batch], Tensor]
+    items: Callable[[Batch], int]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.mean(batch)
+
+
+def model_loss(prompted: Any) -> Loss:
     """The paper's: the target's likelihood, in nats per token. It leaves out the logits."""
-    return lambda batch: prompted(**on(prompted.device, batch), return_logits=False).loss
+    return Loss(
+        lambda batch: prompted(**on(prompted.device, batch), return_logits=False).loss,
+        lambda batch: int((batch["labels"] != -100).sum()),
+    )
 
 
-def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Callable[[Batch], Tensor]:
+def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Loss:
     """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
 
     A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, ended by
@@ -30,7 +45,7 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Callable[[Batch
         scores = choice_scores(model, there["input_ids"], there["attention_mask"], choices)
         return torch.nn.functional.cross_entropy(scores, own.to(scores.device))
 
-    return loss
+    return Loss(loss, lambda batch: len(batch["labels"]))
 
 
 def check_choices(choices: Sequence[Sequence[int]]) -> None:

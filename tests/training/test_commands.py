@@ -65,6 +65,31 @@ def test_what_tune_learns_eval_finds(files, capsys, kind):
     assert run(capsys, "eval", *common, "--data", data, "--prompt", "nowhere", *twice)[0] == 1
 
 
+def test_a_micro_batch_has_the_batchs_losses(files, capsys, tokenizer, monkeypatch):
+    """Dropout apart, whose draws differ."""
+    data, out, common = files
+    rows, forward = [], PromptModel.forward
+
+    def counted(self, **inputs):
+        rows.append(len(inputs["input_ids"]))
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(PromptModel, "train", lambda self, mode=True: self)
+    monkeypatch.setattr(PromptModel, "forward", counted)
+
+    def losses(*more):
+        log = out.with_name("log.json")
+        where = ["--train", data, "--out", out, "--log", log, "--steps", 3, "--num-tokens", 4]
+        assert run(capsys, "tune", *common, *where, "--batch-size", 5, *more)[0] == 0
+        return json.loads(log.read_text())["losses"]
+
+    whole = losses()
+    assert rows == [5] * 3
+    rows.clear()
+    assert losses("--micro-batch", 2) == pytest.approx(whole, rel=1e-4)
+    assert rows == [2, 2, 1] * 3
+
+
 def test_tune_by_choice_goes_on_from_a_prompt(files, capsys):
     data, out, common = files
     other = out.with_name("q.npy")

@@ -47,6 +47,52 @@ def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
 
 
 @pytest.mark.parametrize("loss", ["target", "choice"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_a_step_in_pieces_is_the_whole_batchs(prompted, batch, choices, tokenizer, loss, rows):
+    """Though targets differ in length, and the last piece is smaller. No piece is wider than its own rows."""
+    prompted.double()
+    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)
+    if loss == "target":
+        batch["labels"][0, -4:] = 5
+        batch["labels"][3] = -100  # a row that counts for nothing
+        of = training.model_loss(prompted)
+    else:
+        of = training.choice_loss(prompted, choice_ids(choices, tokenizer, prompted.config.vocab_size))
+    for module in prompted.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    seen = []
+    pieces = training.Loss(lambda piece: seen.append(piece) or of(piece), of.items)
+
+    def step(**more):
+        prompt = prompted.prompts["one"]
+        curve = training.tune(
+            prompted, iter([batch]), pieces, torch.optim.SGD([prompt], lr=0.0), 1, progress=False, **more
+        )
+        return curve.losses[0], prompt.grad
+
+    value, grad = step()
+    (whole,) = seen
+    assert whole is batch
+    seen.clear()
+    again, grad_again = step(micro_batch=rows)
+    assert again == pytest.approx(value, rel=1e-6)  # T5 takes the softmax of its scores in float32
+    torch.testing.assert_close(grad_again, grad, rtol=1e-5, atol=1e-6)
+    empty = loss == "target" and rows == 1
+    assert [len(piece["labels"]) for piece in seen] == {1: [1] * (5 - empty), 2: [2, 2, 1]}.get(rows, [5])
+    for piece in seen:
+        assert piece["attention_mask"][:, -1].any()
+        assert (piece["labels"][:, -1] != -100).any()
+
+
+def test_a_batch_in_which_nothing_counts_is_told_in_pieces_too(prompted, batch):
+    batch["labels"].fill_(-100)
+    optimizer = torch.optim.SGD([prompted.prompts["one"]], lr=0.0)
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        training.tune(prompted, iter([batch]), training.model_loss(prompted), optimizer, 1, micro_batch=2)
+
+
+@pytest.mark.parametrize("loss", ["target", "choice"])
 def test_a_prompt_learns_its_examples(prompted, examples, tokenizer, choices, loss):
     pairs = training.encode(examples, tokenizer)
     ids = choice_ids(choices, tokenizer, prompted.config.vocab_size)

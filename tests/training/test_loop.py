@@ -146,6 +146,12 @@ def test_batches_that_end_are_told():
     assert run.model.steps.item() == 2
 
 
+@pytest.mark.parametrize(("rows", "error"), [(0, ValueError), (1, TypeError)])
+def test_pieces_need_a_loss_that_says_what_it_is_a_mean_of(rows, error):
+    with pytest.raises(error, match=r"micro_batch must be 1 or more|Give Loss\(mean=your_loss"):
+        run(1, micro_batch=rows)
+
+
 @pytest.mark.parametrize(("steps", "every"), [(0, 1), (1, 0)])
 def test_no_steps_are_refused(steps, every):
     with pytest.raises(ValueError, match="must be 1 or more"):
