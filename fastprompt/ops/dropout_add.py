@@ -31,7 +31,7 @@ def dropout_add(
     Args:
         x: [..., D] float32, bfloat16, float16 or float64.
         residual: [..., D], x's dtype; None: nothing is added.
-        dropout_p: probability of dropping an element of ``x``.
+        dropout_p: probability of dropping an element of ``x``, to the nearest 2^-16.
         seed: [1] int64 on x's device, fixes the dropout mask; drawn from torch's generator when None.
 
     Returns:

@@ -39,7 +39,7 @@ def gated_act(
         a: [..., F] float32, bfloat16, float16 or float64: goes through the activation.
         b: [..., F], a's dtype: the gate's other side.
         act: "gelu_new", "gelu" or "silu".
-        dropout_p: probability of dropping an element.
+        dropout_p: probability of dropping an element, to the nearest 2^-16.
         seed: [1] int64 on a's device, fixes the dropout mask; drawn from torch's generator when None.
 
     Returns:

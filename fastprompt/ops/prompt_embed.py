@@ -62,7 +62,7 @@ def prompt_embed(
         prompts: one prompt [P, D], n of one length [n, P, D], or a list of [P_i, D]; weight's dtype or float32.
         prompt_ids: which prompt each of the B sequences takes; None: the first.
         cu_seqlens: [B + 1] int32 or int64, where each packed sequence begins in ``input_ids``, and the end.
-        dropout_p: probability of dropping an element of the output.
+        dropout_p: probability of dropping an element of the output, to the nearest 2^-16.
         seed: [1] int64 on the same device, fixes the dropout mask; drawn from torch's generator when None.
 
     Returns:

@@ -29,7 +29,7 @@ def relu_dropout(x: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = Non
 
     Args:
         x: [..., F] float32, bfloat16, float16 or float64.
-        dropout_p: probability of dropping an element.
+        dropout_p: probability of dropping an element, to the nearest 2^-16.
         seed: [1] int64 on x's device, fixes the dropout mask; drawn from torch's generator when None.
 
     Returns:

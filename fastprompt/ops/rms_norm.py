@@ -50,7 +50,8 @@ def rms_norm(
         w: [D], frozen; its dtype is the output's.
         eps: added to the mean square before the root.
         residual: [..., D], the stream that ``x`` is added to.
-        dropout_p: probability of dropping an element of ``x`` before the addition; needs ``residual``.
+        dropout_p: probability of dropping an element of ``x`` before the addition, to the nearest 2^-16; needs
+            ``residual``.
         seed: [1] int64 on x's device, fixes the dropout mask; drawn from torch's generator when None.
 
     Returns:

@@ -103,7 +103,7 @@ def t5_attention(
         key_mask: bool [B, S], True where an own key may be attended to; or int64 [B], the number of own keys.
         offset: the position of query 0 among the own keys: an int, or int64 [B] or [1]. S - T while decoding.
         causal: an own key after the query is not attended to.
-        dropout_p: probability of dropping an attention weight.
+        dropout_p: probability of dropping an attention weight, to the nearest 2^-16.
         seed: [1] int64 on q's device, fixes the dropout mask; drawn from torch's generator when None.
         cu_q, cu_k: [B + 1] int32 or int64, where each packed example begins in q, and in k and v.
 

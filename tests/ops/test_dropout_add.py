@@ -70,6 +70,14 @@ def test_an_element_is_kept_from_the_threshold_on(backend, device):
                 assert (h[i] > 0) == kept, (dtype, count, i, less)
 
 
+def test_p_that_rounds_to_one_drops_everything(backend, device):
+    """Though its scale is a number, and the largest half-word is drawn here."""
+    seed, count, p = SEED.to(device), 2**18, 1 - 2**-18
+    halves = half_words(philox(seed, torch.arange(count // 8, device=device)))
+    assert (halves == 2**16 - 1).any()
+    assert not dropout_add(torch.ones(count, device=device), dropout_p=p, seed=seed).any()
+
+
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 def test_every_number_of_two_bytes_is_read_and_written(backend, device, dtype):
     """Infinities, NaNs and subnormals too."""
