@@ -136,7 +136,7 @@ void drop_row(const float* factors, W* row, int64_t D) {
 }
 
 void drop(const Dropout& dropout, int64_t first, int64_t dtype, void* row, int64_t D) {
-    float factors[kChunk] = {};
+    float factors[kChunk];
     with_type(dtype, [&](auto type) {
         each_chunk(D, [&](int64_t begin, int64_t count) {
             dropout.factors(first + begin, count, factors);
@@ -197,7 +197,8 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
 }
 
 // Adds columns [d, d + kVectors * kLanes) of the rows that begin at `rows` to total, by Kahan's compensated sum: `lost`
-// is what rounding took so far. -ffp-contract=off keeps it exact. The sums stay in registers over all rows.
+// is what rounding took so far. -ffp-contract=off keeps it exact. The sums stay in registers over all rows, but
+// for those of AVX2 with dropout, which are twice as many.
 template <bool kDrop, int kVectors, class T, class Extent>
 FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, int64_t d,
                            Extent extent, float* total, float* lost) {
@@ -208,7 +209,7 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
         low[v] = load(lost + d + v * kLanes);
     }
     for (int64_t i = 0; i < count; ++i) {
-        float factors[kVectors * kLanes] = {};
+        float factors[kVectors * kLanes];
         if constexpr (kDrop) dropout.factors(rows[i] + d, kVectors * kLanes, factors);
         for (int v = 0; v < kVectors; ++v) {
             // Past the row's end lies the next prompt row of the same sequence.
@@ -230,7 +231,7 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
 template <bool kDrop, class T>
 void add_rows(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, float* total, float* lost,
               int64_t D) {
-    constexpr int64_t kColumns = Dropout::kDrawn;
+    constexpr int64_t kColumns = kDrop ? Dropout::kDrawn : FP_LANES == 16 ? 64 : 32;
     constexpr int kVectors = kColumns / FP_LANES;
     int64_t d = 0;
     for (; d + kColumns <= D; d += kColumns)

@@ -442,8 +442,8 @@ public:
 
     Dropout(const int64_t* seed, double p)
         : active_(seed != nullptr && p > 0.0),
-          threshold_(static_cast<uint16_t>(drop_threshold(p) <= 0xffff ? drop_threshold(p) : 0xffff)),
-          scale_(drop_threshold(p) <= 0xffff ? keep_scale(p) : 0.0f) {
+          threshold_(static_cast<uint16_t>(drops_all(p) ? 0xffff : drop_threshold(p))),
+          scale_(drops_all(p) ? 0.0f : keep_scale(p)) {
         const uint64_t key = active_ ? static_cast<uint64_t>(*seed) : 0;
         for (uint32_t round = 0; round < fp::kPhiloxRounds; ++round) {
             keys_[round][0] = static_cast<uint32_t>(key) + round * 0x9E3779B9u;
@@ -474,6 +474,8 @@ public:
     }
 
 private:
+    static bool drops_all(double p) { return drop_threshold(p) > 0xffff; }
+
     // The factors of the elements [k * kLanes, (k + 1) * kLanes).
     FP_INLINE static vfloat factor(const vuint* words, int64_t k, uint16_t threshold, float scale) {
 #if FP_LANES == 16 && defined(__AVX512BW__)
@@ -516,7 +518,7 @@ private:
     }
 
     bool active_;
-    uint16_t threshold_;  // with a scale of 0 where no half-word is kept
+    uint16_t threshold_;  // 0xffff with a scale of 0, where everything is dropped
     float scale_;
     uint64_t keys_[fp::kPhiloxRounds][2];  // of each round; 64 bits wide for the lanes
 };

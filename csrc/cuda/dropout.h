@@ -13,7 +13,8 @@ struct Dropout {
 };
 
 inline Dropout make_dropout(const int64_t* seed, double p) {
-    return {p > 0.0 ? seed : nullptr, drop_threshold(p), keep_scale(p)};
+    if (seed == nullptr || p <= 0.0) return {nullptr, 0, 1.0f};
+    return {seed, drop_threshold(p), keep_scale(p)};
 }
 
 // The seed, read once per thread.
@@ -36,9 +37,10 @@ struct DropoutKey {
     __device__ __forceinline__ float scaled(float value) const { return __fmul_rn(value, dropout.scale); }
 };
 
-// `index` is the first element's flat index, a multiple of V, which is 1, 4 or 8: one block serves all.
+// `index` is the first element's flat index, a multiple of V: one block serves all.
 template <int V>
 __device__ __forceinline__ void drop(float (&value)[V], const DropoutKey& key, int64_t index) {
+    static_assert(8 % V == 0, "a vector lies in one block");
     if (key.dropout.seed == nullptr) return;
     const fp::PhiloxBlock block = philox(key.seed, static_cast<uint64_t>(index) / 8);
     const uint64_t first = index % 8 & ~(V - 1);  // a multiple of V, as the compiler then knows

@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--steps", type=positive, default=30_000, help="(default: %(default)s)")
     recipe.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
     recipe.add_argument(
-        "--micro-batch", type=positive, help="rows at once, where memory is short: the step stays the batch's"
+        "--micro-batch",
+        type=positive,
+        help="rows at once, also of --dev, where memory is short: the step stays the batch's",
     )
     recipe.add_argument("--lr", type=float, help="constant (default: 0.3, the paper's; for a prefix 0.01)")
     recipe.add_argument("--weight-decay", type=float, default=1e-5, help="per step (default: %(default)s)")
@@ -100,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
             dev,
             tokenizer,
             choices=arguments.choices,
+            batch_size=arguments.micro_batch or 64,
             max_input=arguments.max_input,
             max_new_tokens=arguments.max_target,
         ).score

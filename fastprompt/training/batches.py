@@ -78,14 +78,20 @@ def in_order(pairs: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
         yield collate(pairs[start : start + batch_size])
 
 
-def pieces(batch: Batch, rows: int) -> Iterator[Batch]:
-    """The batch, `rows` of it at a time, without columns at the end that only longer rows fill."""
-    for start in range(0, len(batch["labels"]), rows):
-        piece = {name: tensor[start : start + rows] for name, tensor in batch.items()}
-        inputs, targets = _width(piece["attention_mask"] != 0), _width(piece["labels"] != -100)
-        for name, width in (("input_ids", inputs), ("attention_mask", inputs), ("labels", targets)):
-            piece[name] = piece[name][:, :width].contiguous()  # T5 takes a view of the labels
-        yield piece
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """The batch, `rows` of it at a time, each without the columns at its end that only longer rows fill."""
+    return [
+        _cut({name: each[start : start + rows] for name, each in batch.items()})
+        for start in range(0, len(batch["labels"]), rows)
+    ]
+
+
+def _cut(batch: Batch) -> Batch:
+    inputs, targets = _width(batch["attention_mask"] != 0), _width(batch["labels"] != -100)
+    widths = {"input_ids": inputs, "attention_mask": inputs, "labels": targets}
+    return {
+        name: batch[name][:, :width].contiguous() for name, width in widths.items()
+    }  # T5 views the labels
 
 
 def _width(filled: Tensor) -> int:

@@ -4,13 +4,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastprompt.model import PromptModel
-from fastprompt.training.batches import Batch, pieces
+from fastprompt.training.batches import Batch, split
 from fastprompt.training.losses import Loss
 
 BAR = "step {n_fmt} of {total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -50,8 +51,7 @@ def tune(
         optimizer: of the prompts' Parameters; see :class:`Adafactor`.
         steps: 1 or more.
         micro_batch: so many rows of a batch go through the model at once, and need memory at once. The step is the
-            whole batch's, dropout's draws and rounding apart. None: all rows. It needs a :class:`Loss`, which knows
-            what it is a mean of, and batches as :func:`shuffled` gives them.
+            whole batch's, dropout's draws and rounding apart. None: all rows. It needs a :class:`Loss`.
         score: higher is better, and NaN worse than any number; of equal scores the first stays, the one before any
             step (0) only if it is better. None: the last step is kept.
         score_every: steps between scores; the last step has one in any case.
@@ -59,15 +59,17 @@ def tune(
         progress: whether to count the steps on stderr, where that is a terminal.
 
     Raises:
-        ValueError: ``steps``, ``score_every`` or ``micro_batch`` is less than 1, or there are fewer batches.
-        TypeError: ``micro_batch`` with another loss.
+        ValueError: ``steps``, ``score_every`` or ``micro_batch`` is less than 1, there are fewer batches, or, with
+            ``micro_batch``, one has other tensors than :func:`shuffled`'s.
+        TypeError: ``micro_batch`` with a function as loss.
         FloatingPointError: a loss is not finite. The prompt is then the best so far, or as it was given.
     """
     if steps < 1 or score_every < 1:
         raise ValueError(f"tune: steps and score_every must be 1 or more, got {steps} and {score_every}")
-    if micro_batch is not None:
-        _check_micro_batch(micro_batch, loss)
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    backward: Callable[[Batch], Tensor] = partial(_whole, loss)
+    if micro_batch is not None:
+        backward = partial(_in_pieces, _divisible(loss, micro_batch), micro_batch, parameters)
     curve, best, pending = Curve(), _copies(parameters), list[Tensor]()
     if score is not None:
         curve.scores[0] = score()
@@ -83,7 +85,7 @@ def tune(
                         f"tune: batches ended before step {step} of {steps}. Give more, or fewer steps"
                     )
                 optimizer.zero_grad()
-                pending.append(_backward(loss, batch, micro_batch))
+                pending.append(backward(batch))
                 optimizer.step()
                 scores_now = step % score_every == 0 or step == steps
                 if scores_now or step % REPORT_EVERY == 0:
@@ -111,34 +113,51 @@ def tune(
     return curve
 
 
-def _check_micro_batch(rows: int, loss: Callable[[Batch], Tensor]) -> None:
-    if rows < 1:
-        raise ValueError(f"tune: micro_batch must be 1 or more, got {rows}")
+def _divisible(loss: Callable[[Batch], Tensor], rows: int) -> Loss:
+    """The loss, if batches may be divided for it."""
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"tune: micro_batch must be an int of 1 or more, got {rows}")
     if not isinstance(loss, Loss):
         raise TypeError(
-            "tune: with micro_batch the loss must be a fastprompt.training.Loss, which says how many items it is a "
-            f"mean of, got {type(loss).__name__}. Give Loss(mean=your_loss, items=their_number)"
+            "tune: with micro_batch the loss must be a training.Loss, as model_loss and choice_loss return, got "
+            f"{type(loss).__name__}. Give Loss(mean=your_loss, items=a function of a batch: how many it is a mean of)"
         )
+    return loss
 
 
-def _backward(loss: Callable[[Batch], Tensor], batch: Batch, rows: int | None) -> Tensor:
-    """The batch's loss, without a graph: backward has run, for `rows` at a time."""
-    losses = []
-    for part, share in _parts(loss, batch, rows):
-        found = loss(part) * share
-        found.backward()
-        losses.append(found.detach())
-    return torch.stack(losses).sum()
+def _whole(loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    """The batch's loss, of which backward has run."""
+    found = loss(batch)
+    found.backward()
+    return found.detach()
 
 
-def _parts(loss: Callable[[Batch], Tensor], batch: Batch, rows: int | None) -> list[tuple[Batch, float]]:
-    """Pieces of the batch, and which share of its items each has, unless it has none."""
-    if rows is None:
-        return [(batch, 1.0)]
-    assert isinstance(loss, Loss)
-    counts = [(piece, loss.items(piece)) for piece in pieces(batch, rows)]
-    total = sum(count for _, count in counts)
-    return [(piece, count / total) for piece, count in counts if count] or [(batch, 1.0)]
+def _in_pieces(loss: Loss, rows: int, parameters: list[Tensor], batch: Batch) -> Tensor:
+    """The same, `rows` at a time.
+
+    Gradients are weighed here, in the parameters' own dtype: the share of a bfloat16 loss would have eight bits.
+    """
+    if set(batch) != {"input_ids", "attention_mask", "labels"}:
+        raise ValueError(
+            f"tune: with micro_batch a batch has input_ids, attention_mask and labels alone, got {sorted(batch)}"
+        )
+    pieces = split(batch, rows)
+    counts = [loss.items(piece) for piece in pieces]
+    total = sum(counts)
+    if not total:
+        return _whole(loss, pieces[0])  # no number, as the mean of nothing is
+    values, gradients = [], dict[int, Tensor]()
+    for piece, count in zip(pieces, counts, strict=True):
+        if count:
+            values.append(_whole(loss, piece).float() * (count / total))
+            for number, parameter in enumerate(parameters):
+                if parameter.grad is not None:
+                    part = parameter.grad * (count / total)
+                    gradients[number] = gradients[number] + part if number in gradients else part
+                    parameter.grad = None
+    for number, gradient in gradients.items():
+        parameters[number].grad = gradient
+    return torch.stack(values).sum()
 
 
 def _copies(parameters: list[Tensor]) -> list[Tensor]:

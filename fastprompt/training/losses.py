@@ -14,7 +14,7 @@ from fastprompt.training.batches import Batch, on
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar with a gradient: the mean over `items` of a batch, of which it has so many."""
+    """A function of a batch: its `mean` over something, a scalar with a gradient, of which a batch has `items`."""
 
     mean: Callable[[Batch], Tensor]
     items: Callable[[Batch], int]

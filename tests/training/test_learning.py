@@ -6,6 +6,7 @@ import torch
 
 from fastprompt import patch, training
 from fastprompt.prompts.rank import choice_ids
+from fastprompt.training.batches import split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,36 +47,40 @@ def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
         training.choice_loss(prompted, [ids[0], ids[1], ids[0]])
 
 
+@pytest.fixture
+def uneven(batch):
+    """Targets of several lengths, of which one counts for nothing, and columns that none of them fills."""
+    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)
+    batch["labels"][0, -4:] = 5
+    batch["labels"][3] = -100
+    return batch
+
+
+def step(prompted, loss, batch, **more):
+    """The loss of one step of tune, and the prompt's gradient."""
+    prompt = prompted.prompts["one"]
+    optimizer = torch.optim.SGD([prompt], lr=0.0)
+    curve = training.tune(prompted, iter([batch]), loss, optimizer, 1, progress=False, **more)
+    return curve.losses[0], prompt.grad
+
+
 @pytest.mark.parametrize("loss", ["target", "choice"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 9])
-def test_a_step_in_pieces_is_the_whole_batchs(prompted, batch, choices, tokenizer, loss, rows):
-    """Though targets differ in length, and the last piece is smaller. No piece is wider than its own rows."""
+def test_a_step_in_pieces_is_the_whole_batchs(prompted, batch, uneven, choices, tokenizer, loss, rows):
+    """No piece is wider than its own rows."""
     prompted.double()
-    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)
-    if loss == "target":
-        batch["labels"][0, -4:] = 5
-        batch["labels"][3] = -100  # a row that counts for nothing
-        of = training.model_loss(prompted)
-    else:
-        of = training.choice_loss(prompted, choice_ids(choices, tokenizer, prompted.config.vocab_size))
-    for module in prompted.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    of = training.model_loss(prompted)
+    if loss == "choice":
+        ids = choice_ids(choices, tokenizer, prompted.config.vocab_size)
+        batch["labels"] = torch.tensor([ids[number] for number in (0, 1, 2, 0, 1)])
+        of = training.choice_loss(prompted, ids)
     seen = []
     pieces = training.Loss(lambda piece: seen.append(piece) or of(piece), of.items)
-
-    def step(**more):
-        prompt = prompted.prompts["one"]
-        curve = training.tune(
-            prompted, iter([batch]), pieces, torch.optim.SGD([prompt], lr=0.0), 1, progress=False, **more
-        )
-        return curve.losses[0], prompt.grad
-
-    value, grad = step()
+    value, grad = step(prompted, pieces, batch)
     (whole,) = seen
     assert whole is batch
     seen.clear()
-    again, grad_again = step(micro_batch=rows)
+    again, grad_again = step(prompted, pieces, batch, micro_batch=rows)
     assert again == pytest.approx(value, rel=1e-6)  # T5 takes the softmax of its scores in float32
     torch.testing.assert_close(grad_again, grad, rtol=1e-5, atol=1e-6)
     empty = loss == "target" and rows == 1
@@ -85,11 +90,33 @@ def test_a_step_in_pieces_is_the_whole_batchs(prompted, batch, choices, tokenize
         assert (piece["labels"][:, -1] != -100).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_a_patched_model_are_weighed_in_the_prompts_dtype(prompted, model, uneven, dtype):
+    patch(model.to(dtype), lm_loss=True)
+    loss = training.model_loss(prompted)
+    expected = torch.zeros_like(prompted.prompts["one"])
+    total = loss.items(uneven)
+    for piece in split(uneven, 2):
+        prompted.zero_grad()
+        loss(piece).backward()
+        expected += prompted.prompts["one"].grad * (loss.items(piece) / total)
+    _, grad = step(prompted, loss, uneven, micro_batch=2)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+def test_pieces_are_of_three_tensors(prompted, batch):
+    batch["decoder_input_ids"] = batch["labels"]
+    with pytest.raises(
+        ValueError, match=r"input_ids, attention_mask and labels alone, got .*decoder_input_ids"
+    ):
+        step(prompted, training.model_loss(prompted), batch, micro_batch=2)
+
+
 def test_a_batch_in_which_nothing_counts_is_told_in_pieces_too(prompted, batch):
     batch["labels"].fill_(-100)
-    optimizer = torch.optim.SGD([prompted.prompts["one"]], lr=0.0)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
-        training.tune(prompted, iter([batch]), training.model_loss(prompted), optimizer, 1, micro_batch=2)
+        step(prompted, training.model_loss(prompted), batch, micro_batch=2)
 
 
 @pytest.mark.parametrize("loss", ["target", "choice"])

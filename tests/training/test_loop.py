@@ -146,10 +146,18 @@ def test_batches_that_end_are_told():
     assert run.model.steps.item() == 2
 
 
-@pytest.mark.parametrize(("rows", "error"), [(0, ValueError), (1, TypeError)])
-def test_pieces_need_a_loss_that_says_what_it_is_a_mean_of(rows, error):
-    with pytest.raises(error, match=r"micro_batch must be 1 or more|Give Loss\(mean=your_loss"):
-        run(1, micro_batch=rows)
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (0, ValueError, "micro_batch must be an int of 1 or more, got 0"),
+        (2.5, ValueError, "micro_batch must be an int of 1 or more, got 2.5"),
+        (1, TypeError, r"must be a training.Loss, .* got method\. Give Loss\(mean=your_loss"),
+    ],
+)
+def test_pieces_need_a_loss_that_says_what_it_is_a_mean_of(rows, error, message):
+    with pytest.raises(error, match=message):
+        run(1, [0.0, 0.0], micro_batch=rows)
+    assert not run.model.modes
 
 
 @pytest.mark.parametrize(("steps", "every"), [(0, 1), (1, 0)])

@@ -87,7 +87,7 @@ def keep_keys_kernel(
 
 
 @pytest.mark.parametrize("j", range(8))
-def test_keep_mask_of_attention_where_a_word_is_the_threshold(device, j):
+def test_keep_mask_of_attention_where_a_half_word_is_the_threshold(device, j):
     """By chance one in 65,536 is, and is kept: here the j-th half-word of a block, by the choice of p."""
     seed, first, j_first, pair = torch.tensor([2**40 + 17], device=device), 3, 16, 5
     block = torch.tensor([(first << 32) + j_first // 8], device=device)
