@@ -136,7 +136,7 @@ void drop_row(const float* factors, W* row, int64_t D) {
 }
 
 void drop(const Dropout& dropout, int64_t first, int64_t dtype, void* row, int64_t D) {
-    float factors[kChunk];
+    float factors[kChunk] = {};
     with_type(dtype, [&](auto type) {
         each_chunk(D, [&](int64_t begin, int64_t count) {
             dropout.factors(first + begin, count, factors);
@@ -209,7 +209,7 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
         low[v] = load(lost + d + v * kLanes);
     }
     for (int64_t i = 0; i < count; ++i) {
-        float factors[kVectors * kLanes];
+        float factors[kVectors * kLanes] = {};
         if constexpr (kDrop) dropout.factors(rows[i] + d, kVectors * kLanes, factors);
         for (int v = 0; v < kVectors; ++v) {
             // Past the row's end lies the next prompt row of the same sequence.

@@ -528,7 +528,7 @@ private:
 template <class Run>
 FP_INLINE void with_factors(const Dropout& dropout, int64_t first, int64_t size, const Run& run) {
     if (!dropout.active()) return run([](int64_t, auto) { return splat(1.0f); });
-    float factors[kChunk];
+    float factors[kChunk] = {};
     dropout.factors(first, size, factors);
     run([&](int64_t i, auto extent) { return load_at(factors, i, extent); });
 }
