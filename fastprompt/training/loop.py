@@ -148,13 +148,15 @@ def _in_pieces(loss: Loss, rows: int, parameters: list[Tensor], batch: Batch) ->
         return _whole(loss, pieces[0])  # no number, as the mean of nothing is
     values, gradients = [], dict[int, Tensor]()
     for piece, count in zip(pieces, counts, strict=True):
-        if count:
-            values.append(_whole(loss, piece).float() * (count / total))
-            for number, parameter in enumerate(parameters):
-                if parameter.grad is not None:
-                    part = parameter.grad * (count / total)
-                    gradients[number] = gradients[number] + part if number in gradients else part
-                    parameter.grad = None
+        if not count:
+            continue
+        share = count / total
+        values.append(_whole(loss, piece).float() * share)
+        for number, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                part = parameter.grad * share
+                gradients[number] = gradients[number] + part if number in gradients else part
+                parameter.grad = None
     for number, gradient in gradients.items():
         parameters[number].grad = gradient
     return torch.stack(values).sum()

@@ -115,3 +115,9 @@ SAMPLES = {
     "dropout_add": dropout_samples,
     "linear_cross_entropy": loss_samples,
 }
+
+
+def around(half):
+    """Dropout's p just below, at and above a half-word, and whether it keeps its element: p to the nearest 2^-16."""
+    kept = {-0.6: True, 0.0: True, 0.4: True, 0.5: half % 2 == 0, 0.6: False, 1.0: False}
+    return [((half + less) / 2**16, keeps) for less, keeps in kept.items()]
