@@ -37,21 +37,25 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized"
     )
     CPU_TARGETS["avx512"] = (16, avx512.split())
-    CPU_TARGETS["amx"] = (16, [*avx512.split(), "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFP_HAS_TILES"])
+    CPU_TARGETS["avx512_bf16"] = (16, [*avx512.split(), "-mavx512bf16", "-DFP_HAS_PAIRS"])
+    CPU_TARGETS["amx"] = (16, [*avx512.split(), "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFP_HAS_PAIRS", "-DFP_HAS_TILES"])
 elif platform.machine() in ("aarch64", "arm64"):
     CPU_TARGETS["neon"] = (4, [])
-# What multiplies in tiles; other kernels of the target would be AVX-512's.
-AMX_SOURCES = ("t5_attention", "t5_attention_backward")
+# Targets that multiply bfloat16, and what does so; their other kernels would be AVX-512's.
+BF16_TARGETS = ("avx512_bf16", "amx")
+BF16_SOURCES = ("t5_attention", "t5_attention_backward")
 
 
 def cpu_targets() -> dict[str, tuple[int, list[str]]]:
-    """Those that the compiler knows: g++ does AMX from version 11 on."""
-    flags = CPU_TARGETS.get("amx", (0, []))[1]
-    probe = [*shlex.split(CXX), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    if not flags or subprocess.run(probe, capture_output=True).returncode == 0:
-        return CPU_TARGETS
-    print(f"{CXX} knows no AMX: attention in bfloat16 has AVX-512's kernels at best")
-    return {target: how for target, how in CPU_TARGETS.items() if target != "amx"}
+    """Those that the compiler knows: g++ does AVX512_BF16 from version 10 on, AMX from 11."""
+    known = dict(CPU_TARGETS)
+    for target in BF16_TARGETS:
+        flags = known.get(target, (0, []))[1]
+        probe = [*shlex.split(CXX), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        if flags and subprocess.run(probe, capture_output=True).returncode != 0:
+            print(f"{CXX} does not know {target}: attention in bfloat16 goes without")
+            del known[target]
+    return known
 
 
 def find_nvcc() -> str | None:
@@ -143,7 +147,7 @@ class NinjaBuild(build_ext):
         targets = cpu_targets()
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             for target, (lanes, isa) in targets.items():
-                if target == "amx" and source.stem not in AMX_SOURCES:
+                if target in BF16_TARGETS and source.stem not in BF16_SOURCES:
                     continue
                 defines = ["-fno-exceptions", f"-DFP_TARGET='\"{target}\"'", f"-DFP_LANES={lanes}"]
                 compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)

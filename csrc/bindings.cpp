@@ -88,6 +88,7 @@ bool may_use_amx() {
 bool runs_here(const std::string& target) {
 #if defined(__x86_64__)
     if (target == "amx") return runs_here("avx512") && may_use_amx();
+    if (target == "avx512_bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
     if (target == "avx2") {
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiled extension offers on this machine: a namespace of kernels per target.
 
-``FASTPROMPT_ISA=scalar|avx2|avx512|amx``, or ``scalar|neon``, caps the instruction set that the CPU kernels use.
+``FASTPROMPT_ISA=scalar|avx2|avx512|avx512_bf16|amx``, or ``scalar|neon``, caps the instruction set that the CPU kernels use.
 """
 
 import importlib
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-CPU_ISAS = ("amx", "avx512", "avx2", "neon", "scalar")  # best first
+CPU_ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon", "scalar")  # best first
+BF16_ISAS = ("amx", "avx512_bf16")  # they multiply bfloat16, and leave all else to AVX-512's kernels
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
@@ -43,8 +44,8 @@ CPU_TARGETS = _cpu_isas()  # the instruction sets that can run here, best first
 
 
 def serves(kernel: Any, dtype: torch.dtype) -> bool:
-    """Does a kernel of this target take tensors of this dtype? AMX multiplies bfloat16."""
-    return dtype is torch.bfloat16 if kernel.target == "amx" else dtype in DTYPE_CODES
+    """Does a kernel of this target take tensors of this dtype?"""
+    return dtype is torch.bfloat16 if kernel.target in BF16_ISAS else dtype in DTYPE_CODES
 
 
 def contiguous(*tensors: "torch.Tensor | None") -> list[Any]:

@@ -176,10 +176,10 @@ class Op:
             return {member: _where_tensors_are(function) for member, function in functions.items()}
         isa = backend.partition(":")[2] or self._isas()[0]
         functions = self._launchers(_native.TARGETS[isa])
-        if isa == "amx":  # which leaves other dtypes, and some kernels, to AVX-512's
-            tiled = {name: run for name, run in functions.items() if hasattr(_native.TARGETS[isa], name)}
+        if isa in _native.BF16_ISAS:
+            own = {name: run for name, run in functions.items() if hasattr(_native.TARGETS[isa], name)}
             functions = self._launchers(_native.TARGETS["avx512"])
-            functions |= {name: _either(run, functions[name]) for name, run in tiled.items()}
+            functions |= {name: _either(run, functions[name]) for name, run in own.items()}
         return functions
 
     def _launchers(self, kernels: SimpleNamespace) -> dict[str, Function]:
@@ -243,7 +243,7 @@ def use_backend(op: str, backend: str) -> Any:
     Args:
         op: a name from ``fastprompt.ops``, e.g. ``"rms_norm"``; its backward is switched with it.
         backend: ``"reference"``, ``"cpu"`` or one instruction set of it (``"cpu:scalar"``, ``"cpu:avx2"``,
-            ``"cpu:avx512"``, ``"cpu:amx"``, ``"cpu:neon"``), ``"cuda"`` or ``"triton"``.
+            ``"cpu:avx512"``, ``"cpu:avx512_bf16"``, ``"cpu:amx"``, ``"cpu:neon"``), ``"cuda"`` or ``"triton"``.
 
     Raises:
         ValueError: there is no such op, or the backend cannot run on this machine; the message lists what can.

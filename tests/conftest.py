@@ -196,13 +196,12 @@ def backend(request):
 
 @pytest.fixture
 def kernels(request):
-    """A backend's native kernels, to be called with raw pointers; AMX's with those of AVX-512 that complete them."""
+    """A backend's native kernels, to be called with raw pointers; with those of AVX-512 that complete them."""
     if request.param == "emulated":
         return request.getfixturevalue("emulated")
-    own = _native.TARGETS[request.param.removeprefix("cpu:")]
-    return (
-        SimpleNamespace(**vars(_native.TARGETS["avx512"]) | vars(own)) if request.param == "cpu:amx" else own
-    )
+    isa = request.param.removeprefix("cpu:")
+    own = vars(_native.TARGETS[isa])
+    return SimpleNamespace(**vars(_native.TARGETS["avx512"]) | own if isa in _native.BF16_ISAS else own)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs clang-tidy on the host C++ files in vectors of four floats, and on what has tiles, with tiles."""
+"""Runs clang-tidy on the host C++ files in vectors of four floats, and on what multiplies bfloat16, in each way."""
 
 import concurrent.futures
 import subprocess
@@ -14,8 +14,9 @@ FLAGS = [
     "-std=c++17", "-fopenmp", '-DFP_TARGET="scalar"', "-DFP_LANES=4", f"-I{ROOT / 'csrc'}",
     f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}",
 ]  # fmt: skip
-TILED = ("t5_attention", "t5_attention_backward")
-TILES = ["-DFP_HAS_TILES", "-DFP_EMULATED_AMX", f"-isystem{ROOT / 'tests' / 'emulation'}"]
+BF16_SOURCES = ("t5_attention", "t5_attention_backward")
+PAIRS = ["-DFP_HAS_PAIRS"]
+TILES = [*PAIRS, "-DFP_HAS_TILES", "-DFP_EMULATED_AMX", f"-isystem{ROOT / 'tests' / 'emulation'}"]
 
 
 def gcc_include() -> str:
@@ -31,9 +32,11 @@ def tidy(source: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def main() -> int:
     sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        plain = [pool.submit(tidy, source) for source in sources]
-        tiled = [pool.submit(tidy, ROOT / "csrc" / "cpu" / f"{name}.cpp", *TILES) for name in TILED]
-        results = [job.result() for job in plain + tiled]
+        jobs = [pool.submit(tidy, source) for source in sources]
+        for name in BF16_SOURCES:
+            source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
+            jobs += [pool.submit(tidy, source, *flags) for flags in (PAIRS, TILES)]
+        results = [job.result() for job in jobs]
     for result in results:
         if result.returncode != 0:
             print(result.stdout, result.stderr, sep="\n")

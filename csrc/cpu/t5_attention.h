@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What t5_attention's forward and backward pass on a CPU share: one example and head at a time, in blocks of queries
 // and chunks of keys that stay in the caches. Shapes and formulas: fastprompt/ops/t5_attention.py. Everything is fp32
-// between loads and stores but the factors of TileProducts.
+// between loads and stores but the factors of PairProducts.
 //
 // Keys that are not allowed are left out when an example's keys are gathered, so they cost nothing.
 #pragma once
@@ -12,8 +12,17 @@
 #include "common/kernel.h"
 #include "cpu/simd.h"
 #include "cpu/t5_attention_products.h"
+#if defined(FP_HAS_PAIRS)
+#include "cpu/t5_attention_pairs.h"
+#endif
 
 namespace {
+
+#if defined(FP_HAS_PAIRS)
+using Products = PairProducts;
+#else
+using Products = FloatProducts;
+#endif
 
 constexpr int64_t kQueries = Products::kQueries;  // of a block
 constexpr int64_t kFewQueries = 4;                // up to so many, transposing the keys would cost more than it brings

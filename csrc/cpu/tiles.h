@@ -11,13 +11,16 @@
 
 namespace {
 
-constexpr int64_t kTile = 16;       // rows and columns of a tile's sums
-constexpr int64_t kTileDepth = 32;  // products that an instruction adds to each
+constexpr int64_t kTile = 16;                // rows and columns of a tile's sums
+constexpr int64_t kFactorRows = kTile;       // the left factor's rows come in multiples of it,
+constexpr int64_t kFactorColumns = kTile;    // the right one's columns
+constexpr int64_t kFactorDepth = 2 * kTile;  // and products of a sum: an instruction adds so many to each
+constexpr bool kTransposesSums = true;       // as only the right factor may have its rows in pairs
 
 // While it lives, this thread's eight tiles have 16 rows of 64 bytes.
-class Tiles {
+class Unit {
 public:
-    Tiles() {
+    Unit() {
         struct alignas(64) {
             uint8_t palette, start_row, reserved[14];
             uint16_t row_bytes[16];
@@ -27,9 +30,9 @@ public:
         for (int64_t tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = kTile;
         _tile_loadconfig(&shapes);
     }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
+    ~Unit() { _tile_release(); }
+    Unit(const Unit&) = delete;
+    Unit& operator=(const Unit&) = delete;
 };
 
 // c[ROWS * 16][COLUMNS * 16] = or += a[ROWS * 16][depth] * b[depth][COLUMNS * 16]
@@ -49,7 +52,7 @@ FP_INLINE void multiply_tiles(const fp::bf16* a, int64_t a_row, const fp::bf16* 
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t k = 0; k < depth; k += kTileDepth) {
+    for (int64_t k = 0; k < depth; k += kFactorDepth) {
         const fp::bf16* right = b + k / 2 * b_row;
         _tile_loadd(4, a + k, a_row * kHalf);
         _tile_loadd(6, right, b_row * kHalf);
@@ -91,17 +94,6 @@ inline void multiply(const fp::bf16* a, int64_t a_row, int64_t rows, const fp::b
                 multiply_tiles<1, 1>(left, a_row, right, b_row, to, c_row, depth, adds);
             }
         }
-    }
-}
-
-// to[j] = the pair (first[j], second[j]) for `count` columns, a multiple of kLanes.
-FP_INLINE void pair_rows(const fp::bf16* first, const fp::bf16* second, int64_t count, fp::bf16* to) {
-    for (int64_t j = 0; j < count; j += kLanes) {
-        vushort low, high;
-        memcpy(&low, first + j, sizeof(low));
-        memcpy(&high, second + j, sizeof(high));
-        const vuint pairs = widen(low) | widen(high) << 16;
-        memcpy(to + 2 * j, &pairs, sizeof(pairs));
     }
 }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles .cu files with g++ and calls their kernels on the CPU. docs/cuda-emulation.md explains the emulation.
 
-The kernels for other CPUs, too: for AMX, and for vectors of four floats, as ARM's NEON has them.
+The kernels for other CPUs, too: for what multiplies bfloat16, and for vectors of four floats, as ARM's NEON has them.
 """
 
 import ctypes
@@ -27,7 +27,13 @@ CPU_FLAGS = [
     *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
     *("-fopenmp", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
 ]
-AMX_FLAGS = [*CPU_FLAGS, "-DFP_HAS_TILES", "-DFP_EMULATED_AMX", "-DFP_LANES=1", '-DFP_TARGET="amx"']
+BF16_FLAGS = {
+    "avx512_bf16": [*CPU_FLAGS, "-DFP_HAS_PAIRS", "-DFP_LANES=1", '-DFP_TARGET="avx512_bf16"'],
+    "amx": [
+        *CPU_FLAGS,
+        *("-DFP_HAS_PAIRS", "-DFP_HAS_TILES", "-DFP_EMULATED_AMX", "-DFP_LANES=1", '-DFP_TARGET="amx"'),
+    ],
+}
 NEON_FLAGS = [*CPU_FLAGS, "-DFP_LANES=4", '-DFP_TARGET="neon"']
 ADDRESS = "-fsanitize=address"
 SCHEDULES = ("forward", "reverse", "shuffled")
@@ -82,9 +88,11 @@ def emulated_kernels(sources: Sequence[Path] | None = None, *, sanitize: bool = 
     return _load_kernels(sources, [*FLAGS, "-O1", ADDRESS] if sanitize else FLAGS)
 
 
-def amx_kernels() -> SimpleNamespace:
-    """Name -> kernel of t5_attention, its tiles emulated (amx.h)."""
-    return _load_kernels(sorted(ROOT.glob("csrc/cpu/t5_attention*.cpp")), AMX_FLAGS)
+def bf16_kernels(isa: str) -> SimpleNamespace:
+    """Name -> kernel of t5_attention for an instruction set that multiplies bfloat16, whose instructions are functions
+    here: of pairs (csrc/cpu/pairs.h) or of AMX's tiles (amx.h).
+    """
+    return _load_kernels(sorted(ROOT.glob("csrc/cpu/t5_attention*.cpp")), BF16_FLAGS[isa])
 
 
 def set_schedule(order: str = "forward", seed: int = 0) -> None:

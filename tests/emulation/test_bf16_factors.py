@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""t5_attention in AMX's tiles, which CPUs without AMX emulate (amx.h): bfloat16 within Hugging Face's own error.
+"""t5_attention where bfloat16 is multiplied as such, on any CPU: within Hugging Face's own error.
 
-On a CPU with AMX the tests of tests/ops run on its tiles as well, as the backend cpu:amx.
+On a CPU with AVX512_BF16 or AMX the tests of tests/ops run with its instructions as well, as the backends
+cpu:avx512_bf16 and cpu:amx.
 """
 
 import pytest
@@ -14,19 +15,19 @@ from fastprompt.ops import t5_attention
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def _tiles(build):
+@pytest.fixture(params=_native.BF16_ISAS, autouse=True)
+def isa(request, build):
     op = _op.OPS["t5_attention"]
-    op.add_native_backend("emulated_amx", build.amx_kernels(), "CPU")
-    with use_backend("t5_attention", "emulated_amx"):
-        yield
-    del op._extra["emulated_amx"]
+    op.add_native_backend("emulated_isa", build.bf16_kernels(request.param), "CPU")
+    with use_backend("t5_attention", "emulated_isa"):
+        yield request.param
+    del op._extra["emulated_isa"]
 
 
 def check(case):
     case.check()
     for member in ("t5_attention", "t5_attention_backward"):
-        assert backend_used(member) == "emulated_amx"
+        assert backend_used(member) == "emulated_isa"
 
 
 @pytest.mark.parametrize("K", [16, 32, 64, 128, 256])
@@ -59,7 +60,7 @@ def test_blocks(options):
 
 
 def test_a_nan_of_a_query_spreads_as_in_transformers():
-    """Not to the rows that share its tiles."""
+    """Not to the rows that share its tiles or registers."""
     case = attention.Case("cpu", BF16, B=1, T=40, S=40, P=3)
     case.q[0, 5, 1, 3] = float("nan")
     stock = case.results(
@@ -71,7 +72,7 @@ def test_a_nan_of_a_query_spreads_as_in_transformers():
 
 @pytest.mark.parametrize("S", [1, 34])
 def test_an_infinite_value_stays_one(S):
-    """Beside keys that fill up a tile, whose weights are zero: times infinity that would be NaN."""
+    """Beside keys that fill up a factor, whose weights are zero: times infinity that would be NaN."""
     case = attention.Case("cpu", BF16, B=1, T=40, S=S)
     case.v[0, -1, 1, 3] = float("inf")
     out = case.ours(*case.tensors)
@@ -80,7 +81,7 @@ def test_an_infinite_value_stays_one(S):
 
 
 def test_subnormal_weights_are_no_faults():
-    """Weights that bfloat16 holds as subnormal numbers only, which tiles read as zero."""
+    """Weights that bfloat16 holds as subnormal numbers only, which products read as zero."""
     q = torch.zeros(1, 5, 1, 16, dtype=BF16)
     q[..., 0] = 1.0
     k = torch.zeros(1, 2, 1, 16, dtype=BF16)
@@ -96,11 +97,12 @@ def test_other_dtypes_are_not_taken():
         assert backend_used("t5_attention") == "reference"
 
 
-@pytest.mark.skipif("amx" not in _native.CPU_TARGETS, reason="needs AMX")
-def test_the_emulation_is_as_exact_as_amx():
+def test_the_emulation_is_as_exact_as_the_cpu(isa):
     """The sums of both are in one order; what surrounds them has other vectors, and so other roundings."""
+    if isa not in _native.CPU_TARGETS:
+        pytest.skip(f"needs a CPU with {isa}")
     case = attention.Case("cpu", BF16, B=1, T=40, S=70, K=64)
     emulated = case.results(case.ours, case.tensors)
-    with use_backend("t5_attention", "cpu:amx"):
+    with use_backend("t5_attention", f"cpu:{isa}"):
         for ours, other in zip(case.results(case.ours, case.tensors), emulated, strict=True):
             torch.testing.assert_close(ours, other, rtol=2**-7, atol=float(other.abs().max()) * 2**-9)
