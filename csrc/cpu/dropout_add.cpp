@@ -12,6 +12,7 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
                     int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
     const Dropout dropout(seed, dropout_p);
+    const Put how = dropout.active() ? Put::kAsking : put_in_passing();
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);
@@ -21,7 +22,7 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
                 each_vector(size, [&](int64_t i, auto extent) {
                     vfloat value = drop(load_at(xs + first, i, extent), factor_at(i, extent));
                     if (residuals != nullptr) value += load_at(residuals + first, i, extent);
-                    store_at(ys + first, i, extent, value);
+                    store_at(ys + first, i, extent, value, how);
                 });
             });
         });

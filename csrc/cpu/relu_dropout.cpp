@@ -35,6 +35,7 @@ int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept,
                      int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
     const Dropout dropout(seed, dropout_p);
+    const Put how = dropout.active() ? Put::kAsking : put_in_passing();
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
@@ -44,7 +45,7 @@ int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept,
                 each_vector(size, [&](int64_t i, auto extent) {
                     const vfloat value = load_at(xs, i, extent), factor = factor_at(i, extent);
                     const auto stops = (value <= 0.0f) | (factor == 0.0f);  // NaN passes, as in torch
-                    store_at(ys, i, extent, stops ? vfloat{} : value * factor);
+                    store_at(ys, i, extent, stops ? vfloat{} : value * factor, how);
                     put_bits(kept + first / 8, i, lane_bits(bit_cast<vuint>(~stops)), count_of(extent));
                 });
             });
@@ -57,6 +58,7 @@ int64_t relu_dropout_backward(const void* dy, const uint8_t* kept, void* dx, int
                               int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
     const float scale = keep_scale(dropout_p);
+    const Put how = put_in_passing();
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
@@ -64,7 +66,7 @@ int64_t relu_dropout_backward(const void* dy, const uint8_t* kept, void* dx, int
             T* dxs = static_cast<T*>(dx) + first;
             each_vector(size, [&](int64_t i, auto extent) {
                 const vuint passes = lane_mask(get_bits(kept + first / 8, i, count_of(extent)));
-                store_at(dxs, i, extent, passes != 0u ? load_at(dys, i, extent) * scale : vfloat{});
+                store_at(dxs, i, extent, passes != 0u ? load_at(dys, i, extent) * scale : vfloat{}, how);
             });
         });
     });

@@ -27,10 +27,10 @@ float sum_of_squares(const X* x, int64_t D) {
 
 // ahead(d) may fetch what the next row needs.
 template <class X, class W, class Ahead>
-void scale_row(const X* x, const W* w, float rstd, W* y, int64_t D, bool streaming, const Ahead& ahead) {
+void scale_row(const X* x, const W* w, float rstd, W* y, int64_t D, Put how, const Ahead& ahead) {
     each_vector(D, [&](int64_t d, auto extent) {
         ahead(d);
-        store_at(y, d, extent, load_at(w, d, extent) * (load_at(x, d, extent) * rstd), streaming);
+        store_at(y, d, extent, load_at(w, d, extent) * (load_at(x, d, extent) * rstd), how);
     });
 }
 
@@ -53,7 +53,7 @@ FP_INLINE vfloat backward_at(const W* dy, const X* x, const W* w, float rstd, fl
 int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps, int64_t x_dtype,
                  int64_t w_dtype, void* /*stream*/) {
     if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return kBadDType;
-    const bool streaming = streams(y, D * size_of(w_dtype), N);
+    const Put how = put_rows(y, D * size_of(w_dtype), N);
     with_type(x_dtype, [&](auto x_type) {
         with_type(w_dtype, [&](auto w_type) {
             using X = decltype(x_type);
@@ -65,7 +65,7 @@ int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, 
                     const X* row = static_cast<const X*>(x) + n * D;
                     const X* next = row + to_next_row(n, N, D);
                     rstd[n] = rstd_of(sum_of_squares(row, D), D, eps);
-                    scale_row(row, static_cast<const W*>(w), rstd[n], static_cast<W*>(y) + n * D, D, streaming,
+                    scale_row(row, static_cast<const W*>(w), rstd[n], static_cast<W*>(y) + n * D, D, how,
                               [next](int64_t d) { fetch(next + d); });
                 }
                 stream_fence();
@@ -76,19 +76,19 @@ int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, 
 }
 
 template <class X, class W>
-void backward_row(const W* dy, const X* x, const W* w, float rstd, X* dx, int64_t D, int64_t next, bool streaming) {
+void backward_row(const W* dy, const X* x, const W* w, float rstd, X* dx, int64_t D, int64_t next, Put how) {
     const float slope = slope_of(dy, x, w, rstd, D);
     each_vector(D, [&](int64_t d, auto extent) {
         fetch(dy + next + d);
         fetch(x + next + d);
-        store_at(dx, d, extent, backward_at(dy, x, w, rstd, slope, d, extent), streaming);
+        store_at(dx, d, extent, backward_at(dy, x, w, rstd, slope, d, extent), how);
     });
 }
 
 int64_t rms_norm_backward(const void* dy, const void* x, const void* w, const float* rstd, void* dx, int64_t N,
                           int64_t D, int64_t x_dtype, int64_t w_dtype, void* /*stream*/) {
     if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return kBadDType;
-    const bool streaming = streams(dx, D * size_of(x_dtype), N);
+    const Put how = put_rows(dx, D * size_of(x_dtype), N);
     with_type(x_dtype, [&](auto x_type) {
         with_type(w_dtype, [&](auto w_type) {
             using X = decltype(x_type);
@@ -99,7 +99,7 @@ int64_t rms_norm_backward(const void* dy, const void* x, const void* w, const fl
                 for (int64_t n = 0; n < N; ++n) {
                     backward_row(static_cast<const W*>(dy) + n * D, static_cast<const X*>(x) + n * D,
                                  static_cast<const W*>(w), rstd[n], static_cast<X*>(dx) + n * D, D,
-                                 to_next_row(n, N, D), streaming);
+                                 to_next_row(n, N, D), how);
                 }
                 stream_fence();
             }
@@ -133,7 +133,7 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
     const Dropout dropout(seed, dropout_p);
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
     const int64_t x_size = size_of(x_dtype), residual_size = size_of(residual_dtype);
-    const bool streaming = streams(y, D * size_of(w_dtype), N);
+    const Put how = put_rows(y, D * size_of(w_dtype), N);
 #pragma omp parallel if (N * D >= kParallelElements)
     {
 #pragma omp for schedule(static)
@@ -161,7 +161,7 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
                 with_type(w_dtype, [&](auto w_type) {
                     using W = decltype(w_type);
                     scale_row(static_cast<const decltype(h_type)*>(h) + n * D, static_cast<const W*>(w), rstd[n],
-                              static_cast<W*>(y) + n * D, D, streaming, [=](int64_t d) {
+                              static_cast<W*>(y) + n * D, D, how, [=](int64_t d) {
                                   fetch(next_x + d * x_size);
                                   fetch(next_residual + d * residual_size);
                               });
@@ -174,11 +174,11 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
 }
 
 template <class T>
-void store_row(const float* row, const float* factors, T* out, int64_t count, bool streaming) {
+void store_row(const float* row, const float* factors, T* out, int64_t count, Put how) {
     each_vector(count, [&](int64_t d, auto extent) {
         vfloat value = load_at(row, d, extent);
         if (factors != nullptr) value = drop(value, load_at(factors, d, extent));
-        store_at(out, d, extent, value, streaming);
+        store_at(out, d, extent, value, how);
     });
 }
 
@@ -206,7 +206,7 @@ struct ResidualBackward {
     Dropout dropout;
 
     template <class H, class W>
-    void row(int64_t n, bool stream_residual, bool stream_x) const {
+    void row(int64_t n, Put put_residual, Put put_x) const {
         const int64_t first = n * D, next = to_next_row(n, N, D);
         const W *dys = static_cast<const W*>(dy) + first, *ws = static_cast<const W*>(w);
         const H* hs = static_cast<const H*>(h) + first;
@@ -218,13 +218,13 @@ struct ResidualBackward {
                       total, count, next);
             with_type(residual_dtype, [&](auto type) {
                 auto* out = static_cast<decltype(type)*>(dresidual) + first + begin;
-                store_row(total, nullptr, out, count, stream_residual);
+                store_row(total, nullptr, out, count, put_residual);
             });
             if (dx == nullptr) return;
             if (dropout.active()) dropout.factors(first + begin, count, factors);
             with_type(x_dtype, [&](auto type) {
                 auto* out = static_cast<decltype(type)*>(dx) + first + begin;
-                store_row(total, dropout.active() ? factors : nullptr, out, count, stream_x);
+                store_row(total, dropout.active() ? factors : nullptr, out, count, put_x);
             });
         });
     }
@@ -238,16 +238,15 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
     const ResidualBackward call{dy, dh, h, w,       rstd,           dresidual,
                                 dx, N,  D, x_dtype, residual_dtype, Dropout(seed, dropout_p)};
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
-    const bool stream_residual = streams(dresidual, D * size_of(residual_dtype), N);
-    const bool stream_x = streams(dx, D * size_of(x_dtype), N);
+    const Put put_residual = put_rows(dresidual, D * size_of(residual_dtype), N);
+    const Put put_x = put_rows(dx, D * size_of(x_dtype), N);
 #pragma omp parallel if (N * D >= kParallelElements)
     {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; ++n) {
             with_type(h_dtype, [&](auto h_type) {
-                with_type(w_dtype, [&](auto w_type) {
-                    call.row<decltype(h_type), decltype(w_type)>(n, stream_residual, stream_x);
-                });
+                with_type(w_dtype,
+                          [&](auto w_type) { call.row<decltype(h_type), decltype(w_type)>(n, put_residual, put_x); });
             });
         }
         stream_fence();
