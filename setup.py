@@ -38,7 +38,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     )
     CPU_TARGETS["avx512"] = (16, avx512.split())
     CPU_TARGETS["avx512_bf16"] = (16, [*avx512.split(), "-mavx512bf16", "-DFP_HAS_PAIRS"])
-    CPU_TARGETS["amx"] = (16, [*avx512.split(), "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFP_HAS_PAIRS", "-DFP_HAS_TILES"])
+    CPU_TARGETS["amx"] = (
+        16,
+        [*avx512.split(), "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DFP_HAS_PAIRS", "-DFP_HAS_TILES"],
+    )
 elif platform.machine() in ("aarch64", "arm64"):
     CPU_TARGETS["neon"] = (4, [])
 # Targets that multiply bfloat16, and what does so; their other kernels would be AVX-512's.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiled extension offers on this machine: a namespace of kernels per target.
 
-``FASTPROMPT_ISA=scalar|avx2|avx512|avx512_bf16|amx``, or ``scalar|neon``, caps the instruction set that the CPU kernels use.
+``FASTPROMPT_ISA=scalar|avx2|avx512|avx512_bf16|amx``, or ``scalar|neon``, caps the instruction set that the CPU kernels
+use.
 """
 
 import importlib

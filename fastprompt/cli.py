@@ -39,17 +39,17 @@ def _run(argv: Sequence[str] | None) -> int:
         subparser = commands.add_parser(name, help=module.HELP, description=said)
         module.add_arguments(subparser)
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "demo":
-        from fastprompt.demo import main as demo
-
-        return demo(rest)
-    if rest:
+    if rest and arguments.command != "demo":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if arguments.command == "demo":
+            from fastprompt.demo import main as demo
+
+            return demo(rest)
         return modules[arguments.command].run(arguments)
     except BrokenPipeError:
         raise
-    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+    except (OSError, TypeError, ValueError, ArithmeticError, IndexError) as error:
         print(error, file=sys.stderr)
         return 1
 

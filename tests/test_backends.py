@@ -200,7 +200,10 @@ def test_the_environment_caps_the_instruction_set(usual):
     assert scalar["backends"] == ["cpu", "cpu:scalar", "reference"]
     assert scalar["embed"] == usual["embed"]
     process = report(FASTPROMPT_ISA="sse9")
-    assert "FASTPROMPT_ISA must be one of amx, avx512_bf16, avx512, avx2, neon, scalar, got 'sse9'" in process.stderr
+    assert (
+        "FASTPROMPT_ISA must be one of amx, avx512_bf16, avx512, avx2, neon, scalar, got 'sse9'"
+        in process.stderr
+    )
 
 
 @pytest.mark.skipif(CPU_TARGETS[:1] in ((), ("scalar",)), reason="needs kernels for wide vectors")

@@ -87,3 +87,11 @@ def test_a_reader_may_leave():
     script = f"{sys.executable} -m fastprompt doctor | true"
     run = subprocess.run(script, shell=True, capture_output=True, text=True)
     assert "BrokenPipe" not in run.stderr
+
+
+def test_slips_of_the_demo_are_told_in_a_line(tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.touch()
+    for more in (["--out", str(taken)], ["--out", str(tmp_path), "--steps", "1", "--seed", "-1"]):
+        assert main(["demo", *more]) == 1
+        assert len(capsys.readouterr().err.strip().splitlines()[-1]) > 10

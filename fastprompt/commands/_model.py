@@ -3,7 +3,11 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,13 +49,45 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_writable(path: Path | None) -> None:
-    """Before hours of work, not after; the file's folder is made."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path}: cannot be written. Name a file, in a folder that you may write to")
+def check_outputs(prompt: Path | None, others: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """Can these files be written, over none that is read? Asked before hours of work; their folders are made.
+
+    ``prompt`` is a file that replaces what is there, and so needs a folder that may be written to; others are written
+    in place.
+    """
+    outputs = [path for path in (prompt, *others) if path is not None]
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{path}: is another file of this command, and would be lost. Name one of its own"
+            )
+        taken.add(path.resolve())
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fits = os.access(path, os.W_OK) and not path.is_dir() if path.exists() else _is_open(path.parent)
+        if path == prompt and path.exists():
+            fits = path.is_file() and _is_open(path.resolve().parent)
+        if not fits:
+            raise ValueError(f"{path}: cannot be written. Name a file, in a folder that you may write to")
+
+
+def _is_open(folder: Path) -> bool:
+    """May files be made there? Permissions do not tell of all folders."""
+    with suppress(OSError), TemporaryFile(dir=folder):
+        return True
+    return False
+
+
+def warn_of_unknown(targets: Sequence[Sequence[int]], tokenizer: Any) -> None:
+    """Say on stderr how many targets, as token ids, no answer can be."""
+    unknown = sum(tokenizer.unk_token_id in target for target in targets)
+    if unknown:
+        print(
+            f"{unknown:,} of {len(targets):,} targets have words that the tokenizer does not know: the model cannot "
+            "say them",
+            file=sys.stderr,
+        )
 
 
 def device_and_dtype(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -60,7 +96,7 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()  # which what computes nothing has not
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {arguments.device}: PyTorch cannot use it here: {reason}") from None

@@ -3,14 +3,17 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
-    check_writable,
+    check_outputs,
     load,
     positive,
+    warn_of_unknown,
 )
 
 HELP = "tell how many examples a model answers right with a prompt, with several that vote, or with none"
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompt files; none: the frozen model",
     )
+    parser.add_argument("--task", type=int, help="which prompt of a PEFT multitask adapter")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="examples, as for tune")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the answers, a JSON object per example")
     parser.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
@@ -39,19 +43,21 @@ def run(arguments: argparse.Namespace) -> int:
     from fastprompt import PromptModel, patch, training
     from fastprompt.prompts import read_prompt
 
-    check_writable(arguments.out)
     for path in arguments.prompt:  # a broken one shows before the model is loaded
-        read_prompt(path)
+        read_prompt(path, task=arguments.task)
     examples = training.read_examples(
         arguments.data, input_field=arguments.input_field, target_field=arguments.target_field
     )
+    check_outputs(None, [arguments.out], [arguments.data, *arguments.prompt])
     model, tokenizer = load(arguments)
+    if not arguments.choices:
+        _check_targets(arguments, tokenizer, examples)
     patch(model)
     names = [f"prompt{number}" for number in range(len(arguments.prompt))]
     if names:
         model = PromptModel(model, {}, tokenizer=tokenizer)
         for name, path in zip(names, arguments.prompt, strict=True):
-            model.load_prompt(name, path)
+            model.load_prompt(name, path, task=arguments.task)
         model.cache_prompts()
     found = training.evaluate(
         model,
@@ -69,3 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
             for example, answer in zip(examples, found.predictions, strict=True):
                 file.write(json.dumps({**example._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
     return 0
+
+
+def _check_targets(arguments: argparse.Namespace, tokenizer: Any, examples: Any) -> None:
+    """Why a score may be as low as it is."""
+    targets = tokenizer([each.target for each in examples])["input_ids"]
+    long = sum(len(target) > arguments.max_target for target in targets)
+    if long:
+        print(
+            f"{long:,} of {len(targets):,} targets have more than --max-target={arguments.max_target} tokens, and "
+            "answers do not",
+            file=sys.stderr,
+        )
+    warn_of_unknown(targets, tokenizer)

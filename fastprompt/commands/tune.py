@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,13 +14,15 @@ from typing import Any
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
-    check_writable,
+    check_outputs,
     load,
     positive,
+    warn_of_unknown,
 )
 from fastprompt.patching import MEMORY
 
 HELP = "learn a prompt from examples"
+LONGER = 3  # times as many tokens as the tokenizer takes: the model may spell a word out
 EPILOG = """
 A file of examples has a JSON object per line, {"input": "a gripping film", "target": "positive"}, or ends in .csv or
 .tsv and is a table under a line of names. With --dev, the prompt is kept at the step that answers most of its examples
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prompt.add_argument("--text", help="for --init text")
     prompt.add_argument("--start", type=Path, metavar="PROMPT", help="a prompt file to go on from, instead")
+    prompt.add_argument("--task", type=int, help="which prompt of --start, a PEFT multitask adapter")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--loss",
@@ -91,10 +95,21 @@ def run(arguments: argparse.Namespace) -> int:
         strange = {each.target for each in examples}.difference(arguments.choices or ())
         if arguments.choices and strange:
             raise ValueError(f"{path}: targets must be among --choices, got {sorted(strange)}")
+    goes_on = arguments.start and arguments.start.resolve() == arguments.out.resolve()
+    inputs = [arguments.train, arguments.dev, None if goes_on else arguments.start]
+    check_outputs(arguments.out, [arguments.log], inputs)
     model, tokenizer = load(arguments)
+    pairs, wanted = (
+        training.encode(each, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
+        for each in (train, dev)
+    )
+    _check_targets(arguments, tokenizer, [target for _, target in (*pairs, *wanted)], model.config.vocab_size)
     patch(model, memory=arguments.memory, lm_loss=True)
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
+    curve, existed = training.Curve(), arguments.out.exists()
+    # A generated answer that goes on for so much longer than any target is wrong already.
+    most = LONGER * max((len(target) for _, target in wanted), default=1)
 
     def score() -> float:
         return training.evaluate(
@@ -104,25 +119,30 @@ def run(arguments: argparse.Namespace) -> int:
             choices=arguments.choices,
             batch_size=arguments.micro_batch or 64,
             max_input=arguments.max_input,
-            max_new_tokens=arguments.max_target,
+            max_new_tokens=min(arguments.max_target, most),
         ).score
 
     def save() -> None:
         prompted.save_prompt("default", arguments.out)
 
+    def log() -> None:
+        if arguments.log:
+            arguments.log.write_text(json.dumps(asdict(curve)) + "\n", encoding="utf-8")
+
     def on_score(step: int, value: float, best: bool) -> None:
         if best and step:
             save()
-        tqdm.write(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
-        sys.stdout.flush()
+        log()
+        with suppress(BrokenPipeError):  # nobody reads on, as behind `head`: what is learned is
+            tqdm.write(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
+            sys.stdout.flush()
 
-    pairs = training.encode(train, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
     print(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters", flush=True)
     # A format that cannot express the prompt shows now, and spoils no file.
     with TemporaryDirectory() as folder:
         prompted.save_prompt("default", Path(folder, arguments.out.name))
     try:
-        curve = training.tune(
+        training.tune(
             prompted,
             training.shuffled(pairs, arguments.batch_size, arguments.seed),
             _loss(arguments, prompted, tokenizer),
@@ -136,16 +156,35 @@ def run(arguments: argparse.Namespace) -> int:
             score=score if dev else None,
             score_every=arguments.dev_every,
             on_score=on_score,
+            curve=curve,
         )
     except KeyboardInterrupt:
-        save()
-        print(f"interrupted; the prompt so far is in {arguments.out}", file=sys.stderr)
+        # A file that was there gives way to what a step has learned and, with --dev, a score has chosen.
+        if not curve.best_step or (dev and existed and curve.best_step not in curve.scores):
+            print(f"interrupted; nothing is written to {arguments.out}", file=sys.stderr)
+        else:
+            save()
+            print(
+                f"interrupted; the prompt of step {curve.best_step:,} is in {arguments.out}", file=sys.stderr
+            )
         return 130
+    finally:
+        log()
     save()
-    if arguments.log:
-        arguments.log.write_text(json.dumps(asdict(curve)) + "\n", encoding="utf-8")
     print(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
     return 0
+
+
+def _check_targets(
+    arguments: argparse.Namespace, tokenizer: Any, targets: list[list[int]], vocab_size: int
+) -> None:
+    """Can the model tell them apart, and say them?"""
+    from fastprompt.prompts.rank import choice_ids
+    from fastprompt.training.losses import check_choices
+
+    if arguments.choices:
+        check_choices(choice_ids(arguments.choices, tokenizer, vocab_size))
+    warn_of_unknown(targets, tokenizer)
 
 
 def _loss(arguments: argparse.Namespace, prompted: Any, tokenizer: Any) -> Any:
@@ -183,11 +222,9 @@ def _check(arguments: argparse.Namespace) -> None:
         for name in ("kind", "num_tokens", "init", "text"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is the --start prompt's. Leave it out")
-        read_prompt(arguments.start)
+        read_prompt(arguments.start, task=arguments.task)
     else:
         _config(arguments)  # checks itself
-    for path in (arguments.out, arguments.log):
-        check_writable(path)
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -211,5 +248,5 @@ def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     if not arguments.start:
         return PromptModel(model, _config(arguments), tokenizer=tokenizer)
     prompted = PromptModel(model, {}, tokenizer=tokenizer)
-    prompted.load_prompt("default", arguments.start)
+    prompted.load_prompt("default", arguments.start, task=arguments.task)
     return prompted

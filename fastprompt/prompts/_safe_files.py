@@ -22,7 +22,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A stream whose bytes become the file at ``path`` when the block ends well; else they are gone."""
-    target = Path(path)
+    target = Path(path).resolve()  # of a link, what it names
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: it makes files private to their owner, and os.replace would hand that on.
     partial = target.with_name(

@@ -2,7 +2,8 @@
 """KeyKeeper: keys and values of prompts for a batch, and those that are kept for serving."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,25 @@ class KeyKeeper(PromptHolder):
     def drop_caches(self) -> None:
         """Free what ``cache_prompts`` and ``load_caches`` keep."""
         self._caches = PromptCaches()
+
+    @contextmanager
+    def keeping(self, names: Iterable[str | None]) -> Iterator[None]:
+        """Keep keys and values inside a ``with`` block, as ``cache_prompts`` does, of prompts that have some of their
+        own and of which none are kept.
+
+        Args:
+            names: of any prompts; None is the first one, as in ``forward``.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        chosen = dict.fromkeys(name for each in names for name in self.prompts.choose(each, 1).names)
+        fresh = [name for name in chosen if self.kind(name) != "prepend" and name not in self._caches.names]
+        self.cache_prompts(fresh)
+        try:
+            yield
+        finally:
+            self._caches.drop(fresh)
 
     def save_cache(self, name: str, path: str | os.PathLike[str]) -> None:
         """Write the keys and values of a prompt beside its file, for ``load_caches``: sst2.cache.safetensors.

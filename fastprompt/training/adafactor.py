@@ -4,6 +4,7 @@
 Both factor the second moments of whatever has two dimensions; T5X does from 128 in each on.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,17 +47,6 @@ class Adafactor(torch.optim.Optimizer):
         clip: float = 1.0,
         steps_before: int = 0,
     ) -> None:
-        for name, value, positive in (
-            ("lr", lr, False),
-            ("weight_decay", weight_decay, False),
-            ("decay", decay, True),
-            ("clip", clip, True),
-            ("steps_before", steps_before, False),
-        ):
-            if not (value > 0 if positive else value >= 0):
-                raise ValueError(
-                    f"Adafactor: {name} must be {'more than' if positive else 'at least'} 0, got {value}"
-                )
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -67,13 +57,14 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As PyTorch has it. ValueError: a parameter of another dtype; nothing is added then."""
+        """As PyTorch has it. ValueError: a number or a parameter as in the constructor; nothing is added then."""
         # Added first: PyTorch knows all that "params" may be, such as a tensor, an iterator, or pairs with names.
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype not in (torch.float32, torch.float64):  # fewer bits would lose small steps
-                self.param_groups.pop()
-                raise ValueError(f"Adafactor: parameters must be float32 or float64, got {parameter.dtype}")
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -102,3 +93,15 @@ class Adafactor(torch.optim.Optimizer):
         size = update.square().mean().sqrt()
         update /= (size / group["clip"]).clamp_(min=1.0)  # stays on the device: the host waits for nothing
         parameter.mul_(1.0 - group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay", "decay", "clip", "steps_before"):
+        value, positive = group[name], name in ("decay", "clip")
+        if not (value > 0 if positive else value >= 0) or (value == math.inf and name != "clip"):
+            raise ValueError(
+                f"Adafactor: {name} must be finite and {'more than' if positive else 'at least'} 0, got {value}"
+            )
+    for parameter in group["params"]:
+        if parameter.dtype not in (torch.float32, torch.float64):  # fewer bits would lose small steps
+            raise ValueError(f"Adafactor: parameters must be float32 or float64, got {parameter.dtype}")

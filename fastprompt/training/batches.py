@@ -73,9 +73,10 @@ def _shuffled(pairs: Sequence[Pair], size: int, rng: random.Random) -> Iterator[
 
 
 def in_order(pairs: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
-    """One pass over all pairs; the last batch may be smaller. ``batch_size`` is 1 or more."""
-    for start in range(0, len(pairs), batch_size):
-        yield collate(pairs[start : start + batch_size])
+    """One pass over all pairs; the last batch may be smaller. ValueError: ``batch_size`` is less than 1."""
+    if batch_size < 1:
+        raise ValueError(f"in_order: batch_size must be 1 or more, got {batch_size}")
+    return (collate(pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size))
 
 
 def split(batch: Batch, rows: int) -> list[Batch]:

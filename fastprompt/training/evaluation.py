@@ -3,10 +3,13 @@
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from fastprompt.model import PromptModel
 from fastprompt.prompts.branch import evaluating
@@ -50,7 +53,8 @@ def evaluate(
 
     Raises:
         ValueError: there is no example or no prompt's name, a target is none of the choices, two choices are the
-            same, or prompts are named for a bare T5.
+            same, ``batch_size`` is less than 1, or prompts are named for a bare T5.
+        FloatingPointError: what the model says is NaN, as where it overflows in float16.
     """
     if not examples or (prompts is not None and not prompts):
         raise ValueError("evaluate: needs one or more examples, and names or None for prompts")
@@ -65,7 +69,7 @@ def evaluate(
     ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
     check_choices(ids)
     predictions = []
-    with evaluating(model):
+    with evaluating(model), model.keeping(names) if isinstance(model, PromptModel) else nullcontext():
         for batch in in_order(pairs, batch_size):
             inputs = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
             if choices is None:
@@ -89,18 +93,41 @@ def _ranked(
     model: Any, batch: Batch, names: Sequence[str | None], choices: Sequence[Sequence[int]]
 ) -> list[int]:
     if len(names) > 1:
-        return model.ensemble(**batch, prompts=names, choices=choices).best.tolist()
-    scores = choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, prompts=names[0])
-    return rank_of(scores).best.tolist()
+        found: Any = model.ensemble(**batch, prompts=names, choices=choices)
+    else:
+        found = rank_of(
+            choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, prompts=names[0])
+        )
+    _check_numbers(found.scores, model)
+    return found.best.tolist()
 
 
 def _generated(
     model: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], max_new_tokens: int
 ) -> list[str]:
-    how = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    how["logits_processor"] = LogitsProcessorList([_Numbers(model)])
     if len(names) > 1:
         ids = model.ensemble_generate(**batch, prompts=names, **how).sequences
     else:
         named = {} if names[0] is None else {"prompts": names[0]}
         ids = model.generate(**batch, **named, **how)
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+class _Numbers(LogitsProcessor):
+    """Looks at the scores of every token generated, and changes none."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        _check_numbers(scores, self.model)
+        return scores
+
+
+def _check_numbers(scores: Tensor, model: Any) -> None:
+    if scores.isnan().any():
+        raise FloatingPointError(
+            f"evaluate: the model's scores are NaN in {str(model.dtype).removeprefix('torch.')}. A wider dtype may help"
+        )

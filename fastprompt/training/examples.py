@@ -12,6 +12,7 @@ TABLES: dict[str, dict[str, Any]] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a tab stands in no field, and a quote is one
 }
+FIELD_LIMIT = 1 << 30  # characters; Python's own, 131,072, is less than a long document
 
 
 class Example(NamedTuple):
@@ -34,10 +35,14 @@ def read_examples(
     """
     path = Path(path)
     examples = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = _table(path, file) if path.suffix.lower() in TABLES else _json_lines(path, file)
-        for line, row in rows:
-            examples.append(Example(*(_text(path, line, row, name) for name in (input_field, target_field))))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = _table(path, file) if path.suffix.lower() in TABLES else _json_lines(path, file)
+            for line, row in rows:
+                fields = (_text(path, line, row, name) for name in (input_field, target_field))
+                examples.append(Example(*fields))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no UTF-8 ({error}). Save it in that encoding") from None
     if not examples:
         raise ValueError(f"{path}: holds no example")
     return examples
@@ -46,6 +51,10 @@ def read_examples(
 def _text(path: Path, line: int, row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON may name half of a character
+            raise ValueError(f"{path}, line {line}: {name!r} is no text: {value!r}") from None
         return value
     raise ValueError(
         f"{path}, line {line}: needs a text {name!r}, got {value!r}; its fields are {sorted(map(str, row))}. "
@@ -59,7 +68,7 @@ def _json_lines(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {line}: is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {line}: must be a JSON object, got {type(row).__name__}")
@@ -68,7 +77,11 @@ def _json_lines(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _table(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(file, **TABLES[path.suffix.lower()], strict=True)
+    limit = csv.field_size_limit(FIELD_LIMIT)  # the process's: it gets its own back
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names) or not any(names):
+            raise ValueError(f"{path}: its first line must name each field, once, got {list(names)}")
         for row in reader:
             if None in row:
                 raise ValueError(
@@ -77,3 +90,5 @@ def _table(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path}, behind line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)

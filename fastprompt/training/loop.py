@@ -2,7 +2,8 @@
 """The training loop: so many steps, the prompt kept as it was where it scored best."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +21,7 @@ REPORT_EVERY = 20  # steps: reading a loss makes the host wait for a GPU
 
 @dataclass
 class Curve:
-    """What training saw: the loss of every step and, by step, the score; the step whose prompt was kept."""
+    """What training saw: the loss of every step and, by step, the score; the step whose prompt is left."""
 
     losses: list[float] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
@@ -29,7 +30,7 @@ class Curve:
 
 def tune(
     prompted: PromptModel,
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     loss: Callable[[Batch], Tensor],
     optimizer: torch.optim.Optimizer,
     steps: int,
@@ -39,10 +40,11 @@ def tune(
     score_every: int = 1000,
     on_score: Callable[[int, float, bool], None] | None = None,
     progress: bool = True,
+    curve: Curve | None = None,
 ) -> Curve:
     """Train what ``optimizer`` holds, and leave it as it was at the step of the best score (paper, section 3).
 
-    Also where it is interrupted: then the prompt is the best so far or, before the first score, as it is.
+    Also where it is interrupted: then the prompt is the best so far or, before the first score of a step, as it is.
 
     Args:
         prompted: in training mode meanwhile, in evaluation mode afterwards.
@@ -57,12 +59,13 @@ def tune(
         score_every: steps between scores; the last step has one in any case.
         on_score: is called with the step, its score, and whether that is the best so far.
         progress: whether to count the steps on stderr, where that is a terminal.
+        curve: what is returned, filled meanwhile, for those who want it of a training that does not end well.
 
     Raises:
         ValueError: ``steps``, ``score_every`` or ``micro_batch`` is less than 1, there are fewer batches, or, with
             ``micro_batch``, one has other tensors than :func:`shuffled`'s.
         TypeError: ``micro_batch`` with a function as loss.
-        FloatingPointError: a loss is not finite. The prompt is then the best so far, or as it was given.
+        FloatingPointError: a loss or the prompt is not finite. The prompt is then the best so far, or as it was given.
     """
     if steps < 1 or score_every < 1:
         raise ValueError(f"tune: steps and score_every must be 1 or more, got {steps} and {score_every}")
@@ -70,7 +73,8 @@ def tune(
     backward: Callable[[Batch], Tensor] = partial(_whole, loss)
     if micro_batch is not None:
         backward = partial(_in_pieces, _divisible(loss, micro_batch), micro_batch, parameters)
-    curve, best, pending = Curve(), _copies(parameters), list[Tensor]()
+    curve, queue = Curve() if curve is None else curve, iter(batches)
+    best, pending, done = _copies(parameters), list[Tensor](), 0
     if score is not None:
         curve.scores[0] = score()
         if on_score is not None:
@@ -79,7 +83,7 @@ def tune(
     with tqdm(total=steps, bar_format=BAR, ncols=79, disable=None if progress else True) as bar:
         try:
             for step in range(1, steps + 1):
-                batch = next(batches, None)
+                batch = next(queue, None)
                 if batch is None:
                     raise ValueError(
                         f"tune: batches ended before step {step} of {steps}. Give more, or fewer steps"
@@ -87,9 +91,11 @@ def tune(
                 optimizer.zero_grad()
                 pending.append(backward(batch))
                 optimizer.step()
+                done = step
                 scores_now = step % score_every == 0 or step == steps
                 if scores_now or step % REPORT_EVERY == 0:
                     _read(pending, curve.losses)
+                    _check_finite(parameters, step)
                     bar.set_postfix_str(_postfix(curve), refresh=False)
                 if score is not None and scores_now:
                     curve.scores[step] = score()
@@ -101,11 +107,14 @@ def tune(
                         on_score(step, curve.scores[step], better)
                     prompted.train()  # which neither need have left so
                     bar.set_postfix_str(_postfix(curve), refresh=False)
-                elif score is None:
-                    curve.best_step = step
                 bar.update()
         finally:
-            if len(curve.scores) > 1 or not all(map(math.isfinite, curve.losses)):
+            with suppress(FloatingPointError):  # of steps that were not looked at before it ended
+                _read(pending, curve.losses)
+            finite = all(map(math.isfinite, curve.losses)) and all(map(_is_finite, parameters))
+            if finite and len(curve.scores) < 2:
+                curve.best_step = done
+            else:
                 with torch.no_grad():
                     for parameter, value in zip(parameters, best, strict=True):
                         parameter.copy_(value)
@@ -173,13 +182,26 @@ def _rank(score: float) -> tuple[bool, float]:
 
 def _read(pending: list[Tensor], losses: list[float]) -> None:
     """Move losses to the host, and see that they are numbers."""
-    losses += torch.stack(pending).tolist()
-    for number in range(len(losses) - len(pending), len(losses)):
+    fresh = torch.stack(pending).tolist() if pending else []
+    pending.clear()
+    losses += fresh
+    for number in range(len(losses) - len(fresh), len(losses)):
         if not math.isfinite(losses[number]):
             raise FloatingPointError(
                 f"tune: the loss of step {number + 1} is {losses[number]}. A lower lr, or float32, may help"
             )
-    pending.clear()
+
+
+def _is_finite(parameter: Tensor) -> bool:
+    return bool(parameter.isfinite().all())
+
+
+def _check_finite(parameters: list[Tensor], step: int) -> None:
+    """A gradient may be none where its loss is a number."""
+    if not all(map(_is_finite, parameters)):
+        raise FloatingPointError(
+            f"tune: the prompt is not finite after step {step}. A lower lr, or float32, may help"
+        )
 
 
 def _postfix(curve: Curve) -> str:

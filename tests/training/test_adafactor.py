@@ -145,8 +145,14 @@ def test_a_closure_computes_the_loss():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr": -1.0}, {"weight_decay": float("nan")}, {"decay": 0.0}, {"clip": 0.0}]
+    "wrong",
+    [{"lr": -1.0}, {"lr": float("inf")}, {"weight_decay": float("nan")}, {"decay": 0.0}, {"clip": 0.0}],
 )
 def test_numbers_out_of_range(wrong):
-    with pytest.raises(ValueError, match=f"Adafactor: {next(iter(wrong))} must be"):
+    message = f"Adafactor: {next(iter(wrong))} must be"
+    with pytest.raises(ValueError, match=message):
         Adafactor([start()], **wrong)
+    optimizer = Adafactor([start()])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [start()], **wrong})
+    assert len(optimizer.param_groups) == 1

@@ -2,18 +2,22 @@
 """`fastprompt tune`, `eval` and `bench`, as a user types them."""
 
 import json
+import os
 import re
 
+import numpy
 import pytest
 import torch
 
 import fastprompt
 from fastprompt import PromptModel, training
 from fastprompt.cli import main
-from fastprompt.commands import bench, tune
+from fastprompt.commands import _model, bench, tune
 from fastprompt.commands import eval as commands_eval
+from fastprompt.commands._model import check_outputs
 from fastprompt.demo.run import TINY_T5
 from fastprompt.prompts import read_prompt
+from fastprompt.prompts._safe_files import replacing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,23 +152,188 @@ def test_equal_seeds_give_equal_prompts(files, capsys):
     assert not torch.equal(one, other)
 
 
-def test_an_interruption_leaves_the_prompt(files, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("scored", "step", "there", "written"),
+    [
+        (False, 0, True, False),  # nothing was learned
+        (False, 9, True, True),
+        (True, 0, True, False),  # no step was better than the start
+        (True, 9, True, False),  # no score chose it
+        (True, 9, False, True),
+        (True, 20, True, True),
+    ],
+)
+def test_an_interruption_leaves_what_was_learned(files, capsys, monkeypatch, scored, step, there, written):
     data, out, common = files
+    log = out.with_name("log.json")
 
-    def interrupted(prompted, *arguments, on_score, **options):
-        for step, best in ((0, True), (10, True), (20, False)):
-            with torch.no_grad():
-                prompted.prompts["default"].fill_(2.0 + step)
-            on_score(step, 0.5, best)
-            assert out.exists() == (step > 0)
-        assert (read_prompt(out).rows == 12.0).all()
+    def interrupted(prompted, *arguments, curve, on_score, **options):
+        with torch.no_grad():
+            prompted.prompts["default"].fill_(2.0)
+        curve.losses += [0.5] * step
+        if scored:
+            curve.scores[0] = 0.25
+            on_score(0, 0.25, True)
+            if step == 20:
+                curve.scores[20] = 0.5
+                on_score(20, 0.5, True)
+                assert (read_prompt(out).rows == 2.0).all()
+                assert json.loads(log.read_text())["scores"] == {"0": 0.25, "20": 0.5}
+        curve.best_step = step
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "tune", interrupted)
-    status, _, said = run(capsys, "tune", *common, "--train", data, "--out", out)
+    out.parent.mkdir()
+    if there:
+        out.write_bytes(b"precious")
+    more = ["--dev", data] if scored else []
+    status, _, said = run(capsys, "tune", *common, "--train", data, "--out", out, "--log", log, *more)
     assert status == 130
-    assert f"the prompt so far is in {out}" in said
-    assert (read_prompt(out).rows == 22.0).all()
+    assert json.loads(log.read_text())["losses"] == [0.5] * step
+    if written:
+        assert said.endswith(f"interrupted; the prompt of step {step} is in {out}\n")
+        assert (read_prompt(out).rows == 2.0).all()
+    else:
+        assert said.endswith(f"interrupted; nothing is written to {out}\n")
+        assert out.read_bytes() == b"precious"
+
+
+def test_a_log_survives_a_loss_that_is_no_number(files, capsys, monkeypatch):
+    def loss(prompted):
+        return lambda batch: prompted.prompts["default"].sum() * float("nan")
+
+    monkeypatch.setattr(training, "model_loss", loss)
+    data, out, common = files
+    log = out.with_name("log.json")
+    where = ["--train", data, "--out", out, "--log", log, "--steps", 2, "--num-tokens", 3]
+    status, _, said = run(capsys, "tune", *common, *where)
+    assert status == 1
+    assert "A lower lr, or float32, may help" in said
+    assert len(json.loads(log.read_text())["losses"]) == 2
+    assert not out.exists()
+
+
+def test_nobody_has_to_read_the_scores(files, capsys, monkeypatch):
+    def broken(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("tqdm.auto.tqdm.write", broken)
+    data, out, common = files
+    how = ["--train", data, "--dev", data, "--out", out, "--steps", 1, "--num-tokens", 3]
+    assert run(capsys, "tune", *common, *how)[0] == 0
+    assert out.exists()
+
+
+def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch, tokenizer, examples):
+    seen, evaluate = [], training.evaluate
+
+    def spied(*arguments, **options):
+        seen.append(options["max_new_tokens"])
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(training, "evaluate", spied)
+    data, out, common = files
+    common = common[: common.index("--choices")]
+    how = ["--train", data, "--dev", data, "--out", out, "--steps", 1, "--num-tokens", 2]
+    longest = max(len(target) for _, target in training.encode(examples, tokenizer))
+    assert run(capsys, "tune", *common, *how)[0] == 0
+    assert run(capsys, "tune", *common, *how, "--max-target", longest)[0] == 0
+    assert seen == [longest * tune.LONGER] * 2 + [longest] * 2
+
+
+def test_eval_says_which_targets_cannot_be_answered(tmp_path, capsys):
+    data = tmp_path / "data.csv"
+    data.write_text("input,target\na,日本\nb,network\n")
+    status, _, said = run(capsys, "eval", *MODEL, "--data", data, "--max-target", 1)
+    assert status == 0
+    assert "2 of 2 targets have more than --max-target=1 tokens" in said
+    assert "1 of 2 targets have words that the tokenizer does not know" in said
+
+
+def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
+    data, out = tmp_path / "data.csv", tmp_path / "p.npy"
+    data.write_text("input,target\na,日本\nb,中国\nc,network\n")
+    how = ["--train", data, "--out", out, "--steps", 1, "--num-tokens", 2, "--init", "vocab"]
+    status, _, said = run(capsys, "tune", *MODEL, *how)
+    assert status == 0
+    assert "2 of 3 targets have words that the tokenizer does not know" in said
+    out.unlink()
+    status, _, said = run(capsys, "tune", *MODEL, *how, "--choices", "日本", "中国", "network")
+    assert status == 1
+    assert "choices 0 and 1 are the same tokens" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        {"--out": "train.npy"},
+        {"--out": "dev.npy"},
+        {"--out": "p.npy", "--log": "p.npy"},
+        {"--out": "p.npy", "--log": "train.npy"},
+        {"--out": "p.npy", "--log": "link.npy"},
+        {"--out": "p.npy", "--log": "start.npy"},
+        {"--out": "start.npy", "--log": "start.npy"},
+    ],
+    ids=str,
+)
+def test_no_file_is_lost_to_another(tmp_path, capsys, monkeypatch, paths):
+    monkeypatch.setattr(tune, "load", lambda arguments: pytest.fail("the model was loaded"))
+    for name in ("train.npy", "dev.npy"):
+        (tmp_path / name).write_text('{"input": "a", "target": "b"}\n')
+    numpy.save(tmp_path / "start.npy", numpy.zeros((2, 192), "float32"))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "p.npy")
+    paths = {"--train": "train.npy", "--dev": "dev.npy", "--start": "start.npy", **paths}
+    where = [word for name, path in paths.items() for word in (name, tmp_path / path)]
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*[!k].npy")}
+    status, _, said = run(capsys, "tune", *MODEL, *where)
+    assert status == 1
+    assert "is another file of this command, and would be lost. Name one of its own" in said
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*[!k].npy")} == before
+
+
+def test_eval_loses_no_file_either(files, capsys):
+    data, _, common = files
+    before = data.read_bytes()
+    status, _, said = run(capsys, "eval", *common, "--data", data, "--out", data)
+    assert (status, data.read_bytes()) == (1, before)
+    assert "would be lost" in said
+
+
+def test_a_prompt_replaces_files_only(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    link, target = tmp_path / "link", tmp_path / "target"
+    target.write_text("old")
+    link.symlink_to(target)
+    check_outputs(link, [tmp_path / "pipe"], [])  # what is written in place may be one
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match=r"cannot be written\. Name a file"):
+            check_outputs(path, [], [])
+    with replacing(link) as stream:
+        stream.write(b"new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_folder_that_takes_no_file(tmp_path, monkeypatch):
+    """A prompt needs it, also where the file itself might be written to."""
+    there = tmp_path / "there"
+    there.touch()
+
+    def refused(**options):
+        raise PermissionError
+
+    monkeypatch.setattr(_model, "TemporaryFile", refused)
+    check_outputs(None, [there], [])
+    for prompt, others in ((there, []), (tmp_path / "new", []), (None, [tmp_path / "new"])):
+        with pytest.raises(ValueError, match="cannot be written"):
+            check_outputs(prompt, others, [])
+
+
+def test_folders_are_made_for_what_can_be_learned(files, capsys):
+    _, out, common = files
+    assert run(capsys, "tune", *common, "--train", "nowhere.jsonl", "--out", out)[0] == 1
+    assert not out.parent.exists()
 
 
 def test_an_interruption_elsewhere_is_no_traceback(files, capsys, monkeypatch):
@@ -181,7 +350,7 @@ def test_generated_answers_have_so_many_tokens(files, capsys, tokenizer, model, 
     data, out, common = files
     common = common[: common.index("--choices")]
     answers, seen = out.with_name("answers.jsonl"), []
-    for limit in (1, 4):
+    for limit in (2, 4):
         how = ["--max-target", limit, "--out", answers]
         assert run(capsys, "eval", *common, "--data", data, *how)[0] == 0
         seen.append([json.loads(line)["answer"] for line in answers.read_text().splitlines()])
@@ -215,6 +384,7 @@ def test_without_a_prompt_the_frozen_model_answers(files, capsys, model, example
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--device", "cuda"], "--device cuda: PyTorch cannot use it here"),
         (["--device", "foo"], "--device foo: PyTorch cannot use it here"),
+        (["--device", "meta"], "--device meta: PyTorch cannot use it here"),
     ],
 )
 def test_slips_are_told_in_a_line(files, capsys, more, message):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples in files, and as batches."""
 
+import csv
+
 import pytest
 import torch
 
@@ -50,13 +52,32 @@ def test_tables(tmp_path, name, text, expected):
         ('{"input": "a", "target": true}', "e.jsonl", "needs a text 'target', got True"),
         ("input,target\na, b,positive\n", "e.csv", "line 2: has more fields than the 2 names"),
         ('input,target\n"a,b\n', "e.csv", "behind line 1: unexpected end of data"),
-        (f"input,target\n{'a' * 200_000},b\n", "e.csv", "field larger than field limit"),
+        ('{"input": "\\ud800", "target": "b"}', "e.jsonl", r"line 1: 'input' is no text: '\\ud800'"),
+        ("[" * 100_000, "e.jsonl", "line 1: is no JSON: maximum recursion depth"),
+        ("\ninput,target\na,b\n", "e.csv", r"first line must name each field, once, got \[\]"),
+        ("input,target,input\na,b,c\n", "e.csv", "first line must name each field, once"),
         ("input,target\na\n", "e.csv", "line 2: needs a text 'target', got None"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path, text, name, message):
     with pytest.raises(ValueError, match=message):
         read_examples(written(tmp_path, text, name))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("name", ["e.jsonl", "e.csv"])
+def test_another_encoding_is_named(tmp_path, encoding, name):
+    path = tmp_path / name
+    path.write_bytes('input,target\né,b\n{"input": "é"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=f"{name}: is no UTF-8"):
+        read_examples(path)
+
+
+def test_a_table_may_hold_long_documents(tmp_path):
+    limit = csv.field_size_limit()
+    [example] = read_examples(written(tmp_path, f"input,target\n{'a' * 200_000},b\n", "e.csv"))
+    assert len(example.input) == 200_000
+    assert csv.field_size_limit() == limit
 
 
 def test_batches_pad_and_shuffle():
@@ -87,6 +108,11 @@ def test_the_seed_and_the_epoch_make_the_order():
 def test_few_examples_are_one_batch():
     assert len(next(shuffled(PAIRS, 32, seed=0))["labels"]) == 3
     assert [len(batch["labels"]) for batch in in_order(PAIRS, 2)] == [2, 1]
+
+
+def test_batches_of_no_size_are_refused():
+    with pytest.raises(ValueError, match="in_order: batch_size must be 1 or more, got -1"):
+        in_order(PAIRS, -1)
 
 
 @pytest.mark.parametrize(("pairs", "size"), [([], 32), (PAIRS, 0)])

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from fastprompt import patch, training
+from fastprompt import PromptConfig, patch, training
+from fastprompt.prompts import keeper
 from fastprompt.prompts.rank import choice_ids
 from fastprompt.training.batches import split
 
@@ -235,5 +236,38 @@ def test_what_cannot_be_evaluated(prompted, model, examples, tokenizer, choices)
         training.evaluate(prompted, examples, tokenizer, choices=[*choices, "日", "月"])
     with pytest.raises(ValueError, match=r"among the choices \['files'\], got \['graphics', 'network'\]"):
         training.evaluate(prompted, examples, tokenizer, choices=choices[:1])
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got -1"):
+        training.evaluate(model, examples, tokenizer, choices=choices, batch_size=-1)
     with pytest.raises(ValueError, match="needs a PromptModel, got T5ForConditionalGeneration"):
         training.evaluate(model, examples, tokenizer, prompts="one")
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+@pytest.mark.parametrize("names", [None, ["two", "one"]])
+def test_scores_that_are_no_numbers_are_no_answers(prompted, examples, tokenizer, choices, ranked, names):
+    with torch.no_grad():
+        prompted.prompts["one"].fill_(float("nan"))
+    how = {"choices": choices if ranked else None, "prompts": names, "max_new_tokens": 3}
+    with pytest.raises(FloatingPointError, match="the model's scores are NaN in float32"):
+        training.evaluate(prompted, examples, tokenizer, **how)
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+@pytest.mark.parametrize("kind", ["cached", "prefix", "prepend"])
+def test_evaluation_computes_a_prompts_keys_once(
+    prompted, examples, tokenizer, choices, ranked, kind, monkeypatch
+):
+    prompted.add_prompt("keyed", PromptConfig(4, kind))
+    calls = []
+    original = keeper.keyed
+    monkeypatch.setattr(keeper, "keyed", lambda *given: calls.append(given) or original(*given))
+    how = {"prompts": "keyed", "choices": choices if ranked else None, "max_new_tokens": 3, "batch_size": 2}
+    for times in (1, 2):  # the prompt may have learned meanwhile
+        training.evaluate(prompted, examples, tokenizer, **how)
+        assert len(calls) == (0 if kind == "prepend" else times)
+        assert not prompted._caches.names
+    if kind != "prepend":
+        prompted.cache_prompts("keyed")  # the caller's stay
+        training.evaluate(prompted, examples, tokenizer, **how)
+        assert len(calls) == 3
+        assert prompted._caches.names == {"keyed"}

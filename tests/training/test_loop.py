@@ -164,3 +164,38 @@ def test_pieces_need_a_loss_that_says_what_it_is_a_mean_of(rows, error, message)
 def test_no_steps_are_refused(steps, every):
     with pytest.raises(ValueError, match="must be 1 or more"):
         run(steps, every=every)
+
+
+@pytest.mark.parametrize(("after", "scores", "left"), [(1, None, 1), (1, [0.1], 1), (5, [0.1, 0.5, 0.4], 2)])
+def test_a_curve_tells_what_an_interruption_left(after, scores, left):
+    curve = Curve()
+    with pytest.raises(KeyboardInterrupt):
+        run(9, scores, every=2, batches=interrupted(after), curve=curve)
+    assert curve.best_step == run.model.steps.item() == left
+    assert curve.losses == [100.0 - step for step in range(after)]
+
+
+def test_batches_may_be_a_list():
+    _, curve = run(2, batches=[torch.tensor(100.0)] * 2)
+    assert curve.losses == [100.0, 99.0]
+
+
+@pytest.mark.parametrize("scores", [None, [0.1, 0.5, 0.4, 0.3]])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_gradient_that_is_no_number_leaves_no_such_prompt(monkeypatch, scores, ends):
+    """Where its loss is one, at the last step and where it is interrupted."""
+
+    def loss(self, batch):
+        found = batch - self.steps
+        if self.steps.item() < 2:
+            return found
+        return found + (self.steps - self.steps.detach()).abs().sqrt()  # 0, of a slope that is none
+
+    monkeypatch.setattr(Counter, "loss", loss)
+    batches = None if ends else interrupted(3)
+    with pytest.raises(
+        FloatingPointError if ends else KeyboardInterrupt,
+        match="the prompt is not finite after step 3" if ends else None,
+    ):
+        run(3 if ends else 9, scores, every=2, batches=batches)
+    assert run.model.steps.item() == (0 if scores is None else 2)
