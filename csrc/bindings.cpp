@@ -70,15 +70,24 @@ int64_t call(const fp::Kernel& kernel, const py::args& args) {
     return status;
 }
 
+// Asked of CPUID, as older compilers' __builtin_cpu_supports does not know the name.
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+    constexpr unsigned kAvx512Bf16 = 1U << 5;  // CPUID 7.1, eax
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvx512Bf16) != 0;
+#else
+    return false;
+#endif
+}
+
 // Does the CPU multiply bf16 in tiles, and does the system, which must be asked once per process, let us?
 bool may_use_amx() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;  // CPUID 7.0, edx
-    constexpr unsigned kAvx512Bf16 = 1U << 5;                     // CPUID 7.1, eax
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h: ARCH_REQ_XCOMP_PERM; XFEATURE_XTILEDATA
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
-    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & kAvx512Bf16) == 0) return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
@@ -87,8 +96,8 @@ bool may_use_amx() {
 
 bool runs_here(const std::string& target) {
 #if defined(__x86_64__)
-    if (target == "amx") return runs_here("avx512") && may_use_amx();
-    if (target == "avx512_bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
+    if (target == "avx512_bf16") return runs_here("avx512") && has_avx512_bf16();
+    if (target == "amx") return runs_here("avx512_bf16") && may_use_amx();
     if (target == "avx2") {
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     }
@@ -126,9 +135,10 @@ PYBIND11_MODULE(_C, module) {
         .def_property_readonly("name", [](const fp::Kernel& kernel) { return kernel.name; })
         .def_property_readonly("target", [](const fp::Kernel& kernel) { return kernel.target; })
         .def_property_readonly("signature", [](const fp::Kernel& kernel) { return kernel.signature; });
-    module.def("kernels", &kernels, py::arg("target"),
-               "name -> kernel for 'scalar', 'neon', 'avx2', 'avx512', 'amx' or 'cuda'; empty where this build or this "
-               "CPU has none.");
+    module.def(
+        "kernels", &kernels, py::arg("target"),
+        "name -> kernel for 'scalar', 'neon', 'avx2', 'avx512', 'avx512_bf16', 'amx' or 'cuda'; empty where this "
+        "build or this CPU has none.");
     module.attr("cpu_is_amd") = made_by_amd();
 #ifdef FP_WITH_CUDA
     module.attr("built_with_cuda") = true;
