@@ -334,8 +334,12 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Is each operation to be followed by forward-mode differentiation, torch.func or torch.jit.trace?"""
-    return not torch.compiler.is_compiling() and (
+    """Is each operation to be followed by forward-mode differentiation, torch.func, torch.jit.trace or an export to
+    ONNX, which knows PyTorch's operators only?
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return (
         forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None

@@ -44,6 +44,7 @@ from fastprompt.modules._frozen import (
     products,
     rate,
     ready,
+    unpatched_forward,
 )
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
@@ -318,6 +319,10 @@ class FastSelfAttention(FastAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
+        if not isinstance(self, FastSelfAttention):
+            return unpatched_forward(
+                self, hidden_states, attention_mask, position_bias, past_key_values, **kwargs
+            )
         attention, past, bias = self._attention, past_key_values, position_bias
         weights = self._weights(attention_mask, (hidden_states,), kwargs)
         way = None if weights is None else self._way(attention_mask, past)
@@ -326,7 +331,8 @@ class FastSelfAttention(FastAttention):
                 bias = bias_table(attention)
             T = hidden_states.shape[1]
             dense = (1, attention.n_heads, T, attention_mask.offset + T)
-            if bias is None or bias.dim() == 2 or bias.shape == dense:
+            # A trained bias comes dense, of a layer that was put in after patching.
+            if bias is None or bias.dim() == 2 or (bias.shape == dense and not bias.requires_grad):
                 table = bias
                 if bias is not None:
                     table = hf_attention.table(bias, attention_mask, attention.layer_idx)
@@ -368,6 +374,9 @@ class FastCrossAttention(FastAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
+        if not isinstance(self, FastCrossAttention):
+            inputs = (hidden_states, key_value_states, attention_mask, position_bias, past_key_values)
+            return unpatched_forward(self, *inputs, **kwargs)
         weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
         fits = weights is not None and attention_mask.fits(key_value_states.shape[1])
         served = fits and not attention_mask.causal and len(hidden_states) == len(key_value_states)

@@ -30,7 +30,7 @@ def prepend_mask(
     shape = (len(lengths), num_tokens)
     tokens = torch.ones(shape, dtype=torch.int64, device=device) if mask is None else mask.ne(0).long()
     if not ragged:
-        return torch.cat((tokens.new_ones(len(lengths), longest), tokens), 1)
+        return torch.cat((tokens.new_ones(tokens.shape[0], longest), tokens), 1)
     start = indices(lengths, tokens.device)[:, None]
     position = torch.arange(longest + num_tokens, device=tokens.device)
     return (position < start).long().scatter(1, start + position[:num_tokens], tokens)

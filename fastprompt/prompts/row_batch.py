@@ -4,10 +4,14 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
+from fastprompt._op import is_transformed
 from fastprompt.ops.prompt_embed import prompt_embed
 from fastprompt.prompts import checks, packed
 from fastprompt.prompts.bank import Choice
@@ -35,7 +39,8 @@ class RowBatch(NamedTuple):
                 layout.token_ids(ids), table, choice.prompts, choice.ids, cu_seqlens=begins
             )
             return packed.encode(model, rows, layout)
-        embeds = prompt_embed(ids, table, choice.prompts, choice.ids)
+        rows_of = _plain_rows if is_transformed() else prompt_embed
+        embeds = rows_of(ids, table, choice.prompts, choice.ids)
         mask = prepend_mask(mask, choice.lengths, ids.shape[1], table.device)
         assert isinstance(embeds, Tensor)  # it is a pair for packed ids only
         mark_prompt_rows(embeds, encoder, max(choice.lengths), flags)
@@ -71,3 +76,14 @@ class RowBatch(NamedTuple):
             )
         checks.check_mask(mask, batch, num_tokens, self.tokens.table)
         return prepend_mask(mask, self.choice.lengths, num_tokens, hidden.device)
+
+
+def _plain_rows(ids: Tensor, table: Tensor, prompts: list[Tensor], prompt_ids: list[int] | None) -> Tensor:
+    """What prompt_embed gives, by operators of PyTorch: a trace of these serves inputs of other sizes, too."""
+    tokens = functional.embedding(ids, table)
+    rows = [prompt.to(table.dtype) for prompt in prompts]
+    if prompt_ids is None:
+        return torch.cat((rows[0].expand(ids.shape[0], -1, -1), tokens), 1)
+    return pad_sequence(
+        [torch.cat((rows[i], own)) for i, own in zip(prompt_ids, tokens, strict=True)], batch_first=True
+    )

@@ -12,7 +12,7 @@ from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import fastprompt
-from fastprompt import explain, graphed, patch, patched, unpatch
+from fastprompt import PromptConfig, PromptModel, explain, graphed, patch, patched, unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,6 +183,33 @@ def test_transforms(make, batch, labels, transform):
     close(*reversed(results))
 
 
+@pytest.mark.parametrize("prompt", [False, True])
+def test_an_export_to_onnx_has_operators_of_pytorch_only(make, batch, labels, monkeypatch, prompt):
+    model = patch(make())
+    if prompt:
+        model = PromptModel(model, PromptConfig(5)).eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask, labels):
+            return self.model(
+                input_ids=ids, attention_mask=mask, decoder_input_ids=labels, use_cache=False
+            ).logits
+
+    inputs = (*batch().values(), labels.clamp(min=0))
+
+    def targets():
+        with torch.no_grad():
+            return str(torch.export.export(Logits(), inputs, strict=False).graph)
+
+    assert "fastprompt" in targets()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert "fastprompt" not in targets()
+
+
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 def test_transforms_of_a_dropout(make, device, transform):
     """They know torch's own dropout only. Each element is dropped, or twice as large."""
@@ -247,6 +274,55 @@ def test_outputs_without_gradient(make, batch, labels):
     embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
     model(inputs_embeds=embeds, labels=labels).loss.backward()
     assert embeds.grad is None or not embeds.grad.any()
+
+
+@pytest.mark.parametrize("way", ["copied", "made"])
+def test_a_block_put_in_with_a_trained_bias(make, batch, labels, way):
+    gradients = []
+    for change in (lambda model: model, patch):
+        model = change(make())
+        stack = model.encoder
+        new = copy.deepcopy(stack.block[0])
+        if way == "made":
+            new = type(new)(stack.config, has_relative_attention_bias=True, layer_idx=0).eval()
+            new.load_state_dict(stack.block[0].state_dict())
+            new.to(stack.device).requires_grad_(False)
+        stack.block[0] = new
+        weight = new.layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_()
+        model(**batch(), labels=labels).loss.backward()
+        gradients.append(weight.grad)
+    close(*reversed(gradients))
+
+
+@pytest.mark.parametrize("lm_loss", [True, False])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "encoder.block.0.layer.0",
+        "encoder.block.1.layer.1",
+        "encoder.dropout",
+        "encoder.final_layer_norm",
+        "decoder.block.0.layer.1",
+        "lm_head",
+    ],
+)
+def test_a_wrapped_forward_outlives_the_patch(make, batch, labels, path, lm_loss):
+    """As torch.compile and accelerate wrap it."""
+    model = make()
+    expected = model(**batch(), labels=labels)
+    patch(model, lm_loss=lm_loss)
+    module = model.get_submodule(path)
+    forward, calls = module.forward, []
+    module.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    model(**batch(), labels=labels)
+    for change in (unpatch, lambda model: patch(model, attention=False, norm=False, ff=False)):
+        change(model)
+        calls.clear()
+        found = model(**batch(), labels=labels)
+        assert calls
+        close(found.loss, expected.loss)
+        close(found.logits, expected.logits)
 
 
 def test_patched_is_of_modules():

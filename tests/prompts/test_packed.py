@@ -561,6 +561,35 @@ def test_a_traced_forward_serves_other_masks(make_pair, make_batch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompts", ["p5", ["p2", "p5", "p2", "p5"]])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_traced_forward_serves_other_sizes(make_pair, make_batch, prompts, masked):
+    prompted = make_pair()[1]
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prompted = prompted
+
+        def forward(self, ids, labels, mask=None):
+            return self.prompted(ids, mask, labels=labels, use_cache=False, prompts=prompts).logits
+
+    batch = make_batch()
+    B = len(batch["labels"])
+    prompts = prompts if isinstance(prompts, str) else prompts[:B]
+    shapes = [(B, 5), (B, 1)] + ([(1, 4), (B + 2, 9)] if isinstance(prompts, str) else [])
+    inputs = [batch["input_ids"], batch["labels"], *([batch["attention_mask"]] if masked else [])]
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(), tuple(inputs), check_trace=False)
+        for rows, S in shapes:
+            some = [each.repeat(2, 1)[:rows] for each in inputs]
+            some = [some[0][:, :S], some[1], *(each[:, :S] for each in some[2:])]
+            expected = prompted(
+                some[0], some[2] if masked else None, labels=some[1], prompts=prompts, use_cache=False
+            ).logits
+            assert_same({"logits": traced(*some)}, {"logits": expected})
+
+
 def test_packed_keys_without_a_bias_are_refused(make_model, device):
     """Not given distances they do not have."""
     encoder = make_model(d_kv=16, attention="fastprompt").requires_grad_(False).get_encoder()
