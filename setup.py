@@ -25,6 +25,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fopenmp",
     "-ffp-contract=off",
+    "-fno-tree-loop-distribute-patterns",  # loops that copy short rows by vectors would become calls of memcpy
     "-Wall",
     "-Wextra",
 ]
