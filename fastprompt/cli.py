@@ -49,7 +49,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return modules[arguments.command].run(arguments)
     except BrokenPipeError:
         raise
-    except (OSError, TypeError, ValueError, ArithmeticError, IndexError) as error:
+    except (OSError, TypeError, ValueError, FloatingPointError, OverflowError, IndexError) as error:
         print(error, file=sys.stderr)
         return 1
 

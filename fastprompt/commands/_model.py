@@ -53,16 +53,17 @@ def check_outputs(prompt: Path | None, others: Iterable[Path | None], inputs: It
     """Can these files be written, over none that is read? Asked before hours of work; their folders are made.
 
     ``prompt`` is a file that replaces what is there, and so needs a folder that may be written to; others are written
-    in place.
+    in place. ``inputs`` may be folders, of which all files are read.
     """
     outputs = [path for path in (prompt, *others) if path is not None]
     taken = {path.resolve() for path in inputs if path is not None}
     for path in outputs:
-        if path.resolve() in taken:
+        own = path.resolve()
+        if own in taken or any(folder in taken and folder.is_dir() for folder in own.parents):
             raise ValueError(
                 f"{path}: is another file of this command, and would be lost. Name one of its own"
             )
-        taken.add(path.resolve())
+        taken.add(own)
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
         fits = os.access(path, os.W_OK) and not path.is_dir() if path.exists() else _is_open(path.parent)
@@ -96,7 +97,7 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device).tolist()  # which what computes nothing has not
+        torch.empty(0, device=device).tolist()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {arguments.device}: PyTorch cannot use it here: {reason}") from None

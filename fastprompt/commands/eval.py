@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     examples = training.read_examples(
         arguments.data, input_field=arguments.input_field, target_field=arguments.target_field
     )
-    check_outputs(None, [arguments.out], [arguments.data, *arguments.prompt])
+    check_outputs(None, [arguments.out], [arguments.data, *arguments.prompt, Path(arguments.model)])
     model, tokenizer = load(arguments)
     if not arguments.choices:
         _check_targets(arguments, tokenizer, examples)
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_targets(arguments: argparse.Namespace, tokenizer: Any, examples: Any) -> None:
     """Why a score may be as low as it is."""
     targets = tokenizer([each.target for each in examples])["input_ids"]
-    long = sum(len(target) > arguments.max_target for target in targets)
+    long = sum(len(target) - 1 > arguments.max_target for target in targets)  # without the end marker
     if long:
         print(
             f"{long:,} of {len(targets):,} targets have more than --max-target={arguments.max_target} tokens, and "

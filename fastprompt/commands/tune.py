@@ -22,7 +22,6 @@ from fastprompt.commands._model import (
 from fastprompt.patching import MEMORY
 
 HELP = "learn a prompt from examples"
-LONGER = 3  # times as many tokens as the tokenizer takes: the model may spell a word out
 EPILOG = """
 A file of examples has a JSON object per line, {"input": "a gripping film", "target": "positive"}, or ends in .csv or
 .tsv and is a table under a line of names. With --dev, the prompt is kept at the step that answers most of its examples
@@ -96,20 +95,18 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.choices and strange:
             raise ValueError(f"{path}: targets must be among --choices, got {sorted(strange)}")
     goes_on = arguments.start and arguments.start.resolve() == arguments.out.resolve()
-    inputs = [arguments.train, arguments.dev, None if goes_on else arguments.start]
+    inputs = [arguments.train, arguments.dev, None if goes_on else arguments.start, Path(arguments.model)]
     check_outputs(arguments.out, [arguments.log], inputs)
     model, tokenizer = load(arguments)
-    pairs, wanted = (
-        training.encode(each, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
-        for each in (train, dev)
-    )
-    _check_targets(arguments, tokenizer, [target for _, target in (*pairs, *wanted)], model.config.vocab_size)
+    pairs = training.encode(train, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
+    targets = tokenizer([each.target for each in (*train, *dev)])["input_ids"]
+    _check_targets(arguments, tokenizer, targets, model.config.vocab_size)
     patch(model, memory=arguments.memory, lm_loss=True)
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
     curve, existed = training.Curve(), arguments.out.exists()
-    # A generated answer that goes on for so much longer than any target is wrong already.
-    most = LONGER * max((len(target) for _, target in wanted), default=1)
+    # No answer that reads as a target has more tokens: the least are a byte, two more mark begin and end.
+    most = max((len(each.target.encode()) for each in dev), default=0) + 2
 
     def score() -> float:
         return training.evaluate(
@@ -126,18 +123,26 @@ def run(arguments: argparse.Namespace) -> int:
         prompted.save_prompt("default", arguments.out)
 
     def log() -> None:
-        if arguments.log:
+        if not arguments.log:
+            return
+        try:
             arguments.log.write_text(json.dumps(asdict(curve)) + "\n", encoding="utf-8")
+        except OSError as error:  # what is learned is worth more
+            print(f"--log: {error}", file=sys.stderr)
+
+    def say(text: str) -> None:
+        with suppress(BrokenPipeError):  # nobody reads on, as behind `head`
+            tqdm.write(text)
+            sys.stdout.flush()
 
     def on_score(step: int, value: float, best: bool) -> None:
         if best and step:
             save()
-        log()
-        with suppress(BrokenPipeError):  # nobody reads on, as behind `head`: what is learned is
-            tqdm.write(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
-            sys.stdout.flush()
+        if arguments.log and (arguments.log.is_file() or not arguments.log.exists()):  # a pipe is read once
+            log()
+        say(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
 
-    print(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters", flush=True)
+    say(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters")
     # A format that cannot express the prompt shows now, and spoils no file.
     with TemporaryDirectory() as folder:
         prompted.save_prompt("default", Path(folder, arguments.out.name))
@@ -167,11 +172,14 @@ def run(arguments: argparse.Namespace) -> int:
             print(
                 f"interrupted; the prompt of step {curve.best_step:,} is in {arguments.out}", file=sys.stderr
             )
-        return 130
-    finally:
         log()
+        return 130
+    except BaseException:
+        log()
+        raise
     save()
-    print(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
+    log()
+    say(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
     return 0
 
 

@@ -98,10 +98,9 @@ class Adafactor(torch.optim.Optimizer):
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "decay", "clip", "steps_before"):
         value, positive = group[name], name in ("decay", "clip")
-        if not (value > 0 if positive else value >= 0) or (value == math.inf and name != "clip"):
-            raise ValueError(
-                f"Adafactor: {name} must be finite and {'more than' if positive else 'at least'} 0, got {value}"
-            )
+        if not (value > 0 if positive else 0 <= value < math.inf):
+            wanted = "more than 0" if positive else "a finite number of 0 or more"
+            raise ValueError(f"Adafactor: {name} must be {wanted}, got {value}")
     for parameter in group["params"]:
         if parameter.dtype not in (torch.float32, torch.float64):  # fewer bits would lose small steps
             raise ValueError(f"Adafactor: parameters must be float32 or float64, got {parameter.dtype}")

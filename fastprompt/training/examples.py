@@ -4,7 +4,8 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ TABLES: dict[str, dict[str, Any]] = {
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a tab stands in no field, and a quote is one
 }
 FIELD_LIMIT = 1 << 30  # characters; Python's own, 131,072, is less than a long document
+Rows = Generator[tuple[int, dict[str, Any]], None, None]
+"""The number of a line, and its fields."""
 
 
 class Example(NamedTuple):
@@ -37,10 +40,11 @@ def read_examples(
     examples = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = _table(path, file) if path.suffix.lower() in TABLES else _json_lines(path, file)
-            for line, row in rows:
-                fields = (_text(path, line, row, name) for name in (input_field, target_field))
-                examples.append(Example(*fields))
+            wanted = (input_field, target_field)
+            table = path.suffix.lower() in TABLES
+            with closing(_table(path, file, wanted) if table else _json_lines(path, file)) as rows:
+                for line, row in rows:
+                    examples.append(Example(*(_text(path, line, row, name) for name in wanted)))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is no UTF-8 ({error}). Save it in that encoding") from None
     if not examples:
@@ -62,7 +66,7 @@ def _text(path: Path, line: int, row: dict[str, Any], name: str) -> str:
     )
 
 
-def _json_lines(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: Path, file: Any) -> Rows:
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
@@ -75,13 +79,13 @@ def _json_lines(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, row
 
 
-def _table(path: Path, file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table(path: Path, file: Any, wanted: Sequence[str]) -> Rows:
     reader = csv.DictReader(file, **TABLES[path.suffix.lower()], strict=True)
     limit = csv.field_size_limit(FIELD_LIMIT)  # the process's: it gets its own back
     try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names) or not any(names):
-            raise ValueError(f"{path}: its first line must name each field, once, got {list(names)}")
+        names = list(reader.fieldnames or [])
+        if not any(names) or any(names.count(name) > 1 for name in wanted):
+            raise ValueError(f"{path}: its first line must name the fields, {wanted} once, got {names}")
         for row in reader:
             if None in row:
                 raise ValueError(

@@ -62,13 +62,15 @@ def tune(
         curve: what is returned, filled meanwhile, for those who want it of a training that does not end well.
 
     Raises:
-        ValueError: ``steps``, ``score_every`` or ``micro_batch`` is less than 1, there are fewer batches, or, with
-            ``micro_batch``, one has other tensors than :func:`shuffled`'s.
+        ValueError: ``steps``, ``score_every`` or ``micro_batch`` is less than 1, there are fewer batches, ``curve`` is
+            of another training, or, with ``micro_batch``, a batch has other tensors than :func:`shuffled`'s.
         TypeError: ``micro_batch`` with a function as loss.
         FloatingPointError: a loss or the prompt is not finite. The prompt is then the best so far, or as it was given.
     """
     if steps < 1 or score_every < 1:
         raise ValueError(f"tune: steps and score_every must be 1 or more, got {steps} and {score_every}")
+    if curve is not None and (curve.losses or curve.scores):
+        raise ValueError("tune: curve must be empty, got another training's. Give a new Curve()")
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     backward: Callable[[Batch], Tensor] = partial(_whole, loss)
     if micro_batch is not None:
@@ -109,16 +111,16 @@ def tune(
                     bar.set_postfix_str(_postfix(curve), refresh=False)
                 bar.update()
         finally:
-            with suppress(FloatingPointError):  # of steps that were not looked at before it ended
-                _read(pending, curve.losses)
-            finite = all(map(math.isfinite, curve.losses)) and all(map(_is_finite, parameters))
-            if finite and len(curve.scores) < 2:
-                curve.best_step = done
-            else:
-                with torch.no_grad():
-                    for parameter, value in zip(parameters, best, strict=True):
-                        parameter.copy_(value)
-            prompted.eval()
+            try:
+                with suppress(FloatingPointError):  # of steps that were not looked at before it ended
+                    _read(pending, curve.losses)
+            finally:
+                finite = all(map(math.isfinite, curve.losses)) and all(map(_is_finite, parameters))
+                if finite and len(curve.scores) < 2:
+                    curve.best_step = done
+                else:
+                    _write(parameters, best)
+                prompted.eval()
     return curve
 
 
@@ -138,7 +140,7 @@ def _whole(loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
     """The batch's loss, of which backward has run."""
     found = loss(batch)
     found.backward()
-    return found.detach()
+    return found.detach().reshape(())  # of one element, as backward has seen
 
 
 def _in_pieces(loss: Loss, rows: int, parameters: list[Tensor], batch: Batch) -> Tensor:
@@ -173,6 +175,12 @@ def _in_pieces(loss: Loss, rows: int, parameters: list[Tensor], batch: Batch) ->
 
 def _copies(parameters: list[Tensor]) -> list[Tensor]:
     return [each.detach().clone() for each in parameters]
+
+
+@torch.no_grad()
+def _write(parameters: list[Tensor], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _rank(score: float) -> tuple[bool, float]:

@@ -4,6 +4,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -18,6 +20,8 @@ from fastprompt.commands._model import check_outputs
 from fastprompt.demo.run import TINY_T5
 from fastprompt.prompts import read_prompt
 from fastprompt.prompts._safe_files import replacing
+from fastprompt.prompts.files import write_prompt
+from fastprompt.prompts.prompt_file import PromptFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,15 +217,43 @@ def test_a_log_survives_a_loss_that_is_no_number(files, capsys, monkeypatch):
     assert not out.exists()
 
 
-def test_nobody_has_to_read_the_scores(files, capsys, monkeypatch):
-    def broken(text):
-        raise BrokenPipeError
-
-    monkeypatch.setattr("tqdm.auto.tqdm.write", broken)
+def test_nobody_has_to_read_what_is_said(files):
     data, out, common = files
     how = ["--train", data, "--dev", data, "--out", out, "--steps", 1, "--num-tokens", 3]
-    assert run(capsys, "tune", *common, *how)[0] == 0
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "fastprompt", "tune", *map(str, [*common, *how])]
+    subprocess.run(command, stdout=writes, stderr=subprocess.DEVNULL, check=False)
+    os.close(writes)
     assert out.exists()
+
+
+def test_a_log_that_cannot_be_written_costs_no_prompt(files, capsys, monkeypatch):
+    tuned = training.tune
+
+    def folder_goes(*arguments, **options):
+        log.parent.rmdir()
+        return tuned(*arguments, **options)
+
+    monkeypatch.setattr(training, "tune", folder_goes)
+    data, out, common = files
+    log = out.with_name("logs") / "log.json"
+    where = ["--train", data, "--dev", data, "--out", out, "--log", log, "--steps", 1, "--num-tokens", 3]
+    status, _, said = run(capsys, "tune", *common, *where)
+    assert status == 0
+    assert "--log: [Errno 2] No such file" in said
+    assert out.exists()
+
+
+def test_a_log_may_be_a_pipe(files, capsys):
+    data, out, common = files
+    out.parent.mkdir()
+    log = out.with_name("log")
+    os.mkfifo(log)
+    with subprocess.Popen(["cat", log], stdout=subprocess.PIPE) as reader:
+        where = ["--train", data, "--dev", data, "--out", out, "--log", log, "--steps", 1, "--num-tokens", 3]
+        assert run(capsys, "tune", *common, *where)[0] == 0
+        assert len(json.loads(reader.stdout.read())["losses"]) == 1
 
 
 def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch, tokenizer, examples):
@@ -235,19 +267,19 @@ def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch, t
     data, out, common = files
     common = common[: common.index("--choices")]
     how = ["--train", data, "--dev", data, "--out", out, "--steps", 1, "--num-tokens", 2]
-    longest = max(len(target) for _, target in training.encode(examples, tokenizer))
+    longest = max(len(each.target) for each in examples)
     assert run(capsys, "tune", *common, *how)[0] == 0
-    assert run(capsys, "tune", *common, *how, "--max-target", longest)[0] == 0
-    assert seen == [longest * tune.LONGER] * 2 + [longest] * 2
+    assert run(capsys, "tune", *common, *how, "--max-target", longest - 1)[0] == 0
+    assert seen == [longest + 2] * 2 + [longest - 1] * 2
 
 
 def test_eval_says_which_targets_cannot_be_answered(tmp_path, capsys):
     data = tmp_path / "data.csv"
-    data.write_text("input,target\na,日本\nb,network\n")
+    data.write_text("input,target\na,日本\nb,network\nc,network files\n")
     status, _, said = run(capsys, "eval", *MODEL, "--data", data, "--max-target", 1)
     assert status == 0
-    assert "2 of 2 targets have more than --max-target=1 tokens" in said
-    assert "1 of 2 targets have words that the tokenizer does not know" in said
+    assert "2 of 3 targets have more than --max-target=1 tokens" in said  # the end marker is none
+    assert "1 of 3 targets have words that the tokenizer does not know" in said
 
 
 def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
@@ -274,6 +306,8 @@ def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
         {"--out": "p.npy", "--log": "link.npy"},
         {"--out": "p.npy", "--log": "start.npy"},
         {"--out": "start.npy", "--log": "start.npy"},
+        {"--out": "model/model.safetensors"},
+        {"--start": "peft", "--out": "p.npy", "--log": "peft/adapter_config.json"},
     ],
     ids=str,
 )
@@ -283,10 +317,13 @@ def test_no_file_is_lost_to_another(tmp_path, capsys, monkeypatch, paths):
         (tmp_path / name).write_text('{"input": "a", "target": "b"}\n')
     numpy.save(tmp_path / "start.npy", numpy.zeros((2, 192), "float32"))
     (tmp_path / "link.npy").symlink_to(tmp_path / "p.npy")
-    paths = {"--train": "train.npy", "--dev": "dev.npy", "--start": "start.npy", **paths}
+    (tmp_path / "model").mkdir()
+    prompt = PromptFile(torch.zeros(2, 192), "prepend")
+    write_prompt(tmp_path / "peft", prompt, format="peft")
+    paths = {"--model": "model", "--train": "train.npy", "--dev": "dev.npy", "--start": "start.npy", **paths}
     where = [word for name, path in paths.items() for word in (name, tmp_path / path)]
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*[!k].npy")}
-    status, _, said = run(capsys, "tune", *MODEL, *where)
+    status, _, said = run(capsys, "tune", *where)
     assert status == 1
     assert "is another file of this command, and would be lost. Name one of its own" in said
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*[!k].npy")} == before

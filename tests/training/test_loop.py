@@ -199,3 +199,22 @@ def test_a_gradient_that_is_no_number_leaves_no_such_prompt(monkeypatch, scores,
     ):
         run(3 if ends else 9, scores, every=2, batches=batches)
     assert run.model.steps.item() == (0 if scores is None else 2)
+
+
+def test_a_curve_is_of_one_training():
+    _, curve = run(2, [0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match="curve must be empty"):
+        run(2, curve=curve)
+
+
+def test_a_model_is_left_in_its_mode_whatever_fails(monkeypatch):
+    """Here the device, when losses are read after an interruption."""
+
+    def lost(*given):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(loop, "_read", lost)
+    with pytest.raises(RuntimeError, match="device lost") as found:
+        run(9, every=9, batches=interrupted(1))
+    assert isinstance(found.value.__context__, KeyboardInterrupt)
+    assert not run.model.training
