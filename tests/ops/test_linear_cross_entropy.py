@@ -80,14 +80,17 @@ def value_and_gradient(function, hidden, *arguments, upstream=1.0):
     return loss.detach(), gradient
 
 
-def check(hidden, weight, labels, *arguments, upstream=1.0):
+def check(hidden, weight, labels, *arguments, upstream=1.0, logits=0.0):
+    """logits: the size of logits whose own rounding, of which the result has a few, is allowed for, too."""
     got, stock = (
         value_and_gradient(function, hidden, weight, labels, *arguments, upstream=upstream)
         for function in (ours, hf)
     )
     loss, gradient, terms = exact(hidden, weight, labels, *arguments[:2])
-    assert_within_budget(got[0], stock[0], loss)
-    assert_within_budget(got[1], stock[1], upstream * gradient, magnitude=upstream * terms)
+    assert_within_budget(got[0], stock[0], loss, magnitude=loss + logits)
+    assert_within_budget(
+        got[1], stock[1], upstream * gradient, ulps=2.0 + 2.0 * logits, magnitude=upstream * terms
+    )
 
 
 def test_the_truth():
@@ -120,7 +123,10 @@ def test_any_case(backend, device, examples):
         left_out = torch.rand(N, generator=torch.Generator().manual_seed(seed)) < ignored
         left_out[0] = False  # no label at all makes HF's loss NaN
         labels[left_out.to(device)] = IGNORED
-        check(hidden, weight, labels, scale, num_items, -(-V // chunks))
+        # Which of two sums is rounded better is luck where they are few: a logit of 16 moves terms by up to 8 ulp.
+        largest = float(((hidden * scale).double() @ weight.double().t()).abs().max())
+        logits = 1.0 + largest if dtype == torch.float32 else 0.0
+        check(hidden, weight, labels, scale, num_items, -(-V // chunks), logits=logits)
 
     any_case()
 
