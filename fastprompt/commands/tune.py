@@ -226,6 +226,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number of 0 or more, got {value}")
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
+    if arguments.task is not None and not arguments.start:
+        raise ValueError("--task needs --start, of whose prompts it is one")
     if arguments.start:
         for name in ("kind", "num_tokens", "init", "text"):
             if getattr(arguments, name) is not None:

@@ -217,6 +217,23 @@ def test_a_log_survives_a_loss_that_is_no_number(files, capsys, monkeypatch):
     assert not out.exists()
 
 
+def test_a_task_of_a_multitask_adapter(files, capsys, tmp_path):
+    data, out, common = files
+    prompts = [PromptFile(torch.full((2, 192), value), "prepend") for value in (0.5, 1.5)]
+    write_prompt(tmp_path / "two", prompts, format="peft")
+    where = ["--train", data, "--out", out, "--start", tmp_path / "two"]
+    still = ["--steps", 1, "--lr", 0.0, "--weight-decay", 0.0]
+    assert run(capsys, "tune", *common, *where, *still)[0] == 1  # which of both?
+    assert run(capsys, "tune", *common, *where, *still, "--task", 1)[0] == 0
+    torch.testing.assert_close(read_prompt(out).rows, torch.full((2, 192), 1.5))
+    scores = [
+        run(capsys, "eval", *common, "--data", data, "--prompt", *found)[:2]
+        for found in ([out], [tmp_path / "two", "--task", 1])
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0][0] == 0
+
+
 def test_nobody_has_to_read_what_is_said(files):
     data, out, common = files
     how = ["--train", data, "--dev", data, "--out", out, "--steps", 1, "--num-tokens", 3]
@@ -451,6 +468,7 @@ def test_slips_are_told_in_a_line(files, capsys, more, message):
         (["--lr", "-1"], "--lr must be a finite number of 0 or more, got -1.0"),
         (["--weight-decay", "nan"], "--weight-decay must be a finite number of 0 or more, got nan"),
         (["--start", "nowhere.npy"], "No such file.*nowhere.npy"),
+        (["--task", "0"], "--task needs --start"),
         (["--start", "data.jsonl"], "data.jsonl is no safetensors file"),
         (["--start", "data.jsonl", "--seed", str(1 << 70)], "--seed must be from 0 to"),
     ],
