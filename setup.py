@@ -25,10 +25,11 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fopenmp",
     "-ffp-contract=off",
-    "-fno-tree-loop-distribute-patterns",  # loops that copy short rows by vectors would become calls of memcpy
     "-Wall",
     "-Wextra",
 ]
+# g++'s: loops that copy short rows by vectors would become calls of memcpy.
+GCC_FLAGS = ["-fno-tree-loop-distribute-patterns"]
 # target -> (lanes of float, compiler flags)
 CPU_TARGETS = {"scalar": (1, [])}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -50,13 +51,17 @@ BF16_TARGETS = ("avx512_bf16", "amx")
 BF16_SOURCES = ("t5_attention", "t5_attention_backward")
 
 
+def compiler_knows(flags: list[str]) -> bool:
+    probe = [*shlex.split(CXX), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
 def cpu_targets() -> dict[str, tuple[int, list[str]]]:
     """Those that the compiler knows: g++ does AVX512_BF16 from version 10 on, AMX from 11."""
     known = dict(CPU_TARGETS)
     for target in BF16_TARGETS:
         flags = known.get(target, (0, []))[1]
-        probe = [*shlex.split(CXX), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-        if flags and subprocess.run(probe, capture_output=True).returncode != 0:
+        if flags and not compiler_knows(flags):
             print(f"{CXX} does not know {target}: attention in bfloat16 goes without")
             del known[target]
     return known
@@ -114,7 +119,7 @@ class NinjaBuild(build_ext):
 
     def ninja_file(self, output: Path) -> str:
         sanitize, nvcc = os.environ.get("FASTPROMPT_SANITIZE", ""), find_nvcc()
-        cxx_flags = [*CXX_FLAGS, "-O3"]
+        cxx_flags = [*CXX_FLAGS, "-O3", *(GCC_FLAGS if compiler_knows(GCC_FLAGS) else ())]
         link_flags = ["-shared", "-fopenmp", "-Wl,--as-needed"]
         include = [sysconfig.get_path("include"), pybind11.get_include(), ROOT / "csrc"]
         if sanitize:
