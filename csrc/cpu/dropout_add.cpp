@@ -12,7 +12,7 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
                     int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
     const Dropout dropout(seed, dropout_p);
-    const Put how = dropout.active() ? Put::kAsking : put_in_passing();
+    const Put how = put_in_passing(dropout.active());
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);

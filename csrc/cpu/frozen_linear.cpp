@@ -109,7 +109,7 @@ template <int ROWS, int VECTORS>
 FP_INLINE void chains(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t depth,
                       bool adds) {
     for (int64_t k = 0; k < depth; k += kChain, adds = true) {
-        multiply_tile<ROWS, VECTORS>({x + k, x_row, 1}, b + k * kTileColumns, kTileColumns, y, y_row,
+        multiply_tile<ROWS, VECTORS>(Matrix{x + k, x_row, 1}, b + k * kTileColumns, kTileColumns, y, y_row,
                                      least(depth - k, kChain), adds);
     }
 }

@@ -35,7 +35,7 @@ int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept,
                      int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
     const Dropout dropout(seed, dropout_p);
-    const Put how = dropout.active() ? Put::kAsking : put_in_passing();
+    const Put how = put_in_passing(dropout.active());
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
@@ -58,7 +58,7 @@ int64_t relu_dropout_backward(const void* dy, const uint8_t* kept, void* dx, int
                               int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return kBadDType;
     const float scale = keep_scale(dropout_p);
-    const Put how = put_in_passing();
+    const Put how = put_in_passing(false);
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
