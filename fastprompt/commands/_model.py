@@ -66,9 +66,12 @@ def check_outputs(prompt: Path | None, others: Iterable[Path | None], inputs: It
         taken.add(own)
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fits = os.access(path, os.W_OK) and not path.is_dir() if path.exists() else _is_open(path.parent)
-        if path == prompt and path.exists():
+        if not path.exists():
+            fits = _is_open(path.parent)
+        elif path == prompt:
             fits = path.is_file() and _is_open(path.resolve().parent)
+        else:
+            fits = not path.is_dir() and os.access(path, os.W_OK)
         if not fits:
             raise ValueError(f"{path}: cannot be written. Name a file, in a folder that you may write to")
 

@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from fastprompt import patch, training
+    from fastprompt.prompts.rank import choice_ids
+    from fastprompt.training.losses import check_choices
 
     _check(arguments)
     read = {"input_field": arguments.input_field, "target_field": arguments.target_field}
@@ -99,8 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments.out, [arguments.log], inputs)
     model, tokenizer = load(arguments)
     pairs = training.encode(train, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
-    targets = tokenizer([each.target for each in (*train, *dev)])["input_ids"]
-    _check_targets(arguments, tokenizer, targets, model.config.vocab_size)
+    choices = choice_ids(arguments.choices, tokenizer, model.config.vocab_size) if arguments.choices else []
+    check_choices(choices)
+    wanted = tokenizer([each.target for each in dev])["input_ids"] if dev else []
+    warn_of_unknown([*(target for _, target in pairs), *wanted], tokenizer)
     patch(model, memory=arguments.memory, lm_loss=True)
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
@@ -150,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         training.tune(
             prompted,
             training.shuffled(pairs, arguments.batch_size, arguments.seed),
-            _loss(arguments, prompted, tokenizer),
+            _loss(arguments, prompted, choices),
             training.Adafactor(
                 prompted.prompts.parameters(),
                 lr=_rate(arguments, prompted),
@@ -172,37 +176,21 @@ def run(arguments: argparse.Namespace) -> int:
             print(
                 f"interrupted; the prompt of step {curve.best_step:,} is in {arguments.out}", file=sys.stderr
             )
-        log()
         return 130
-    except BaseException:
+    else:
+        save()
+    finally:
         log()
-        raise
-    save()
-    log()
     say(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
     return 0
 
 
-def _check_targets(
-    arguments: argparse.Namespace, tokenizer: Any, targets: list[list[int]], vocab_size: int
-) -> None:
-    """Can the model tell them apart, and say them?"""
-    from fastprompt.prompts.rank import choice_ids
-    from fastprompt.training.losses import check_choices
-
-    if arguments.choices:
-        check_choices(choice_ids(arguments.choices, tokenizer, vocab_size))
-    warn_of_unknown(targets, tokenizer)
-
-
-def _loss(arguments: argparse.Namespace, prompted: Any, tokenizer: Any) -> Any:
+def _loss(arguments: argparse.Namespace, prompted: Any, choices: list[list[int]]) -> Any:
     from fastprompt import training
-    from fastprompt.prompts.rank import choice_ids
 
     if arguments.loss == "target":
         return training.model_loss(prompted)
-    ids = choice_ids(arguments.choices, tokenizer, prompted.config.vocab_size)
-    return training.choice_loss(prompted, ids)
+    return training.choice_loss(prompted, choices)
 
 
 def _rate(arguments: argparse.Namespace, prompted: Any) -> float:

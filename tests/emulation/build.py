@@ -27,13 +27,8 @@ CPU_FLAGS = [
     *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
     *("-fopenmp", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
 ]
-BF16_FLAGS = {
-    "avx512_bf16": [*CPU_FLAGS, "-DFP_HAS_PAIRS", "-DFP_LANES=1", '-DFP_TARGET="avx512_bf16"'],
-    "amx": [
-        *CPU_FLAGS,
-        *("-DFP_HAS_PAIRS", "-DFP_HAS_TILES", "-DFP_EMULATED_AMX", "-DFP_LANES=1", '-DFP_TARGET="amx"'),
-    ],
-}
+BF16_FLAGS = [*CPU_FLAGS, "-DFP_LANES=1", "-DFP_HAS_PAIRS"]
+TILE_FLAGS = ["-DFP_HAS_TILES", "-DFP_EMULATED_AMX"]
 NEON_FLAGS = [*CPU_FLAGS, "-DFP_LANES=4", '-DFP_TARGET="neon"']
 ADDRESS = "-fsanitize=address"
 SCHEDULES = ("forward", "reverse", "shuffled")
@@ -92,7 +87,8 @@ def bf16_kernels(isa: str) -> SimpleNamespace:
     """Name -> kernel of t5_attention for an instruction set that multiplies bfloat16, whose instructions are functions
     here: of pairs (csrc/cpu/pairs.h) or of AMX's tiles (amx.h).
     """
-    return _load_kernels(sorted(ROOT.glob("csrc/cpu/t5_attention*.cpp")), BF16_FLAGS[isa])
+    flags = [*BF16_FLAGS, f'-DFP_TARGET="{isa}"', *(TILE_FLAGS if isa == "amx" else ())]
+    return _load_kernels(sorted(ROOT.glob("csrc/cpu/t5_attention*.cpp")), flags)
 
 
 def set_schedule(order: str = "forward", seed: int = 0) -> None:
