@@ -11,13 +11,13 @@ TEST_ENV := PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit hf-quick hf-tests triton triton-aot sanitize packaging bench bench-quick wheel gpu clean
+.PHONY: help setup demo test lint unit compat hf-quick hf-tests triton triton-aot sanitize packaging bench bench-quick wheel gpu clean
 
 help:
 	@echo "make demo    train a soft prompt on real text with the tiny T5 in this repository (about 3 minutes)"
 	@echo "make test    everything that CI runs"
 	@echo "make bench   benchmarks beside what a user has today"
-	@echo "make lint | unit | hf-quick | triton | triton-aot | sanitize | packaging   the parts of make test"
+	@echo "make lint | unit | compat | hf-quick | triton | triton-aot | sanitize | packaging   the parts of make test"
 	@echo "make hf-tests  all of transformers' own model tests on patched models (about 3 minutes)"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: build, test and benchmark there"
@@ -46,7 +46,7 @@ $(VENV)/installed: $(VENV)/packages setup.py $(NATIVE)
 demo: setup
 	$(BIN)/python -m fastprompt.demo
 
-test: lint unit hf-quick triton triton-aot sanitize packaging bench-quick
+test: lint unit compat hf-quick triton triton-aot sanitize packaging bench-quick
 	@echo "all parts of make test passed"
 
 lint: setup
@@ -58,6 +58,20 @@ lint: setup
 
 unit: setup
 	$(PYTEST) tests --ignore tests/triton --ignore tests/triton_aot --ignore tests/packaging
+
+# What stands on transformers, on the oldest that pyproject.toml allows. constraints.txt has the newest that is known.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
+OLD := $(CURDIR)/$(VENV)/transformers-$(OLDEST)
+
+$(OLD)/ready: | $(VENV)/packages
+	rm -rf $(OLD)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)=' constraints.txt > $(VENV)/other-constraints.txt
+	$(BIN)/pip install -q --target $(OLD) -c $(VENV)/other-constraints.txt transformers==$(OLDEST)
+	touch $@
+
+compat: setup $(OLD)/ready
+	PYTHONPATH=$(OLD) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST)"'
+	PYTHONPATH=$(OLD) $(PYTEST) tests/models tests/prompts tests/training tests/hf tests/demo tests/test_cli.py
 
 # transformers' own tests of models, which are in its sdist, on stock T5 and on patched T5.
 HF_TESTS := $(VENV)/transformers-tests-$(TRANSFORMERS)

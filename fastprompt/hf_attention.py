@@ -236,7 +236,7 @@ def attention(
         and not isinstance(attention_mask, Keys)
         and _prompt_of("decoder", module.config)
     ):
-        _refuse_prompt("a decoder_attention_mask for a static cache, of which HF makes a mask without them")
+        _refuse_prompt("a decoder_attention_mask of another form than [B, S]")
     if isinstance(attention_mask, Keys) and attention_mask.cu is not None:
         raise ValueError(f"fastprompt: packed rows do not go with {_UNCOVERED}. Run them padded: pack=False")
     return _transformers_attention(

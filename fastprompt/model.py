@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from fastprompt._cache_name import CACHE_NAMES, rename_cache
 from fastprompt.prompts import checks
 from fastprompt.prompts.bank import Names
 from fastprompt.prompts.config import SITES, PromptConfig
@@ -80,7 +81,8 @@ class PromptModel(KeyKeeper):
             self.add_prompt(name, each)
         model.requires_grad_(False)
         self.train(model.training)
-        self._keywords = frozenset(inspect.signature(model.forward).parameters) | _HF_KEYWORDS
+        parameters = inspect.signature(model.forward).parameters
+        self._keywords = frozenset((*parameters, *_HF_KEYWORDS, *CACHE_NAMES))
 
     def forward(
         self,
@@ -106,7 +108,7 @@ class PromptModel(KeyKeeper):
             decoder_input_ids, decoder_attention_mask: as HF has them.
             encoder_outputs: of an earlier forward with the same prompts, [B, L, D]; L = longest prompt + S for
                 "prepend", L = S for other kinds.
-            kwargs: what else the model's forward takes (``output_attentions``, ``past_key_values``, ...). ``use_cache``
+            kwargs: what else the model's forward takes (``output_attentions``, ``cache``, ...). ``use_cache``
                 is off unless asked for where a loss with gradient is: nothing reads a cache then.
 
         Returns:
@@ -117,6 +119,7 @@ class PromptModel(KeyKeeper):
             IndexError: a token id or, on the CPU, a label is outside the vocabulary.
         """
         checks.check_keywords(kwargs, self._keywords)
+        rename_cache(kwargs)
         size = self._batch_size(input_ids, encoder_outputs)
         checks.check_labels(labels, size, self.config.vocab_size)
         batch = self._batch(input_ids, attention_mask, prompts, size)
@@ -164,6 +167,7 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError, IndexError: as in ``forward``.
         """
         checks.check_no_inputs_embeds(kwargs)
+        rename_cache(kwargs)
         if inputs is not None:
             if input_ids is not None:
                 raise TypeError(

@@ -317,13 +317,13 @@ class FastSelfAttention(FastAttention):
         attention_mask: Any = None,
         position_bias: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,  # the same, from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
+        past = past_key_values if cache is None else cache
         if not isinstance(self, FastSelfAttention):
-            return unpatched_forward(
-                self, hidden_states, attention_mask, position_bias, past_key_values, **kwargs
-            )
-        attention, past, bias = self._attention, past_key_values, position_bias
+            return unpatched_forward(self, hidden_states, attention_mask, position_bias, past, **kwargs)
+        attention, bias = self._attention, position_bias
         weights = self._weights(attention_mask, (hidden_states,), kwargs)
         way = None if weights is None else self._way(attention_mask, past)
         if way is not None:
@@ -339,7 +339,7 @@ class FastSelfAttention(FastAttention):
                 # The bias goes on to the next layers as the table that it is.
                 return way(weights, hidden_states, None, table, attention_mask, past), bias, None
         return super().forward(  # type: ignore[misc]
-            hidden_states, attention_mask, position_bias, past_key_values, **kwargs
+            hidden_states, attention_mask, position_bias, past, **kwargs
         )
 
     def _other_scores(self) -> str | None:
@@ -372,18 +372,20 @@ class FastCrossAttention(FastAttention):
         attention_mask: Any = None,
         position_bias: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,  # the same, from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
+        past = past_key_values if cache is None else cache
         if not isinstance(self, FastCrossAttention):
-            inputs = (hidden_states, key_value_states, attention_mask, position_bias, past_key_values)
+            inputs = (hidden_states, key_value_states, attention_mask, position_bias, past)
             return unpatched_forward(self, *inputs, **kwargs)
         weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
         fits = weights is not None and attention_mask.fits(key_value_states.shape[1])
         served = fits and not attention_mask.causal and len(hidden_states) == len(key_value_states)
-        way = self._way(attention_mask, past_key_values) if served else None
+        way = self._way(attention_mask, past) if served else None
         if way is not None:
-            y = way(weights, hidden_states, key_value_states, None, attention_mask, past_key_values)
+            y = way(weights, hidden_states, key_value_states, None, attention_mask, past)
             return y, position_bias, None
         return super().forward(  # type: ignore[misc]
-            hidden_states, key_value_states, attention_mask, position_bias, past_key_values, **kwargs
+            hidden_states, key_value_states, attention_mask, position_bias, past, **kwargs
         )

@@ -28,9 +28,8 @@ class Served:
         return hf_attention.NAME
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        return self.stock.get_text_config(
-            *args, **kwargs
-        )  # may copy it, which the compiler does in its own way
+        found = self.stock.get_text_config(*args, **kwargs)  # which the compiler copies in its own way
+        return self if found is self.stock else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.stock, name, value)  # which may refuse, or set more

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from fastprompt._cache_name import CACHE_NAMES
 from fastprompt.ops._indices import indices
 from fastprompt.prompts import checks
 from fastprompt.prompts.prefix import PrefixPrompt
@@ -60,7 +61,7 @@ class Pass(NamedTuple):
 
     rows: Tensor  # their numbers
     inputs: Tensor  # which of the B inputs each has
-    # input_ids, attention_mask, prompts; encoder_outputs and past_key_values (of cross-attention) if they are known
+    # input_ids, attention_mask, prompts; encoder_outputs and a cache (of cross-attention) if they are known
     arguments: dict[str, Any]
 
 
@@ -95,7 +96,7 @@ class Shared(NamedTuple):
         found: dict[str, Any] = {"encoder_outputs": BaseModelOutput(last_hidden_state=self.hidden[rows])}  # type: ignore[arg-type]
         if self.cross:
             cross = DynamicCache([(k[rows], v[rows]) for k, v in self.cross])
-            found["past_key_values"] = EncoderDecoderCache(DynamicCache(), cross)
+            found["cache"] = EncoderDecoderCache(DynamicCache(), cross)
         return found
 
 
@@ -137,7 +138,7 @@ def generated(
     kwargs: dict[str, Any],
 ) -> GeneratedEnsemble:
     """The arguments are those of ``PromptModel.ensemble_generate``."""
-    for name in ("encoder_outputs", "past_key_values"):
+    for name in ("encoder_outputs", *CACHE_NAMES):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"PromptModel: an ensemble's prompts each need {name} of their own: leave it out"
@@ -271,7 +272,7 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
         and option("use_cache", True)
         and option("cache_implementation", "dynamic") == "dynamic"
         and not option("prompt_lookup_num_tokens", 0)
-        and "past_key_values" not in kwargs
+        and not any(name in kwargs for name in CACHE_NAMES)
     )
 
 

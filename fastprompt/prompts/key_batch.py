@@ -2,6 +2,7 @@
 """A batch whose prompts are keys and values that attention layers read: kinds "cached" and "prefix"."""
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
+from fastprompt._cache_name import CACHE
 from fastprompt.hf_attention import PromptKeys
+from fastprompt.modules.config import served_config
 from fastprompt.prompts import checks, packed
 from fastprompt.prompts.reentrant import as_leaves, is_reentrant
 from fastprompt.prompts.tokens import Tokens
@@ -41,7 +44,7 @@ class KeyBatch(NamedTuple):
         model, mask = self.tokens.model, self.tokens.mask
         self.tokens.check_mask(encoder_outputs[0])
         decoder, cross = self.keys["decoder"], self.keys["cross"]
-        if arguments.get("past_key_values") is not None or not checks.has_whole_mask(arguments):
+        if arguments.get(CACHE) is not None or not checks.has_whole_mask(arguments):
             # Where the queries stand among the keys, and what other masks mean, is for transformers to say.
             with hf_attention.prompt_keys(model, decoder=decoder, cross=cross):
                 return model(attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
@@ -62,8 +65,11 @@ class KeyBatch(NamedTuple):
         self.tokens.check_mask(hidden)
         if mask is None:  # generate would guess one from padding ids
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        with hf_attention.prompt_keys(model, decoder=self.keys["decoder"], cross=self.keys["cross"]):
-            return model.generate(ids, attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
+        # For a static cache generate makes the decoder's mask itself, by the attention that its model's config names.
+        view = copy(model)
+        view.config = served_config(model.config)
+        with hf_attention.prompt_keys(view, decoder=self.keys["decoder"], cross=self.keys["cross"]):
+            return view.generate(ids, attention_mask=mask, encoder_outputs=encoder_outputs, **arguments)
 
     def _take_decoder_embeds(self, arguments: dict[str, Any]) -> Tensor | None:
         """The decoder's input, in place of its ids; None if neither is given, which HF refuses."""

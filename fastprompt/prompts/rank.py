@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from fastprompt._cache_name import CACHE, cache_of
 from fastprompt.modules.attention import FastAttention
 from fastprompt.ops._indices import indices
 from fastprompt.prompts.bank import Names
@@ -80,7 +81,7 @@ def choice_scores(
     prompts: Names = None,
     length_normalized: bool = False,
     encoder_outputs: Any = None,
-    past_key_values: Any = None,
+    cache: Any = None,
 ) -> Tensor:
     """Log-probability of each choice given each row's input: [B, C], in nats, fp32 or the model's wider dtype.
 
@@ -91,17 +92,18 @@ def choice_scores(
         prompts: as in PromptModel.forward; None for a bare T5.
         length_normalized: the mean per token instead of the sum.
         encoder_outputs: of these inputs, if they are known.
-        past_key_values: an EncoderDecoderCache with their keys and values in cross-attention, if they are known.
+        cache: an EncoderDecoderCache with their keys and values in cross-attention, if they are known.
 
     Raises:
-        ValueError: gradient checkpointing is on in training mode, a choice has several tokens, and gradients are off.
+        ValueError: gradient checkpointing is on in training mode, a choice has several tokens, and gradients are off,
+            before transformers 5.24.
     """
     scorer = _Scorer(model, input_ids, attention_mask, prompts, encoder_outputs)
     at_once = max(1, ROWS_PER_PASS // len(scorer.hidden))
-    if torch.is_grad_enabled() and past_key_values is None and not scorer.cache_carries_gradients():
+    if torch.is_grad_enabled() and cache is None and not scorer.cache_carries_gradients():
         scores = torch.cat([scorer.whole(some) for some in pieces(choices, at_once)], 1)
     else:
-        first, cache = scorer.first(any(len(choice) > 1 for choice in choices), past_key_values)
+        first, cache = scorer.first(any(len(choice) > 1 for choice in choices), cache)
         columns = list(first[:, indices([choice[0] for choice in choices], first.device)].unbind(1))
         longer = [number for number, choice in enumerate(choices) if len(choice) > 1]
         for numbers in pieces(longer, at_once):
@@ -148,20 +150,22 @@ class _Scorer:
             encoder_outputs=(self.hidden,),
             attention_mask=self.mask,
             decoder_input_ids=start,
-            past_key_values=cache,
             use_cache=keep,
+            **{CACHE: cache},
             **self.more,
         )
-        if keep and output.past_key_values is None:
+        found = cache_of(output)
+        if keep and found is None:
             raise ValueError(
                 "choice_scores: with gradient checkpointing T5 keeps no cache in training mode, and choices of several "
                 "tokens need one. Call gradient_checkpointing_disable()"
             )
-        return _log_softmax(output.logits[:, 0]), output.past_key_values
+        return _log_softmax(output.logits[:, 0]), found
 
     def rest(self, cache: Any, choices: Sequence[Sequence[int]]) -> Tensor:
         """[B, c]: what the tokens after the first add to the scores of c choices of two or more tokens."""
-        return self._scores(choices, past_key_values=_repeated_cache(cache, len(choices)), use_cache=True)
+        repeated = _repeated_cache(cache, len(choices))
+        return self._scores(choices, use_cache=True, **{CACHE: repeated})
 
     def cache_carries_gradients(self) -> bool:
         """Patched attention's does not, and needs no keys for a whole target; under checkpointing there is none."""

@@ -26,7 +26,14 @@ from fastprompt.modules.ff import FrozenFF
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
 CASES = transformers_models.CASES
-NAMES = [(case, name) for case, cls in CASES.items() for name in unittest.TestLoader().getTestCaseNames(cls)]
+# From 5.24 on it wants every stack's configuration to name the attention that was set: a patched one names fastprompt's.
+LEFT_OUT = {"test_can_set_attention_dynamically"}
+NAMES = [
+    (case, name)
+    for case, cls in CASES.items()
+    for name in unittest.TestLoader().getTestCaseNames(cls)
+    if name not in LEFT_OUT
+]
 
 
 def freeze(model):
@@ -148,5 +155,5 @@ def test_as_stock(case, name, weights, fused, record_property):
     assert skipped is None
     worse = [trace for part, trace in failed.items() if part not in expected]
     assert not worse, "passes on the stock model:\n" + "\n".join(worse)
-    if case != "umt5":  # whose decoder sees the future in transformers' sdpa, from 5.15 to 5.17 at least
+    if case != "umt5":  # whose decoder sees the future in transformers' sdpa, from 5.15 to 5.17
         assert_same(ours, theirs)

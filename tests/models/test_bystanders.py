@@ -13,6 +13,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel, explain, graphed, patch, patched, unpatch
+from fastprompt._cache_name import CACHE, cache_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,7 +233,7 @@ def test_a_gradient_through_a_cache_is_refused(make, batch, labels):
     first = model(**given, decoder_input_ids=ids[:, :4], use_cache=True)
     (whole,) = torch.autograd.grad(first.logits.square().sum(), embeds, retain_graph=True)
     assert whole.abs().sum() > 0
-    second = model(**given, decoder_input_ids=ids[:, 4:], past_key_values=first.past_key_values)
+    second = model(**given, decoder_input_ids=ids[:, 4:], **{CACHE: cache_of(first)})
     with pytest.raises(
         RuntimeError, match=r"carry no gradient. Run all decoder tokens in one call, or unpatch"
     ):

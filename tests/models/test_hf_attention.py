@@ -32,6 +32,7 @@ from transformers.models.t5.modeling_t5 import eager_attention_forward
 from transformers.models.udop.modeling_udop import UdopStack
 
 from fastprompt import PromptConfig, PromptModel, backend_used, hf_attention, patched, use_backend
+from fastprompt._cache_name import CACHE
 from fastprompt.ops import t5_attention
 from fastprompt.testing import assert_within_budget
 
@@ -294,8 +295,8 @@ def test_several_queries_behind_a_static_cache(pair, batch, device):
                 encoder_outputs=encoded,
                 attention_mask=batch()["attention_mask"],
                 decoder_input_ids=part,
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             ).logits
             for part in ids.split((5, 1, 4, 3), 1)
         ]
@@ -312,7 +313,7 @@ def test_keys_that_a_caller_passes_stand_where_the_cache_ends(pair, batch, devic
     cache = EncoderDecoderCache(
         DynamicCache(config=ours.decoder.config), DynamicCache(config=ours.decoder.config)
     )
-    options = {"encoder_outputs": ours.get_encoder()(**batch()), "past_key_values": cache, "use_cache": True}
+    options = {"encoder_outputs": ours.get_encoder()(**batch()), CACHE: cache, "use_cache": True}
     options |= {"attention_mask": batch()["attention_mask"]}
     options |= {"decoder_attention_mask": hf_attention.Keys(None, 0, causal=True)}
     parts = [ours(decoder_input_ids=part, **options).logits for part in ids.split((5, 3), 1)]

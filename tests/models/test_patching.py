@@ -24,6 +24,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import fastprompt
 from fastprompt import PromptConfig, PromptModel, backend_used, explain, hf_attention, patch, patched, unpatch
+from fastprompt._cache_name import CACHE, cache_of
 from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 from fastprompt.ops.t5_attention import keeps_out
@@ -367,8 +368,8 @@ def test_a_step_of_generation_calls_no_stock_attention(make, batch, monkeypatch)
 def continued(model, inputs, embeds):
     """Logits of one more token behind two that a cache holds."""
     start = torch.zeros(3, 2, dtype=torch.int64, device=embeds.device)
-    past = model(**inputs, decoder_input_ids=start, use_cache=True).past_key_values
-    return model(**inputs, decoder_inputs_embeds=embeds, past_key_values=past).logits
+    past = cache_of(model(**inputs, decoder_input_ids=start, use_cache=True))
+    return model(**inputs, decoder_inputs_embeds=embeds, **{CACHE: past}).logits
 
 
 def test_a_step_of_generation_has_gradients_and_dropout(make, batch):
@@ -405,10 +406,10 @@ def test_a_cache_that_was_emptied_is_filled_again(make, batch, labels):
             encoded = model.encoder(**batch())
             for _ in range(2):
                 past.reset()
-                output = model(encoder_outputs=encoded, labels=labels, past_key_values=past)
+                output = model(encoder_outputs=encoded, labels=labels, **{CACHE: past})
         found.append(output)
     close(found[1].logits, found[0].logits)
-    assert found[1].past_key_values.is_updated == found[0].past_key_values.is_updated
+    assert cache_of(found[1]).is_updated == cache_of(found[0]).is_updated
 
 
 def test_a_cache_without_a_part_for_cross_attention(make, batch, labels):
@@ -417,7 +418,7 @@ def test_a_cache_without_a_part_for_cross_attention(make, batch, labels):
     for model in (make(), patch(make())):
         with torch.no_grad():
             encoded = model.encoder(**batch())
-            found.append(model(encoder_outputs=encoded, labels=labels, past_key_values=DynamicCache()).logits)
+            found.append(model(encoder_outputs=encoded, labels=labels, **{CACHE: DynamicCache()}).logits)
     close(found[1], found[0])
 
 
@@ -435,10 +436,10 @@ def test_an_encoding_of_inference_mode_can_be_trained_on(make, batch, labels, me
 
 def test_training_fills_the_cache_as_before(make, batch, labels):
     model = make()
-    expected = model(**batch(), labels=labels).past_key_values
+    expected = cache_of(model(**batch(), labels=labels))
     embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
     inputs = {"inputs_embeds": embeds, "attention_mask": batch()["attention_mask"]}
-    ours = patch(model)(**inputs, labels=labels).past_key_values
+    ours = cache_of(patch(model)(**inputs, labels=labels))
     for name in ("self_attention_cache", "cross_attention_cache"):
         pairs = zip(getattr(ours, name).layers, getattr(expected, name).layers, strict=True)
         for one, two in pairs:
@@ -453,7 +454,7 @@ def test_hidden_states_and_attentions(make, batch, labels):
     ours = patch(model)(**batch(), labels=labels, **options)
     assert list(ours) == list(expected)
     for name in expected:
-        if isinstance(expected[name], tuple) and name != "past_key_values":
+        if isinstance(expected[name], tuple) and name != CACHE:
             assert len(ours[name]) == len(expected[name])
             for one, two in zip(ours[name], expected[name], strict=True):
                 close(one, two)

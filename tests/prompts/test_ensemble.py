@@ -321,7 +321,7 @@ def test_bad_input(changes, error, message, tuned, inputs):
         tuned.ensemble_generate(max_new_tokens=1, **arguments)
 
 
-@pytest.mark.parametrize("name", ["encoder_outputs", "past_key_values"])
+@pytest.mark.parametrize("name", ["encoder_outputs", "cache", "past_key_values"])
 def test_what_each_prompt_needs_of_its_own_is_refused(name, tuned, inputs):
     with pytest.raises(ValueError, match=f"each need {name} of their own: leave it out"):
         tuned.ensemble_generate(**inputs, prompts=["rows", "kv"], max_new_tokens=1, **{name: object()})

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from fastprompt import patch, unpatch
+from fastprompt._cache_name import CACHE_NAMES
 from fastprompt.prompts import PromptConfig
 
 CONFIGS = {
@@ -332,18 +333,13 @@ def test_a_static_cache_with_a_mask_of_the_decoder(configured, make_keyed, make_
     for prompts in ("cached", MIXED):
         options |= {"input_ids": batch["input_ids"], "prompts": prompts}
         expected = prompted.generate(**options)
-        if configured != "fastprompt" and prompts == MIXED:
-            with pytest.raises(
-                ValueError, match="do not go with a decoder_attention_mask for a static cache"
-            ):
-                prompted.generate(**options, cache_implementation="static")
-        else:
-            assert torch.equal(prompted.generate(**options, cache_implementation="static"), expected)
+        assert torch.equal(prompted.generate(**options, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("cache", CACHE_NAMES)
 @pytest.mark.parametrize("memory", [None, "balanced"])
 @pytest.mark.parametrize("prompts", [*CONFIGS, MIXED], ids=str)
-def test_decoding_by_hand_with_a_cache_equals_one_pass(memory, prompts, make_keyed, make_batch):
+def test_decoding_by_hand_with_a_cache_equals_one_pass(cache, memory, prompts, make_keyed, make_batch):
     prompted, batch = make_keyed(CONFIGS, memory=memory), make_batch("left")
     del batch["labels"]
     ids = torch.randint(2, 64, (3, 6), generator=torch.Generator().manual_seed(2)).to(prompted.device)
@@ -354,8 +350,8 @@ def test_decoding_by_hand_with_a_cache_equals_one_pass(memory, prompts, make_key
             **batch,
             prompts=prompts,
             decoder_input_ids=ids[:, at],
-            past_key_values=past,
             encoder_outputs=encoded,
+            **{cache: past},
         )
         encoded = (output.encoder_last_hidden_state,)
         found.append(output.logits)
@@ -489,3 +485,14 @@ def test_models_that_are_not_served(make_model):
         )
         with pytest.raises(ValueError, match=message):
             PromptModel(make_model("longt5"), PromptConfig(3, kind, init="uniform"))
+
+
+def test_a_mask_of_another_form_is_refused_where_the_decoder_has_prompt_keys(make_keyed, make_batch):
+    prompted, batch = make_keyed(CONFIGS), make_batch()
+    T = batch["labels"].shape[1]
+    mask = torch.ones(3, 1, T, T, dtype=torch.bool, device=prompted.device).tril()
+    prompted(**batch, prompts="cached", decoder_attention_mask=mask)  # has none in the decoder
+    with pytest.raises(
+        ValueError, match=r"do not go with a decoder_attention_mask of another form than \[B, S\]"
+    ):
+        prompted(**batch, prompts="kv", decoder_attention_mask=mask)

@@ -202,6 +202,11 @@ def test_bad_input(changes, error, message, call):
             r"unexpected keyword arguments \['promts'\]; known are .*'output_attentions'",
         ),
         ({"adapter_names": ["p2"]}, TypeError, "unexpected keyword arguments"),
+        (
+            {"cache": object(), "past_key_values": object()},
+            TypeError,
+            "are one argument in transformers, got both",
+        ),
     ],
 )
 def test_bad_input_of_forward(changes, error, message, make_prompted, make_batch):

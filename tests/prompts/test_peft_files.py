@@ -10,6 +10,7 @@ from exactness import assert_exact
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, EncoderDecoderCache
 
+from fastprompt._cache_name import CACHE
 from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptFile, read_prompt, write_prompt
 from fastprompt.prompts.layout import ModelShape
@@ -49,7 +50,7 @@ def with_prefix(model, prefix, batch):
     pairs = [
         tuple(x.transpose(0, 1).expand(B, -1, -1, -1) for x in kv) for kv in zip(keys, values, strict=True)
     ]
-    return model(**batch, past_key_values=EncoderDecoderCache(DynamicCache(pairs), DynamicCache())).logits
+    return model(**batch, **{CACHE: EncoderDecoderCache(DynamicCache(pairs), DynamicCache())}).logits
 
 
 @pytest.mark.parametrize("copies", [None, 1, 2])
@@ -176,6 +177,10 @@ def test_a_written_prefix_is_loaded_by_peft(layers, make_model, make_batch, tmp_
     expected = with_prefix(model, prefix, batch)
     torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-5, atol=1e-5)
     batch.pop("labels")
+    if CACHE == "cache":
+        pytest.xfail(
+            "PEFT 0.21 looks for past_key_values at each step of generate, and puts its prefix there again"
+        )
     how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     answer = theirs.generate(**batch, **how)
     decoder_input = {"decoder_input_ids": answer.sequences[:, :-1]}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastprompt import PromptConfig, patch, training
+from fastprompt._cache_name import cache_of
 from fastprompt.prompts import keeper
 from fastprompt.prompts.rank import choice_ids
 from fastprompt.training.batches import split
@@ -31,7 +32,7 @@ def test_a_step_fills_no_cache(prompted, model, batch, patched):
     if patched:
         patch(model, lm_loss=True)
     seen = []
-    prompted.register_forward_hook(lambda *found: seen.append(found[-1].past_key_values))
+    prompted.register_forward_hook(lambda *found: seen.append(cache_of(found[-1])))
     training.model_loss(prompted)(batch).backward()
     assert seen == [None]
 
