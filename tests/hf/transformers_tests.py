@@ -26,7 +26,8 @@ from fastprompt.modules.ff import FrozenFF
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
 CASES = transformers_models.CASES
-# From 5.24 on it wants every stack's configuration to name the attention that was set: a patched one names fastprompt's.
+# From 5.24 on it wants every stack's configuration to name the attention that was set, where a patched one names
+# fastprompt's.
 LEFT_OUT = {"test_can_set_attention_dynamically"}
 NAMES = [
     (case, name)
