@@ -25,6 +25,14 @@ struct Layout {
     int64_t rows(int64_t b) const { return row_begin(b + 1) - row_begin(b); }
     int64_t all_rows() const { return cu_rows == nullptr ? B * L : L; }
 
+    // Is row r of the prompts in any sequence?
+    bool is_read(int64_t r) const {
+        for (int64_t b = 0; b < B; ++b) {
+            if (r >= start(b) && r - start(b) < length(b)) return true;
+        }
+        return false;
+    }
+
     // The sequence that row r belongs to.
     int64_t sequence(int64_t r) const {
         if (cu_rows == nullptr) return r / L;
@@ -250,6 +258,11 @@ int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int
     const Dropout dropout(seed, dropout_p);
 #pragma omp parallel for schedule(static) if (B * R * D >= kParallelElements)
     for (int64_t r = 0; r < R; ++r) {
+        if (!layout.is_read(r)) {  // as most rows of a bank
+            const int64_t row = D * size_of(prompt_dtype);
+            memset(static_cast<char*>(dprompts) + r * row, 0, static_cast<size_t>(row));
+            continue;
+        }
         each_chunk(D, [&](int64_t begin, int64_t count) {
             float total[kChunk] = {}, lost[kChunk] = {};
             for (int64_t b = 0; b < B;) {

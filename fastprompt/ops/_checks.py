@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks shared by the pages. A message reads ``fastprompt::op: what was expected, got what. Remedy.``"""
 
-from typing import NoReturn
+import operator
+from typing import Any, NoReturn
 
 import torch
 
@@ -38,6 +39,16 @@ def check_same_device(op: str, name: str, value: torch.Tensor, like: str, other:
             op,
             f"{name} must be on {other.device} like {like}, got {value.device}. Use {name}.to({like}.device)",
         )
+
+
+def as_int(op: str, name: str, value: Any) -> int:
+    """``value`` as the int that kernels take: NumPy's are none. Symbolic ones stay symbolic."""
+    if isinstance(value, int | torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        fail(op, f"{name} must be an int, got {type(value).__name__}", TypeError)
 
 
 def check_frozen(op: str, name: str, value: object) -> None:

@@ -16,7 +16,8 @@ def device_error_word(device: torch.device) -> Tensor | None:
     if device.type != "cuda":
         return None
     if device not in _words:
-        _words[device] = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        with torch.inference_mode(False):
+            _words[device] = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True)
     return _words[device]
 
 

@@ -125,12 +125,11 @@ def forward(a: Inputs) -> tuple[Tensor, Tensor]:
     return out.reshape(a.q.shape).to(a.q.dtype), stats
 
 
-def backward(
-    dout: Tensor, a: Inputs, out: Tensor | None, stats: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in their tensors' dtypes, and each example's share of the prompt's: wide [B, P, H, K].
 
-    dout . out of a row is the sum of its weights times their gradients, if there is no out.
+    dout . out of a row is the sum of its weights times their gradients. Weights are computed again from the scores:
+    another backend's statistics are of scores rounded otherwise, as in TF32.
     """
     wide = wide_dtype(a.q)
     dq, dk, dv = (torch.zeros(rows(x).shape, dtype=wide, device=x.device) for x in (a.q, a.k, a.v))
@@ -140,12 +139,9 @@ def backward(
     share_k, share_v = (torch.zeros((B, P, *a.q.shape[-2:]), dtype=wide, device=a.q.device) for _ in "kv")
     for b, e in enumerate(examples(a)):
         b_dout = dout[e.queries].transpose(0, 1)
-        top, total = stats[:, :, e.queries].to(wide)
-        total = torch.where(e.starved, float(e.k.shape[1]), total)  # the scores of a starved row are 0
-        weights = (e.scores - top[..., None]).exp() / total[..., None]
+        weights = e.scores.softmax(-1)
         dweights = (b_dout @ e.v.transpose(1, 2)) * e.factors
-        parts = weights * dweights if out is None else b_dout * rows(out)[e.queries].to(wide).transpose(0, 1)
-        dscores = weights * (dweights - parts.sum(-1, keepdim=True))
+        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
         b_dk, b_dv = dscores.transpose(1, 2) @ e.q, (weights * e.factors).transpose(1, 2) @ b_dout
         dq[e.queries] = (dscores @ e.k).transpose(0, 1)
         dk[e.keys], dv[e.keys] = b_dk[:, e.P :].transpose(0, 1), b_dv[:, e.P :].transpose(0, 1)

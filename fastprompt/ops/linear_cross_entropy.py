@@ -37,9 +37,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastprompt._native import DTYPE_CODES, pointer, stream
-from fastprompt._op import OPS, Op, direct
+from fastprompt._op import OPS, Op, direct, is_transformed
 from fastprompt.ops._checks import (
     FLOATS,
+    as_int,
     check_frozen,
     check_same_device,
     check_shape,
@@ -82,11 +83,14 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, None if isinstance(num_items, int) else num_items, chunk)
     check_frozen("linear_cross_entropy", "weight", weight)
+    ignore_index = as_int("linear_cross_entropy", "ignore_index", ignore_index)
+    if chunk is not None:
+        chunk = as_int("linear_cross_entropy", "chunk", chunk)
     if isinstance(num_items, int):
         if num_items < 1:
             fail("linear_cross_entropy", f"num_items must be positive, got {num_items}")
         num_items = labels.new_full((), num_items)
-    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or is_transformed())
     loss, _, _ = direct.linear_cross_entropy(
         hidden, weight, labels, num_items, scale, ignore_index, chunk, needs_grad
     )

@@ -46,6 +46,7 @@ from fastprompt._op import Op, direct
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
     FLOATS,
+    as_int,
     check_frozen,
     check_same_device,
     check_shape,
@@ -64,6 +65,7 @@ HEAD_WIDTHS = (16, 32, 64, 128, 256)
 # error where the two sum the score in different orders.
 DECODE_ROWS = 16
 FLOAT32_DECODE_ROWS = 1
+MAX_OFFSET = 2**31  # positions are sums of an offset and a row, in 32 bits on a GPU
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? prompt_k, Tensor? prompt_v, Tensor? prompt_ids,"
@@ -121,7 +123,8 @@ def t5_attention(
     offsets = None
     if isinstance(offset, Tensor):
         offsets, offset = _offsets(offset, q, cu_q), 0
-    if key_mask is not None and getattr(key_mask, "dtype", None) != torch.bool:
+    offset = as_int("t5_attention", "offset", offset)
+    if key_mask is not None and cu_k is None and getattr(key_mask, "dtype", None) != torch.bool:
         key_mask = _mask_of_lengths(key_mask, k)
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(q.device)
@@ -149,6 +152,8 @@ def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
 
 def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
     check_tensor("t5_attention", "key_mask", lengths, (torch.bool, torch.int64, torch.int32))
+    if lengths.dim() == 2:
+        check_tensor("t5_attention", "key_mask", lengths, (torch.bool,))  # a mask [B, S]
     check_shape("t5_attention", "key_mask", lengths, tuple(k.shape[:1]), "[B] (numbers of keys)")
     return torch.arange(k.shape[1], device=lengths.device) < lengths[:, None]
 
@@ -201,8 +206,8 @@ def _check(a: reference.Inputs) -> None:
         check_tensor(name, "key_mask", a.key_mask, (torch.bool,))
         check_shape(name, "key_mask", a.key_mask, tuple(a.k.shape[:2]), "[B, S]")
         check_same_device(name, "key_mask", a.key_mask, "q", a.q)
-    if a.offset < 0:
-        fail(name, f"offset must not be negative, got {a.offset}")
+    if not 0 <= a.offset < MAX_OFFSET:
+        fail(name, f"offset must lie in [0, 2^31), got {a.offset}")
     check_dropout(name, a.dropout_p, a.seed, a.q)
 
 
@@ -247,8 +252,8 @@ def _check_values(a: reference.Inputs) -> None:
     for what, cu, end in (("cu_q", a.cu_q, a.q.shape[0]), ("cu_k", a.cu_k, a.k.shape[0])):
         if cu is not None and not (int(cu[0]) == 0 and int(cu[-1]) == end and bool((cu.diff() >= 0).all())):
             fail(name, f"{what} must rise from 0 to {end}, got {cu.tolist()[:8]}")
-    if a.offsets is not None and bool((a.offsets < 0).any()):
-        fail(name, f"offset must not be negative, got {int(a.offsets.min())}")
+    if a.offsets is not None and bool(((a.offsets < 0) | (a.offsets >= MAX_OFFSET)).any()):
+        fail(name, f"offset must lie in [0, 2^31), got {a.offsets.tolist()[:8]}")
     if a.prompt_k is None:
         return
     R, P = a.prompt_k.shape[:2]
@@ -303,7 +308,8 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 @op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor stats)", fake=_fake)
 def t5_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = _checked(arguments)
-    return reference.forward(a)
+    with torch.autocast(a.q.device.type, enabled=False):
+        return reference.forward(a)
 
 
 def _is_tritons(a: reference.Inputs) -> bool:
@@ -374,7 +380,8 @@ def t5_attention_backward_reference(
     """
     a = _checked(arguments)
     _check_backward(dout, a, out, stats)
-    return reference.backward(dout, a, out, stats)
+    with torch.autocast(a.q.device.type, enabled=False):
+        return reference.backward(dout, a)
 
 
 @op.native

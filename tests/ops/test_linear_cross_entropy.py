@@ -334,6 +334,20 @@ def test_autocast_changes_nothing(backend, device, dtype):
     assert all(map(torch.equal, got, expected))
 
 
+def test_a_gradient_through_vmap(device):
+    """Where a tensor of a transform says that it needs none."""
+    hidden, weight, labels = torch.randn(3, 4, 16), torch.randn(9, 16), torch.tensor([1, 0, 8, 3])
+    hidden, weight, labels = (x.to(device) for x in (hidden, weight, labels))
+
+    def gradient(run):
+        leaf = hidden.clone().requires_grad_()
+        return torch.autograd.grad(run(leaf).sum(), leaf)[0]
+
+    found = gradient(torch.vmap(lambda each: linear_cross_entropy(each, weight, labels)))
+    expected = gradient(lambda every: torch.stack([linear_cross_entropy(x, weight, labels) for x in every]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_derivative_of_the_reference():
     hidden, weight, labels = inputs(4, 9, 5, torch.float64, torch.device("cpu"))
     labels[2] = IGNORED

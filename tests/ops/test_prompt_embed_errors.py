@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastprompt import backends, use_backend
-from fastprompt.ops import prompt_embed, raise_device_errors
+from fastprompt.ops import _device_errors, prompt_embed, raise_device_errors
 
 OP = "prompt_embed"
 IDS, SEED = torch.tensor([[1, 2, 3], [0, 8, 4]]), torch.tensor([1])
@@ -246,3 +246,17 @@ def test_raw_backward_with_hostile_arguments(backend, device, changes):
     with refusal(backend):
         raw_backward(device, **changes)
     raw_backward(device)
+
+
+def test_a_gpus_errors_are_told_in_any_mode(monkeypatch):
+    """The word that its kernels write is the host's, and may be zeroed outside the mode of the first call."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory, **how: zeros(*size, **how))
+    monkeypatch.setattr(_device_errors, "_words", {})
+    with torch.inference_mode(), torch.device("meta"):
+        word = _device_errors.device_error_word(torch.device("cuda"))
+    assert word.device.type == "cpu"
+    word.fill_(8)
+    with pytest.raises(IndexError, match="at flat index 7"):
+        raise_device_errors()
+    raise_device_errors()

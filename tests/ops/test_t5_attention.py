@@ -3,6 +3,7 @@
 
 import sys
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -414,6 +415,52 @@ def test_what_the_cpu_saves_is_enough_for_every_backend(dropout_p):
     for backend in backends(OP):
         for ours, theirs in zip(gradients(backend), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.falls_back("t5_attention_backward")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inside", ["forward", "backward"])
+def test_autocast_changes_nothing(backend, device, dtype, inside):
+    """Neither in the pass that it surrounds nor in the reference's backward pass of a kernel's forward pass."""
+    case = Case(device, dtype, B=2, T=20, S=30, K=64)
+    leaves = [x.requires_grad_() for x in case.tensors]
+
+    def autocast(where):
+        return torch.autocast(device.type, torch.bfloat16, enabled=inside == where)
+
+    with autocast("forward"):
+        out = case.ours(*leaves)
+    with use_backend(OP, "reference"), autocast("backward"):
+        found = torch.autograd.grad(out, leaves, case.dout)
+    again = case.ours(*leaves)
+    assert torch.equal(out, again)
+    with use_backend(OP, "reference"):
+        expected = torch.autograd.grad(again, leaves, case.dout)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_references_gradient_is_of_its_own_scores(device):
+    """Another backend's statistics, of scores that TF32 or bfloat16 rounded, do not tell its weights."""
+    case = Case(device, K=64)
+    op = torch.ops.fastprompt
+    a = [*case.tensors, case.bias, *[None] * 9, 0, False, 0.0]
+    with use_backend(OP, "reference"):
+        out, stats = op.t5_attention(*a)
+        expected = op.t5_attention_backward(case.dout, out, stats, *a)
+        found = op.t5_attention_backward(case.dout, out, stats * 1.01, *a)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_an_offset_of_numpys(device, gradient):
+    case = Case(device, causal=True, T=3)
+    tensors = [x.requires_grad_(gradient) for x in case.tensors]
+    case.options["offset"] = numpy.int64(2)
+    found = case.ours(*tensors)
+    case.options["offset"] = 2
+    assert torch.equal(found, case.ours(*tensors))
 
 
 def test_only_what_needs_a_gradient_gets_one(backend, device):
