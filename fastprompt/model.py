@@ -88,6 +88,7 @@ class PromptModel(KeyKeeper):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
         prompts: Names = None,
         return_logits: bool = True,
@@ -135,7 +136,7 @@ class PromptModel(KeyKeeper):
         if labels is not None and torch.is_grad_enabled() and checks.has_whole_mask(arguments):
             arguments.setdefault("use_cache", False)
         if encoder_outputs is None:
-            encoder_outputs = batch.encode({name: kwargs[name] for name in _FLAGS if name in kwargs})
+            encoder_outputs = _encoded(batch, {name: kwargs[name] for name in _FLAGS if name in kwargs})
         output = batch.forward(encoder_outputs, arguments)
         if not return_logits:
             output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
@@ -182,7 +183,7 @@ class PromptModel(KeyKeeper):
         size = self._batch_size(input_ids, encoder_outputs)
         batch = self._batch(input_ids, attention_mask, prompts, size)
         if encoder_outputs is None:
-            encoder_outputs = batch.encode({name: self._generation_flag(name, kwargs) for name in _FLAGS})
+            encoder_outputs = _encoded(batch, {name: self._generation_flag(name, kwargs) for name in _FLAGS})
         return batch.generate(_own(encoder_outputs), kwargs)
 
     def encode(
@@ -197,7 +198,7 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError, IndexError: as in ``forward``.
         """
         size = self._batch_size(input_ids, None)
-        return self._batch(input_ids, attention_mask, prompts, size, SITES[:1]).encode({})
+        return _encoded(self._batch(input_ids, attention_mask, prompts, size, SITES[:1]), {})
 
     @torch.no_grad()
     def rank(
@@ -227,17 +228,18 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError: choices that cannot be; and as in ``forward``.
         """
         ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
-        return rank_of(
-            choice_scores(
-                self,
-                input_ids,
-                attention_mask,
-                ids,
-                prompts=prompts,
-                length_normalized=length_normalized,
-                encoder_outputs=encoder_outputs,
+        with self.keeping(prompts):
+            return rank_of(
+                choice_scores(
+                    self,
+                    input_ids,
+                    attention_mask,
+                    ids,
+                    prompts=prompts,
+                    length_normalized=length_normalized,
+                    encoder_outputs=encoder_outputs,
+                )
             )
-        )
 
     @torch.no_grad()
     def ensemble(
@@ -253,7 +255,7 @@ class PromptModel(KeyKeeper):
     ) -> Ensemble:
         """``rank`` under each of N prompts, and their common answer (Lester et al. 2021, section 6).
 
-        In training mode dropout is on; call ``eval()`` first. ``cache_prompts(prompts)`` keeps what every pass reads.
+        In training mode dropout is on; call ``eval()`` first.
 
         Args:
             input_ids, attention_mask: as in ``forward``.
@@ -378,6 +380,12 @@ class PromptModel(KeyKeeper):
             if value is not None:
                 return bool(value)
         return bool(getattr(self.model.generation_config, name, False))
+
+
+def _encoded(batch: RowBatch | KeyBatch, flags: dict[str, Any]) -> BaseModelOutput:
+    """The stack's output as T5 takes an encoder's: of another class it takes entries by position, without Nones."""
+    found = batch.encode(flags)
+    return BaseModelOutput(found.last_hidden_state, found.hidden_states, found.attentions)
 
 
 def _own(encoder_outputs: Any) -> Any:

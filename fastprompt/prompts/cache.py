@@ -87,7 +87,7 @@ class PromptCaches:
         for pool in pools:
             wanted = {i: pool.names.index(name) for i, name in enumerate(names) if name in pool.names}
             for site, (keys, rows) in pool.keyed.items():
-                if wanted:
+                if any(keys.lens[rows[number]] for number in wanted.values()):
                     parts[site].append((keys, {i: rows[number] for i, number in wanted.items()}))
         kept = {name for pool in pools for name in pool.names}
         return parts, [i for i, name in enumerate(names) if name not in kept]

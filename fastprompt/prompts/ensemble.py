@@ -183,11 +183,12 @@ def _run(
     table = model.model.get_encoder().get_input_embeddings().weight
     input_ids = checks.check_input_ids(input_ids, table)
     checks.check_mask(attention_mask, len(input_ids), input_ids.shape[1], table)
-    return [
-        (each.rows, run(each))
-        for group in _groups(model, prompts)
-        for each in _passes(model, input_ids, attention_mask, prompts, group, rows_per_pass, keep_cross)
-    ]
+    with model.keeping(prompts):
+        return [
+            (each.rows, run(each))
+            for group in _groups(model, prompts)
+            for each in _passes(model, input_ids, attention_mask, prompts, group, rows_per_pass, keep_cross)
+        ]
 
 
 def _passes(
@@ -253,6 +254,9 @@ def _of_inputs(kwargs: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
         if isinstance(kwargs.get(name), Tensor):
             found[name] = kwargs[name][inputs]
     allowed, numbers = kwargs.get("prefix_allowed_tokens_fn"), inputs.tolist()
+    start = kwargs.get("decoder_start_token_id")
+    if isinstance(start, list):
+        found["decoder_start_token_id"] = [start[i] for i in numbers]
     if allowed is not None:
         found["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(numbers[row], ids)
     return found

@@ -52,17 +52,20 @@ class KeyKeeper(PromptHolder):
         self._caches = PromptCaches()
 
     @contextmanager
-    def keeping(self, names: Iterable[str | None]) -> Iterator[None]:
+    def keeping(self, names: str | Iterable[str | None] | None) -> Iterator[None]:
         """Keep keys and values inside a ``with`` block, as ``cache_prompts`` does, of prompts that have some of their
-        own and of which none are kept.
+        own and of which none are kept. In training mode none are: dropout makes every call's others.
 
         Args:
-            names: of any prompts; None is the first one, as in ``forward``.
+            names: of any prompts, one or several; None is the first one, as in ``forward``.
 
         Raises:
-            ValueError: an unknown name.
+            TypeError, ValueError: names that are none, or unknown.
         """
-        chosen = dict.fromkeys(name for each in names for name in self.prompts.choose(each, 1).names)
+        listed = names if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+        chosen = dict.fromkeys(name for each in listed for name in self.prompts.choose(each, 1).names)
+        if self.model.training:
+            chosen = {}
         fresh = [name for name in chosen if self.kind(name) != "prepend" and name not in self._caches.names]
         self.cache_prompts(fresh)
         try:

@@ -273,6 +273,15 @@ def test_prefill_in_chunks(pair, batch):
     assert all(torch.equal(each, generated[0]) for each in generated)
 
 
+def test_prefill_in_chunks_of_several_tokens(pair, batch, device):
+    """Of such masks, transformers' functions take those that hide nothing."""
+    ids = batch("none")["input_ids"]
+    start = torch.tensor([[0, 5, 6, 7]] * len(ids), device=device)
+    how = {"decoder_input_ids": start, "prefill_chunk_size": 2, "max_new_tokens": 3, "do_sample": False}
+    eager, ours = (model.generate(ids, attention_mask=torch.ones_like(ids), **how) for model in pair())
+    assert torch.equal(ours, eager)
+
+
 def test_prompt_lookup(pair, batch):
     """Several new queries at once behind a cache."""
     inputs = batch(B=1) | {"prompt_lookup_num_tokens": 3, "max_new_tokens": 16}

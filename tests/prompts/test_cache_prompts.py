@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprompt.prompts import PromptConfig, stamp
+from fastprompt.prompts import PromptConfig, keeper, rank, stamp
 
 CONFIGS = {
     "c5": PromptConfig(5, "cached", init="uniform"),
@@ -358,3 +358,34 @@ def test_a_trace_holds_no_tensor_alive():
     del tensor
     gc.collect()
     assert trace.tensor() is None
+
+
+def test_kept_beside_others_a_prompt_has_no_keys_where_it_had_none(served, make_batch):
+    """A mask of the decoder's own form goes with prompts that the decoder has no keys of, kept or not."""
+    prompted, batch = served(), make_batch()
+    T = batch["labels"].shape[1]
+    mask = torch.ones(3, 1, T, T, dtype=torch.bool, device=prompted.device).tril()
+    expected = prompted(**batch, prompts="c5", decoder_attention_mask=mask).logits
+    prompted.cache_prompts()
+    assert torch.equal(prompted(**batch, prompts="c5", decoder_attention_mask=mask).logits, expected)
+
+
+@pytest.mark.parametrize("prompts", [None, *CHOICES], ids=str)
+def test_rank_computes_keys_once_and_keeps_none(prompts, served, make_batch, monkeypatch):
+    prompted, batch = served(), make_batch()
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    choices, made = [[3], [4, 5], [6, 7, 8]], []
+    compute = keeper.keyed
+    monkeypatch.setattr(
+        keeper, "keyed", lambda model, found: made.append(len(found)) or compute(model, found)
+    )
+    with torch.enable_grad():  # so that nothing is kept
+        expected = rank.choice_scores(prompted, **text, choices=choices, prompts=prompts).detach()
+    made.clear()
+    torch.testing.assert_close(prompted.rank(**text, choices=choices, prompts=prompts).scores, expected)
+    assert made == [len({prompts} if isinstance(prompts, str | None) else {*prompts})]
+    assert not prompted._caches.names
+    prompted.train()
+    prompted.rank(**text, choices=choices, prompts=prompts)
+    assert not prompted._caches.names
+    assert len(made) > 2

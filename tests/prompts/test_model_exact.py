@@ -165,3 +165,20 @@ def test_parameter_counts_of_the_papers_table_4(size):
     assert prompted.num_trainable_parameters == trainable
     assert sum(p.numel() for p in prompted.parameters() if p.requires_grad) == trainable
     assert sum(p.numel() for p in prompted.parameters()) == total
+
+
+@pytest.mark.parametrize("asked", ["attentions", "hidden_states"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_one_of_the_encoders_outputs_alone(asked, return_dict, make_prompted, make_batch, hf_inputs):
+    """T5 reads those of an encoder's output by position, but for a BaseModelOutput's."""
+    prompted, batch = make_prompted(), make_batch()
+    how = {f"output_{asked}": True, "return_dict": return_dict, "use_cache": False}
+    hf = prompted.model(**hf_inputs(prompted.model, prompted.prompts["p5"], batch), **how)
+    ours = prompted(**batch, **how)
+    if return_dict:
+        assert list(ours) == list(hf)
+        ours, hf = ours.to_tuple(), hf.to_tuple()
+    for one, two in zip(ours, hf, strict=True):
+        assert type(one) is type(two)
+        for mine, theirs in zip(one, two, strict=True) if isinstance(one, tuple) else [(one, two)]:
+            assert_exact(mine, theirs, EXACT)
