@@ -62,8 +62,10 @@ class KeyKeeper(PromptHolder):
         Raises:
             TypeError, ValueError: names that are none, or unknown.
         """
-        listed = names if isinstance(names, Iterable) and not isinstance(names, str) else [names]
-        chosen = dict.fromkeys(name for each in listed for name in self.prompts.choose(each, 1).names)
+        several = isinstance(names, Iterable) and not isinstance(names, str)
+        each_one: list[Any] = [each and [each] for each in names] if several else [names]  # type: ignore[union-attr]
+        found = (self.prompts.choose(one, 1).names for one in each_one)
+        chosen = dict.fromkeys(name for each in found for name in each)
         if self.model.training:
             chosen = {}
         fresh = [name for name in chosen if self.kind(name) != "prepend" and name not in self._caches.names]
