@@ -352,8 +352,10 @@ def _transformers_attention(
     function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
     inputs = (query, key, value)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    # sdpa's kernels know no transform, and give wrong gradients to a row that may attend to nothing.
-    if wants_weights(module, kwargs) or is_transformed() or (mask is not None and differentiable):
+    # sdpa's kernels know no transform, and give wrong gradients to a row that may attend to nothing. With dropout the
+    # first run of a reentrant checkpoint, without gradient, must draw as the second does.
+    learning = differentiable or dropout > 0.0
+    if wants_weights(module, kwargs) or is_transformed() or (mask is not None and learning):
         from transformers.models.t5.modeling_t5 import eager_attention_forward
 
         function = eager_attention_forward

@@ -110,7 +110,7 @@ class PromptModel(KeyKeeper):
             encoder_outputs: of an earlier forward with the same prompts, [B, L, D]; L = longest prompt + S for
                 "prepend", L = S for other kinds.
             kwargs: what else the model's forward takes (``output_attentions``, ``cache``, ...). ``use_cache``
-                is off unless asked for where a loss with gradient is: nothing reads a cache then.
+                is off unless asked for where a loss is of training or with gradient: nothing reads a cache then.
 
         Returns:
             HF's Seq2SeqLMOutput (a tuple for ``return_dict=False``). Encoder-side entries have L positions.
@@ -133,7 +133,8 @@ class PromptModel(KeyKeeper):
             **kwargs,
         )
         # transformers fills up a shorter mask where there is a cache
-        if labels is not None and torch.is_grad_enabled() and checks.has_whole_mask(arguments):
+        learning = self.training or torch.is_grad_enabled()
+        if labels is not None and learning and checks.has_whole_mask(arguments):
             arguments.setdefault("use_cache", False)
         if encoder_outputs is None:
             encoder_outputs = _encoded(batch, {name: kwargs[name] for name in _FLAGS if name in kwargs})

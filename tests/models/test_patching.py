@@ -482,10 +482,13 @@ def test_four_dimensional_mask(make, batch, labels):
         close(ours, theirs)
 
 
+@pytest.mark.parametrize("T", [9, 12, 20])
 @pytest.mark.parametrize("reentrant", [False, True])
 @each_memory
-def test_gradient_checkpointing(make, batch, labels, memory, reentrant):
-    model = patch(make(dropout_rate=0.2).train(), memory=memory)
+def test_gradient_checkpointing(make, batch, memory, reentrant, T):
+    """Of few queries cross-attention makes no keys, and where gradients are wanted, fewer are few."""
+    model = patch(make(dropout_rate=0.2, d_kv=16).train(), memory=memory)
+    labels = torch.randint(2, VOCAB, (3, T), generator=torch.Generator().manual_seed(2)).to(model.device)
     torch.manual_seed(3)
     expected = step(model, batch(), labels, use_cache=False)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})

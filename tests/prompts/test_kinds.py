@@ -496,3 +496,20 @@ def test_a_mask_of_another_form_is_refused_where_the_decoder_has_prompt_keys(mak
         ValueError, match=r"do not go with a decoder_attention_mask of another form than \[B, S\]"
     ):
         prompted(**batch, prompts="kv", decoder_attention_mask=mask)
+
+
+@pytest.mark.parametrize("memory", [None, "balanced"])
+@pytest.mark.parametrize("prompts", [*CONFIGS, MIXED], ids=str)
+def test_a_checkpoint_around_all_of_it_draws_the_same_masks(memory, prompts, make_keyed, make_batch):
+    """A reentrant one computes without gradient first, and its loss is of that."""
+    prompted, batch = make_keyed(CONFIGS, memory=memory, dropout_rate=0.2).train(), make_batch()
+    anchor = torch.ones((), device=prompted.device, requires_grad=True)
+
+    def loss(factor):
+        return factor * prompted(**batch, prompts=prompts).loss
+
+    torch.manual_seed(6)
+    expected = loss(anchor)
+    torch.manual_seed(6)
+    found = torch.utils.checkpoint.checkpoint(loss, anchor, use_reentrant=True)
+    torch.testing.assert_close(found, expected)
