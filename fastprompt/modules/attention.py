@@ -253,7 +253,7 @@ class FastAttention:
             states = states.clone()  # autograd saves none of inference mode's
         T, K = x.shape[1], attention.key_value_proj_dim
         shared = prompt_ids is None and prompt_lens is None
-        # A reentrant checkpoint runs without gradient first, and must then draw the masks of its second run, which are of
+        # A reentrant checkpoint runs without gradient first, and must then draw its second run's masks, which are of
         # another shape where keys are absorbed.
         recorded = save or weight_p > 0.0
         absorbed = states is not None and past is None and shared and _absorbed.pays(T, K, recorded)
