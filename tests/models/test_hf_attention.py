@@ -28,6 +28,7 @@ from transformers.masking_utils import (
     eager_mask,
 )
 from transformers.models.pop2piano.modeling_pop2piano import Pop2PianoStack
+from transformers.models.t5 import modeling_t5
 from transformers.models.t5.modeling_t5 import eager_attention_forward
 from transformers.models.udop.modeling_udop import UdopStack
 
@@ -364,6 +365,19 @@ def test_gradient_checkpointing_equals_eager(reentrant, pair, batch, labels):
     eager, ours = (step(model, batch(), labels) for model in models)
     for our, their in zip(ours, eager, strict=True):
         close(our, their)
+
+
+def test_a_reentrant_checkpoint_runs_one_function_twice(pair, batch, labels, monkeypatch):
+    """Of transformers', for heads that no kernel takes: on a GPU they draw different masks."""
+    _, ours = pair(d_kv=24, dropout_rate=0.2, use_cache=False)
+    ran = []
+    for module, name in ((hf_attention, "sdpa_attention_forward"), (modeling_t5, "eager_attention_forward")):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=run, **how: ran.append(n) or f(*a, **how))
+    ours.train().gradient_checkpointing_enable({"use_reentrant": True})
+    step(ours, batch(), labels)
+    layers = [layer for layer in ours.modules() if isinstance(layer, modeling_t5.T5Attention)]
+    assert ran == 2 * len(layers) * ["eager_attention_forward"]
 
 
 def test_dropout_only_while_training(pair, batch, labels, ran):
