@@ -343,10 +343,9 @@ def _transformers_attention(
     if isinstance(mask, Keys):
         if position_bias is not None and position_bias.dim() == 2:
             position_bias = _dense(position_bias, query, key, mask.offset if mask.causal else 0)
+        # transformers' own mask functions leave out one that hides nothing.
         if not mask.fits(key.shape[2]) and mask.mask is not None and bool(mask.mask.all()):
-            mask = mask._replace(
-                mask=None
-            )  # transformers' own mask functions leave out one that hides nothing
+            mask = mask._replace(mask=None)
         mask = _full_mask(mask, query, key)
         kwargs["is_causal"] = False  # the mask says it
     function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward

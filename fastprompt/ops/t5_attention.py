@@ -65,7 +65,7 @@ HEAD_WIDTHS = (16, 32, 64, 128, 256)
 # error where the two sum the score in different orders.
 DECODE_ROWS = 16
 FLOAT32_DECODE_ROWS = 1
-MAX_OFFSET = 2**31  # positions are sums of an offset and a row, in 32 bits on a GPU
+MAX_OFFSET = 2**30  # positions are sums of an offset and a row, in 32 bits on a GPU
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? prompt_k, Tensor? prompt_v, Tensor? prompt_ids,"
@@ -207,7 +207,7 @@ def _check(a: reference.Inputs) -> None:
         check_shape(name, "key_mask", a.key_mask, tuple(a.k.shape[:2]), "[B, S]")
         check_same_device(name, "key_mask", a.key_mask, "q", a.q)
     if not 0 <= a.offset < MAX_OFFSET:
-        fail(name, f"offset must lie in [0, 2^31), got {a.offset}")
+        fail(name, f"offset must lie in [0, 2^30), got {a.offset}")
     check_dropout(name, a.dropout_p, a.seed, a.q)
 
 
@@ -253,7 +253,7 @@ def _check_values(a: reference.Inputs) -> None:
         if cu is not None and not (int(cu[0]) == 0 and int(cu[-1]) == end and bool((cu.diff() >= 0).all())):
             fail(name, f"{what} must rise from 0 to {end}, got {cu.tolist()[:8]}")
     if a.offsets is not None and bool(((a.offsets < 0) | (a.offsets >= MAX_OFFSET)).any()):
-        fail(name, f"offset must lie in [0, 2^31), got {a.offsets.tolist()[:8]}")
+        fail(name, f"offset must lie in [0, 2^30), got {a.offsets.tolist()[:8]}")
     if a.prompt_k is None:
         return
     R, P = a.prompt_k.shape[:2]
