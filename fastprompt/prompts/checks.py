@@ -106,9 +106,14 @@ def check_one_family(kinds: dict[str, str]) -> None:
 
 
 def check_device(name: str, value: Tensor, table: Tensor) -> None:
-    """``value`` must be on the device of the embedding table, and that must hold data."""
+    """``value`` must be on the device of the embedding table, and that must hold data and be whole."""
     if table.is_meta:
         raise ValueError("PromptModel: the embedding table has no data (device meta). Load the weights first")
+    if hasattr(table, "device_mesh"):  # a DTensor
+        raise ValueError(
+            "PromptModel: the embedding table must be whole, got a sharded one. Shard the PromptModel itself: "
+            "fully_shard(prompt_model), not the model in it"
+        )
     if value.device != table.device:
         remedy = "Move the PromptModel" if name == "prompts" else f"Use {name}.to(model.device)"
         raise ValueError(f"PromptModel: {name} must be on {table.device}, got {value.device}. {remedy}")

@@ -75,6 +75,11 @@ class ModelIdentity:
 
 def embedding_sha256(weight: Tensor) -> str:
     """sha256 of the table [V, D] rounded to bf16, so that fp32 and bf16 loads of one checkpoint agree."""
+    if hasattr(weight, "device_mesh"):  # a DTensor; gathering it would wait for all ranks
+        raise ValueError(
+            "PromptModel: files of prompts name the model by its embedding table, which must be whole, got a sharded "
+            "one. Gather state_dict() with full_tensor(), and load it into a PromptModel that is not sharded"
+        )
     digest = hashlib.sha256(f"{list(weight.shape)}".encode())
     for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
         digest.update(chunk.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input ends in an error that names the argument, what was expected, what came, and the remedy."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     BertConfig,
     BertModel,
@@ -266,3 +269,21 @@ def test_a_model_that_moved_without_its_prompts(make_prompted, make_batch):
     prompted = make_prompted(lengths=(5, 2))
     prompted.prompts["p2"] = torch.empty(2, 32, device="meta")
     refused(ValueError, "prompts must be on cpu, got meta", prompted, **batch, prompts=["p5", "p2", "p5"])
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_table_is_told(mesh, make_prompted, make_batch, tmp_path):
+    """The model in a PromptModel gathers its weights for its own forward, and not for what comes before."""
+    prompted, batch = make_prompted(), make_batch()
+    expected = prompted(**batch).loss.item()
+    assert fully_shard(copy.deepcopy(prompted), mesh=mesh)(**batch).loss.item() == pytest.approx(expected)
+    fully_shard(prompted.model, mesh=mesh)
+    refused(ValueError, "must be whole, got a sharded one. Shard the PromptModel itself", prompted, **batch)
+    with pytest.raises(ValueError, match="got a sharded one\\. Gather state_dict"):
+        prompted.save_prompt("p5", tmp_path / "p.safetensors")
