@@ -59,19 +59,23 @@ lint: setup
 unit: setup
 	$(PYTEST) tests --ignore tests/triton --ignore tests/triton_aot --ignore tests/packaging
 
-# What stands on transformers, on the oldest that pyproject.toml allows. constraints.txt has the newest that is known.
-OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
-OLD := $(CURDIR)/$(VENV)/transformers-$(OLDEST)
+# What stands on transformers, on other versions than constraints.txt's, which is the newest that is known: on the oldest
+# that pyproject.toml allows, and on the last before 5.24 gave arguments other names.
+OTHERS := 5.15.0 5.23.0
+OTHER := $(CURDIR)/$(VENV)/transformers-
+.PRECIOUS: $(OTHER)%/ready
 
-$(OLD)/ready: | $(VENV)/packages
-	rm -rf $(OLD)
+$(OTHER)%/ready: | $(VENV)/packages
+	rm -rf $(@D)
 	grep -vE '^(transformers|tokenizers|huggingface_hub)=' constraints.txt > $(VENV)/other-constraints.txt
-	$(BIN)/pip install -q --target $(OLD) -c $(VENV)/other-constraints.txt transformers==$(OLDEST)
+	$(BIN)/pip install -q --target $(@D) -c $(VENV)/other-constraints.txt transformers==$*
 	touch $@
 
-compat: setup $(OLD)/ready
-	PYTHONPATH=$(OLD) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST)"'
-	PYTHONPATH=$(OLD) $(PYTEST) tests/models tests/prompts tests/training tests/hf tests/demo tests/test_cli.py
+compat-%: setup $(OTHER)%/ready
+	PYTHONPATH=$(OTHER)$* $(BIN)/python -c 'import transformers; assert transformers.__version__ == "$*"'
+	PYTHONPATH=$(OTHER)$* $(PYTEST) tests/models tests/prompts tests/training tests/hf tests/demo tests/test_cli.py
+
+compat: $(OTHERS:%=compat-%)
 
 # transformers' own tests of models, which are in its sdist, on stock T5 and on patched T5.
 HF_TESTS := $(VENV)/transformers-tests-$(TRANSFORMERS)

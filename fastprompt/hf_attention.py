@@ -99,6 +99,10 @@ class Keys(NamedTuple):
             return None, None, None, None
         return prompt.keys[layer], prompt.values[layer], prompt.ids, prompt.lens
 
+    def contiguous(self) -> "Keys":
+        """generate asks a static cache's mask for it in transformers 5.18 to 5.23."""
+        return self
+
     @property
     def ndim(self) -> int:
         """generate makes a static cache's mask itself; T5 asks whether it is one [B, S], then for its mask."""
