@@ -29,7 +29,7 @@ from fastprompt.prompts.tokens import Tokens
 
 # Keywords that HF reads beside the parameters of a T5's forward.
 _FLAGS = ("output_attentions", "output_hidden_states")
-_HF_KEYWORDS = {*_FLAGS, "num_items_in_batch", "return_dict"}
+_HF_KEYWORDS = {*_FLAGS, *CACHE_NAMES, "num_items_in_batch", "return_dict"}
 
 
 class PromptModel(KeyKeeper):
@@ -81,8 +81,7 @@ class PromptModel(KeyKeeper):
             self.add_prompt(name, each)
         model.requires_grad_(False)
         self.train(model.training)
-        parameters = inspect.signature(model.forward).parameters
-        self._keywords = frozenset((*parameters, *_HF_KEYWORDS, *CACHE_NAMES))
+        self._keywords = frozenset(inspect.signature(model.forward).parameters) | _HF_KEYWORDS
 
     def forward(
         self,
@@ -230,17 +229,16 @@ class PromptModel(KeyKeeper):
         """
         ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
         with self.keeping(prompts):
-            return rank_of(
-                choice_scores(
-                    self,
-                    input_ids,
-                    attention_mask,
-                    ids,
-                    prompts=prompts,
-                    length_normalized=length_normalized,
-                    encoder_outputs=encoder_outputs,
-                )
+            scores = choice_scores(
+                self,
+                input_ids,
+                attention_mask,
+                ids,
+                prompts=prompts,
+                length_normalized=length_normalized,
+                encoder_outputs=encoder_outputs,
             )
+        return rank_of(scores)
 
     @torch.no_grad()
     def ensemble(

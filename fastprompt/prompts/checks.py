@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fastprompt import hf_attention
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
+from fastprompt.prompts.identity import is_sharded
 
 # Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete
 # for the capacity of its experts.
@@ -109,7 +110,7 @@ def check_device(name: str, value: Tensor, table: Tensor) -> None:
     """``value`` must be on the device of the embedding table, and that must hold data and be whole."""
     if table.is_meta:
         raise ValueError("PromptModel: the embedding table has no data (device meta). Load the weights first")
-    if hasattr(table, "device_mesh"):  # a DTensor
+    if is_sharded(table):
         raise ValueError(
             "PromptModel: the embedding table must be whole, got a sharded one. Shard the PromptModel itself: "
             "fully_shard(prompt_model), not the model in it"

@@ -73,9 +73,14 @@ class ModelIdentity:
         return None
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Is it a DTensor, as FSDP2 makes one: whole in the forward of what it was sharded with, in parts outside?"""
+    return hasattr(tensor, "device_mesh")
+
+
 def embedding_sha256(weight: Tensor) -> str:
     """sha256 of the table [V, D] rounded to bf16, so that fp32 and bf16 loads of one checkpoint agree."""
-    if hasattr(weight, "device_mesh"):  # a DTensor; gathering it would wait for all ranks
+    if is_sharded(weight):  # gathering it would wait for all ranks
         raise ValueError(
             "PromptModel: files of prompts name the model by its embedding table, which must be whole, got a sharded "
             "one. Gather state_dict() with full_tensor(), and load it into a PromptModel that is not sharded"

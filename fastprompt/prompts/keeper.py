@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastprompt import hf_attention
-from fastprompt.prompts.bank import Choice
+from fastprompt.prompts.bank import Choice, Names
 from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.cache_loading import load_caches, save_cache
@@ -52,7 +52,7 @@ class KeyKeeper(PromptHolder):
         self._caches = PromptCaches()
 
     @contextmanager
-    def keeping(self, names: str | Iterable[str | None] | None) -> Iterator[None]:
+    def keeping(self, names: Names) -> Iterator[None]:
         """Keep keys and values inside a ``with`` block, as ``cache_prompts`` does, of prompts that have some of their
         own and of which none are kept. In training mode none are: dropout makes every call's others.
 
@@ -62,13 +62,12 @@ class KeyKeeper(PromptHolder):
         Raises:
             TypeError, ValueError: names that are none, or unknown.
         """
-        several = isinstance(names, Iterable) and not isinstance(names, str)
-        each_one: list[Any] = [each and [each] for each in names] if several else [names]  # type: ignore[union-attr]
-        found = (self.prompts.choose(one, 1).names for one in each_one)
-        chosen = dict.fromkeys(name for each in found for name in each)
-        if self.model.training:
-            chosen = {}
-        fresh = [name for name in chosen if self.kind(name) != "prepend" and name not in self._caches.names]
+        rows = len(names) if isinstance(names, Sequence) and not isinstance(names, str) else 1
+        fresh = [
+            name
+            for name in self.prompts.choose(names, rows).names
+            if not self.model.training and self.kind(name) != "prepend" and name not in self._caches.names
+        ]
         self.cache_prompts(fresh)
         try:
             yield

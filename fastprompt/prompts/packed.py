@@ -23,6 +23,7 @@ from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops._indices import indices
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
+from fastprompt.prompts.identity import is_sharded
 from fastprompt.prompts.sites import bias_tables, disorder
 
 
@@ -165,7 +166,7 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
             )
         if attention.has_relative_attention_bias:
             weight = attention.relative_attention_bias.weight
-            sharded = hasattr(weight, "device_mesh")  # a DTensor, whole in its block's forward alone
+            sharded = is_sharded(weight)
             if weight.requires_grad or weight.is_meta or sharded:
                 got = "it offloaded" if weight.is_meta else "it sharded" if sharded else "requires_grad=True"
                 return f"needs a frozen relative_attention_bias.weight, got {got}"

@@ -69,7 +69,7 @@ def evaluate(
     ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
     check_choices(ids)
     predictions = []
-    with evaluating(model), model.keeping(names) if isinstance(model, PromptModel) else nullcontext():
+    with evaluating(model), model.keeping(prompts) if isinstance(model, PromptModel) else nullcontext():
         for batch in in_order(pairs, batch_size):
             inputs = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
             if choices is None:
