@@ -25,10 +25,11 @@ struct Layout {
     int64_t rows(int64_t b) const { return row_begin(b + 1) - row_begin(b); }
     int64_t all_rows() const { return cu_rows == nullptr ? B * L : L; }
 
-    // Is row r of the prompts in any sequence?
+    // Is row r of the prompts in sequence b, or in any?
+    bool is_read(int64_t r, int64_t b) const { return r >= start(b) && r - start(b) < length(b); }
     bool is_read(int64_t r) const {
         for (int64_t b = 0; b < B; ++b) {
-            if (r >= start(b) && r - start(b) < length(b)) return true;
+            if (is_read(r, b)) return true;
         }
         return false;
     }
@@ -268,8 +269,8 @@ int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int
             for (int64_t b = 0; b < B;) {
                 int64_t rows[kRowsPerSum], found = 0;
                 for (; b < B && found < kRowsPerSum; ++b) {
-                    const int64_t l = r - layout.start(b);
-                    if (l >= 0 && l < layout.length(b)) rows[found++] = (layout.row_begin(b) + l) * D + begin;
+                    if (!layout.is_read(r, b)) continue;
+                    rows[found++] = (layout.row_begin(b) + r - layout.start(b)) * D + begin;
                 }
                 with_type(dtype, [&](auto type) {
                     const auto* from = static_cast<const decltype(type)*>(dout);
