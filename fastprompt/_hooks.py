@@ -9,12 +9,13 @@ from torch.nn.modules import module as torch_module
 
 def is_hooked(module: nn.Module) -> bool:
     """Is something else called with it than its class's forward?"""
+    own = module.__dict__
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     )
 
 

@@ -70,7 +70,7 @@ class Op:
                 member, self._recorded(member, ("reference", reference)), "CompositeExplicitAutograd"
             )
             torch.library.register_fake(f"fastprompt::{member}", fake, lib=LIBRARY)
-            setattr(direct, member, _direct(member, self._running))
+            setattr(direct, member, _direct(self, member))
             return reference
 
         return register
@@ -303,23 +303,28 @@ def _autograd_kernel(member: str, setup_context: Function, backward: Function) -
     return run
 
 
-def _direct(member: str, running: dict[tuple[str, str], list[Function]]) -> Function:
+def _direct(op: Op, member: str) -> Function:
     """The schema as this package calls it: where the device alone decides what runs, without the dispatcher, which
-    keeps the host busy for as long as a small kernel takes.
+    keeps the host busy for as long as a small kernel takes, and whose errors know no remedy.
     """
-    overload = getattr(torch.ops.fastprompt, member).default
+    overload, running = getattr(torch.ops.fastprompt, member).default, op._running
+    kinds = [(i, each.name, str(each.type)) for i, each in enumerate(overload._schema.arguments)]
+    tensors = [(i, name, kind) for i, name, kind in kinds if "Tensor" in kind]
 
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() or not _is_plain_call():
-            return overload(*args)
-        key = ""
-        for each in [*args[0], *args[1]] if isinstance(args[0], list) else args:
-            if isinstance(each, torch.Tensor):
-                own = _plain_key(each)
-                if own is None:
-                    return overload(*args)
-                key = key or own
-        found = running.get((member, key))
+        plain, key = not torch.is_grad_enabled() and _is_plain_call(), ""
+        for i, name, kind in tensors:
+            value = args[i]
+            if value is None and kind == "Optional[Tensor]":
+                continue
+            for each in value if kind == "List[Tensor]" else (value,):
+                if not isinstance(each, torch.Tensor):
+                    got = type(each).__name__
+                    raise TypeError(f"fastprompt::{op.name}: {name} must be a torch.Tensor, got {got}")
+                if plain:
+                    own = _plain_key(each)
+                    plain, key = own is not None, key or own or ""
+        found = running.get((member, key)) if plain else None
         return (found[-1] if found else overload)(*args)
 
     return call
@@ -369,14 +374,17 @@ def _is_plain_call() -> bool:
 
 def _plain_key(x: torch.Tensor) -> str | None:
     """The dispatch key of x's device ("CPU", "CUDA"), if x has no other that matters."""
-    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
+    if type(x) not in _PLAIN_TYPES:
         return None
     keys = torch._C._dispatch_keys(x).raw_repr()
-    if keys not in _PLAIN_TENSORS:
+    found = _PLAIN_TENSORS.get(keys)
+    if found is None:
         _PLAIN_TENSORS.update(dict.fromkeys(_plain_keys(x.device.type), x.device.type.upper()))
-    return _PLAIN_TENSORS.get(keys)
+        found = _PLAIN_TENSORS.get(keys)
+    return found
 
 
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _PLAIN_TENSORS: dict[int, str] = {}  # the dispatch keys of plain tensors
 
 

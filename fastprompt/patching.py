@@ -41,7 +41,8 @@ def patch(
 
     Only classes are swapped, of leaf modules: parameters, buffers, state_dict keys, hooks and configuration files stay.
     A layer that a kernel does not cover (a weight that is trained, LoRA, quantised or offloaded; a cache; autocast;
-    attention weights as output) runs transformers' forward, and :func:`explain` says which and why. Dropout draws
+    attention weights as output) runs transformers' forward, and :func:`explain` says which and why; one whose weights
+    could train runs kernels in an evaluation, in ``eval()`` and without gradients. Dropout draws
     other masks than torch's, of the same probability. Patching again changes the options.
 
     Args:

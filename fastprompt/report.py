@@ -23,7 +23,7 @@ class Row(NamedTuple):
     cls: its class in transformers.
     kernel: the functions it is computed with; None: transformers' own.
     backend: of these functions, where its weights are now, such as "cpu" or "cuda".
-    reason: why a call runs transformers' forward; None: it does not.
+    reason: why a call runs transformers' forward; None: it does not. Where a weight is trained: a call of training.
     memory: the policy of what it saves for backward.
     saved: bytes that it saves for backward per row of its input that needs a gradient, beyond what the layer before it
         has saved already; None where that depends on lengths, or is up to torch.

@@ -61,15 +61,28 @@ def fast_class(cls: Any) -> type:
     if found is None:
         mixin = mixin_for(cls)
         assert mixin is not None
-        content: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "stock_class": cls}
-        shown = name
-        if (
-            mixin is FastLoss
-        ):  # a whole model: its files hold its class's name, and Trainer asks what forward takes
-            shown = cls.__name__
-            content["forward"] = wraps(cls.forward)(lambda *args, **kwargs: FastLoss.forward(*args, **kwargs))
+        content = {
+            "__module__": __name__,
+            "__qualname__": name,
+            "stock_class": cls,
+            "forward": _forward(mixin, cls),
+        }
+        # A whole model's files hold its class's name.
+        shown = cls.__name__ if mixin is FastLoss else name
         found = globals()[name] = type(shown, (mixin, cls), content)
     return found
+
+
+def _forward(mixin: Any, cls: Any) -> Any:
+    """The mixin's forward. Something may have wrapped it while the module had this class, and call it after unpatch:
+    then it is that of the class that the module has had back.
+    """
+
+    @wraps(cls.forward)  # Trainer asks a model what it takes
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (mixin if isinstance(self, mixin) else type(self)).forward(self, *args, **kwargs)
+
+    return forward
 
 
 def __getattr__(name: str) -> Any:

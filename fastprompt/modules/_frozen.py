@@ -29,17 +29,14 @@ def obstacle(children: Modules, others: Modules = MappingProxyType({})) -> str |
 
 def ready(children: Modules, others: Modules, *inputs: Tensor) -> dict[str, Tensor] | None:
     """The children's weights, if the fused layer may run on these inputs."""
-    weights, found = _examine(children, others)
+    weights, found = _examine(children, others, inputs)
     if found is not None or torch.is_autocast_enabled(inputs[0].device.type) or is_followed():
         return None
     weight = next(iter(weights.values()))
-    fits = all(x.dtype == weight.dtype and x.device == weight.device for x in inputs)
-    return weights if fits else None
-
-
-def unpatched_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of a module whose drop-in's forward something has wrapped, and which has had its own class back since."""
-    return type(module).forward(module, *args, **kwargs)
+    for x in inputs:
+        if x.dtype != weight.dtype or x.device != weight.device:
+            return None
+    return weights
 
 
 def is_followed() -> bool:
@@ -47,7 +44,9 @@ def is_followed() -> bool:
     return is_transformed() or (has_global_hooks() and not torch.compiler.is_compiling())
 
 
-def _examine(children: Modules, others: Modules) -> tuple[dict[str, Tensor], str | None]:
+def _examine(
+    children: Modules, others: Modules, inputs: tuple[Tensor, ...] = ()
+) -> tuple[dict[str, Tensor], str | None]:
     """Asked by every fused layer at every call: of dictionaries, as nn.Module's own lookup would take the longest."""
     weights: dict[str, Tensor] = {}
     dtype = None
@@ -60,19 +59,21 @@ def _examine(children: Modules, others: Modules) -> tuple[dict[str, Tensor], str
             return weights, f"{name}.weight is a {type(weight).__name__}"
         if _tensor(child, "bias") is not None:
             return weights, f"{name} has a bias"
-        if weight.requires_grad:
+        if weight.requires_grad and not is_evaluated(child, inputs):
             return weights, f"{name}.weight is trained"
         if weight.is_meta or is_hooked(child):
             return weights, f"{name} has hooks"
-        if weight.dtype not in FLOATS:
-            return weights, f"{name}.weight is {weight.dtype}"
-        if dtype is not None and weight.dtype != dtype:
-            return weights, f"{name}.weight is {weight.dtype}, others are {dtype}"
-        dtype, weights[name] = weight.dtype, weight
+        found = weight.dtype
+        if found is not dtype:
+            if found not in FLOATS:
+                return weights, f"{name}.weight is {found}"
+            if dtype is not None:
+                return weights, f"{name}.weight is {found}, others are {dtype}"
+            dtype = found
+        weights[name] = weight
     for name, child in others.items():
-        cls = type(child)
-        if not is_stock(cls):
-            return weights, f"{name} is a {cls.__name__}"
+        if not is_stock(type(child)):
+            return weights, f"{name} is a {type(child).__name__}"
         if is_hooked(child):
             return weights, f"{name} has hooks"
     return weights, None
@@ -89,13 +90,22 @@ def is_stock(cls: type) -> bool:
     return cls is nn.Dropout or "stock_class" in vars(cls) or cls.__module__.startswith(stock)
 
 
+def is_evaluated(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Will nobody want a gradient of its weights?
+
+    The first run of a reentrant checkpoint records none; the second will, and is to draw the same dropout masks and to
+    return a bias of the same shape. In training mode, or of inputs that require a gradient, this may be a first run.
+    """
+    return not (torch.is_grad_enabled() or module.training or any(x.requires_grad for x in inputs))
+
+
 def _tensor(module: nn.Module, name: str) -> Any:
     """Its parameter, buffer or attribute, or None."""
-    for group in (module._parameters, module._buffers, module.__dict__):
-        found = group.get(name)
-        if found is not None:
-            return found
-    return None
+    own = module.__dict__
+    found = own["_parameters"].get(name)
+    if found is None:
+        found = own["_buffers"].get(name) if own["_buffers"] else None
+    return own.get(name) if found is None else found
 
 
 def rate(dropout: nn.Dropout) -> float:

@@ -37,6 +37,7 @@ from fastprompt.modules._frozen import (
     add,
     apply,
     dropped,
+    is_evaluated,
     is_stock,
     linear,
     norm_gradient,
@@ -44,7 +45,6 @@ from fastprompt.modules._frozen import (
     products,
     rate,
     ready,
-    unpatched_forward,
 )
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
@@ -147,7 +147,7 @@ class FastAttention:
     def fastprompt_obstacle(self) -> str | None:
         return self._other_scores() or obstacle(*self._parts())
 
-    def _other_scores(self) -> str | None:
+    def _other_scores(self, inputs: tuple[Tensor, ...] = ()) -> str | None:
         """Why kernels do not compute its scores; None if they do."""
         attention = self._attention
         if not is_stock(type(attention)):
@@ -179,7 +179,7 @@ class FastAttention:
             isinstance(allowed, hf_attention.Keys)
             and isinstance(allowed.offset, int)
             and not hf_attention.wants_weights(self._attention, kwargs)
-            and self._other_scores() is None
+            and self._other_scores(inputs) is None
         )
         return ready(*self._parts(), *inputs) if covers else None
 
@@ -324,8 +324,6 @@ class FastSelfAttention(FastAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         past = past_key_values if cache is None else cache
-        if not isinstance(self, FastSelfAttention):
-            return unpatched_forward(self, hidden_states, attention_mask, position_bias, past, **kwargs)
         attention, bias = self._attention, position_bias
         weights = self._weights(attention_mask, (hidden_states,), kwargs)
         way = None if weights is None else self._way(attention_mask, past)
@@ -345,17 +343,18 @@ class FastSelfAttention(FastAttention):
             hidden_states, attention_mask, position_bias, past, **kwargs
         )
 
-    def _other_scores(self) -> str | None:
+    def _other_scores(self, inputs: tuple[Tensor, ...] = ()) -> str | None:
         for owner in self.fastprompt_bias:
             attention = owner._modules["SelfAttention"]
             if not (is_stock(type(attention)) and is_plain_bias(attention)):
                 return "relative_attention_bias is more than its weight"
             # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
-            if attention._modules["relative_attention_bias"].weight.requires_grad:
+            trained = attention._modules["relative_attention_bias"].weight.requires_grad
+            if trained and not is_evaluated(attention, inputs):
                 return "relative_attention_bias.weight is trained"
             if not has_bias_table(attention):
                 return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
-        return super()._other_scores()
+        return super()._other_scores(inputs)
 
     def _weights(
         self, allowed: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any]
@@ -379,9 +378,6 @@ class FastCrossAttention(FastAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         past = past_key_values if cache is None else cache
-        if not isinstance(self, FastCrossAttention):
-            inputs = (hidden_states, key_value_states, attention_mask, position_bias, past)
-            return unpatched_forward(self, *inputs, **kwargs)
         weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
         fits = weights is not None and attention_mask.fits(key_value_states.shape[1])
         served = fits and not attention_mask.causal and len(hidden_states) == len(key_value_states)

@@ -29,7 +29,6 @@ from fastprompt.modules._frozen import (
     products,
     rate,
     ready,
-    unpatched_forward,
 )
 from fastprompt.modules._origin import Origin, origin_of, restore, save
 from fastprompt.ops._dropout import new_seed
@@ -135,8 +134,6 @@ class FastFF:
         return int(4 + x + inner)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not isinstance(self, FastFF):
-            return unpatched_forward(self, hidden_states)
         children, others = self._parts()
         weights = ready(children, others, hidden_states)
         act = None if weights is None else self._act()

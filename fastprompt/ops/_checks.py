@@ -29,7 +29,7 @@ def check_tensor(op: str, name: str, value: object, dtypes: tuple[torch.dtype, .
 
 def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:
     """``value`` must have ``shape``, called ``symbols`` (e.g. "[D]") in the message."""
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         fail(op, f"{name} must have shape {symbols}={list(shape)}, got {list(value.shape)}")
 
 

@@ -21,7 +21,7 @@ _ROUNDS = 7
 def check_dropout(op: str, dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         fail(op, f"dropout_p must lie in [0, 1], got {dropout_p}")
-    if dropout_p > 0.0:
+    if dropout_p > 0.0 or seed is not None:
         check_tensor(op, "seed", seed, (torch.int64,))
         assert seed is not None
         check_shape(op, "seed", seed, (1,), "[1]")
@@ -31,6 +31,13 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None, like: Tensor) 
 def new_seed(device: torch.device) -> Tensor:
     """A seed [1] int64 from torch's generator of ``device``: ``torch.manual_seed`` fixes it, no device has to wait."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def drawn_seed(seed: Tensor | None, dropout_p: float, like: Tensor) -> Tensor | None:
+    """``seed``; where it is missed, a new one. Of a ``like`` that is no tensor the op's own checks tell."""
+    if seed is not None or not dropout_p > 0.0 or not isinstance(like, Tensor):
+        return seed
+    return new_seed(like.device)
 
 
 def philox(seed: Tensor, counter: Tensor, stream: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
-from fastprompt.ops._dropout import check_dropout, dropout, new_seed
+from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
 
 op = Op("dropout_add")
 
@@ -40,8 +40,7 @@ def dropout_add(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device.
     """
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(x.device)
+    seed = drawn_seed(seed, dropout_p, x)
     return direct.dropout_add(x, residual, seed, dropout_p)
 
 

@@ -24,7 +24,6 @@ No triton_kernels/frozen_linear.py: for the same reason.
 Source: torch.nn.Linear without bias; Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,35 +90,35 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
     """
-    _check("frozen_linear", "x", x, weight, -1)
     check_frozen("frozen_linear", "weight", weight)
     return direct.frozen_linear(x, weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """The reference, for arguments that need no checks."""
-    with _without_autocast(x.device.type):
-        if weight.dim() == 3:
-            return torch.bmm(x, weight.transpose(1, 2))
-        return torch.nn.functional.linear(x, weight).contiguous()
+    if torch.is_autocast_enabled(
+        x.device.type
+    ):  # to turn it off takes the host as long as to launch a product
+        with torch.autocast(x.device.type, enabled=False):
+            return product(x, weight)
+    if weight.dim() == 3:
+        return torch.bmm(x, weight.transpose(1, 2))
+    return torch.nn.functional.linear(x, weight).contiguous()
 
 
 def product_sum(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
     """The reference of the backward pass, the same way."""
-    with _without_autocast(dy[0].device.type):
-        dx = torch.matmul(dy[0], weight[0]).contiguous()
-        rows = dx.shape[:-1].numel()
-        for each, w in zip(dy[1:], weight[1:], strict=True):
-            if w.dim() == 3:
-                dx.baddbmm_(each, w)
-            else:
-                dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
-        return dx
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """torch.autocast takes the host as long to turn off as a product to launch: only where it is on."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if torch.is_autocast_enabled(dy[0].device.type):
+        with torch.autocast(dy[0].device.type, enabled=False):
+            return product_sum(dy, weight)
+    dx = torch.matmul(dy[0], weight[0]).contiguous()
+    rows = dx.shape[:-1].numel()
+    for each, w in zip(dy[1:], weight[1:], strict=True):
+        if w.dim() == 3:
+            dx.baddbmm_(each, w)
+        else:
+            dx.view(rows, w.shape[1]).addmm_(each.reshape(rows, w.shape[0]), w)
+    return dx
 
 
 def _check(name: str, x_name: str, x: Tensor, weight: Tensor, dim: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor, fail
-from fastprompt.ops._dropout import check_dropout, dropout, new_seed
+from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
 
 op = Op("gated_act")
 
@@ -48,8 +48,7 @@ def gated_act(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or the activation is unknown.
     """
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(a.device)
+    seed = drawn_seed(seed, dropout_p, a)
     return direct.gated_act(a, b, seed, act, dropout_p)
 
 

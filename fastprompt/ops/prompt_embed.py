@@ -36,7 +36,7 @@ from fastprompt.ops._checks import (
     refuse_gradient,
 )
 from fastprompt.ops._device_errors import device_error_word, raise_device_errors
-from fastprompt.ops._dropout import check_dropout, dropout, new_seed
+from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
 from fastprompt.ops._indices import indices
 
 op = Op("prompt_embed")
@@ -78,8 +78,7 @@ def prompt_embed(
     sequences = _check_ids(input_ids, weight, cu_seqlens)
     check_frozen("prompt_embed", "weight", weight)
     starts, lens, longest, total = _select(lengths, prompt_ids, sequences, input_ids.device)
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(weight.device)
+    seed = drawn_seed(seed, dropout_p, weight)
     if cu_seqlens is None:
         return direct.prompt_embed(
             input_ids, weight, table, starts, lens, None, None, seed, longest + input_ids.shape[1], dropout_p

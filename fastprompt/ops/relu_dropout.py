@@ -19,7 +19,7 @@ from torch import Tensor
 from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
-from fastprompt.ops._dropout import check_dropout, dropout, keep_mask, keep_scale, new_seed
+from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout, keep_mask, keep_scale
 
 op = Op("relu_dropout")
 
@@ -38,8 +38,7 @@ def relu_dropout(x: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = Non
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device.
     """
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(x.device)
+    seed = drawn_seed(seed, dropout_p, x)
     return direct.relu_dropout(x, seed, dropout_p)[0]
 
 

@@ -29,7 +29,7 @@ from fastprompt.ops._checks import (
     fail,
     refuse_gradient,
 )
-from fastprompt.ops._dropout import check_dropout, dropout, new_seed
+from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
 
 op = Op("rms_norm")
 
@@ -60,7 +60,6 @@ def rms_norm(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or w requires grad.
     """
-    _check(x, w, eps)
     check_frozen("rms_norm", "w", w)
     if residual is None:
         if dropout_p != 0.0:
@@ -69,9 +68,7 @@ def rms_norm(
                 f"dropout_p={dropout_p} needs a residual: T5 drops the sublayer's output, not the norm's input",
             )
         return direct.rms_norm(x, w, eps)[0]
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(x.device)
-    _check_residual(x, residual, w, seed, eps, dropout_p)
+    seed = drawn_seed(seed, dropout_p, x)
     y, h, _ = direct.rms_norm_residual(x, residual, w, seed, eps, dropout_p)
     return y, h
 

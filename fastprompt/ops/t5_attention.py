@@ -54,7 +54,7 @@ from fastprompt.ops._checks import (
     fail,
     refuse_gradient,
 )
-from fastprompt.ops._dropout import check_dropout, new_seed
+from fastprompt.ops._dropout import check_dropout, drawn_seed
 from fastprompt.ops._t5_attention_layout import NativeLayout
 
 op = Op("t5_attention")
@@ -126,8 +126,7 @@ def t5_attention(
     offset = as_int("t5_attention", "offset", offset)
     if key_mask is not None and cu_k is None and getattr(key_mask, "dtype", None) != torch.bool:
         key_mask = _mask_of_lengths(key_mask, k)
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(q.device)
+    seed = drawn_seed(seed, dropout_p, q)
     cu_q, cu_k, prompt_ids, prompt_lens = (
         x.to(torch.int64) if isinstance(x, Tensor) and x.dtype == torch.int32 else x
         for x in (cu_q, cu_k, prompt_ids, prompt_lens)
@@ -136,8 +135,6 @@ def t5_attention(
         q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets, cu_q, cu_k, seed,
         offset, causal, dropout_p,
     )  # fmt: skip
-    if not all(isinstance(x, Tensor) or (x is None and i > 2) for i, x in enumerate(arguments[:13])):
-        _check(arguments)  # which whoever runs the op does, of what the dispatcher lets pass
     return direct.t5_attention(*arguments)[0]
 
 
@@ -160,38 +157,38 @@ def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
 
 def _check(a: reference.Inputs) -> None:
     name = "t5_attention"
-    check_tensor(name, "q", a.q, FLOATS)
-    for what, x in (("k", a.k), ("v", a.v), ("prompt_k", a.prompt_k), ("prompt_v", a.prompt_v)):
+    q, k, bias, key_mask, cu_q = a.q, a.k, a.bias, a.key_mask, a.cu_q
+    check_tensor(name, "q", q, FLOATS)
+    for what, x in (("k", k), ("v", a.v), ("prompt_k", a.prompt_k), ("prompt_v", a.prompt_v)):
         if x is not None:
-            check_tensor(name, what, x, (a.q.dtype,))
-            check_same_device(name, what, x, "q", a.q)
-    if (a.cu_q is None) != (a.cu_k is None):
+            check_tensor(name, what, x, (q.dtype,))
+            check_same_device(name, what, x, "q", q)
+    if (cu_q is None) != (a.cu_k is None):
         fail(name, "cu_q and cu_k come in pairs: pass both for packed tensors, neither for padded ones")
-    dims, symbols = (4, "[B, T, H, K]") if a.cu_q is None else (3, "[Nq, H, K]")
-    if a.q.dim() != dims:
-        fail(
-            name, f"q must have shape {symbols}, got {list(a.q.shape)}. cu_q and cu_k are for packed tensors"
-        )
-    H, K = a.q.shape[-2:]
+    dims, symbols = (4, "[B, T, H, K]") if cu_q is None else (3, "[Nq, H, K]")
+    shape = q.shape
+    if len(shape) != dims:
+        fail(name, f"q must have shape {symbols}, got {list(shape)}. cu_q and cu_k are for packed tensors")
+    H, K = shape[-2:]
     if K not in HEAD_WIDTHS:
         fail(name, f"q must have a head width K in {HEAD_WIDTHS}, got {K}. Pad q, k and v with zero columns")
-    own = (*a.q.shape[:-3], a.k.shape[-3] if a.k.dim() == dims else 0, H, K)
-    check_shape(name, "k", a.k, own, "[B, S, H, K]" if a.cu_q is None else "[Nk, H, K]")
+    own = (*shape[:-3], k.shape[-3] if k.dim() == dims else 0, H, K)
+    check_shape(name, "k", k, own, "[B, S, H, K]" if cu_q is None else "[Nk, H, K]")
     check_shape(name, "v", a.v, own, "that of k")
-    if a.bias is not None:
-        check_tensor(name, "bias", a.bias, (torch.float32, torch.float64))
-        check_same_device(name, "bias", a.bias, "q", a.q)
-        if a.bias.dim() != 2 or a.bias.shape[0] != H or a.bias.shape[1] % 2 != 1:
+    if bias is not None:
+        check_tensor(name, "bias", bias, (torch.float32, torch.float64))
+        check_same_device(name, "bias", bias, "q", q)
+        if bias.dim() != 2 or bias.shape[0] != H or bias.shape[1] % 2 != 1:
             fail(
                 name,
-                f"bias must have shape [H, 2M + 1]=[{H}, odd], got {list(a.bias.shape)}. Build it with t5_bias_table",
+                f"bias must have shape [H, 2M + 1]=[{H}, odd], got {list(bias.shape)}. Build it with t5_bias_table",
             )
     _check_prompt(a, H, K)
-    B = a.q.shape[0] if a.cu_q is None else a.cu_q.shape[0] - 1
-    if a.cu_q is not None and B < 0:
+    B = shape[0] if cu_q is None else cu_q.shape[0] - 1
+    if B < 0:
         fail(name, "cu_q must have shape [B + 1], got [0]")
     for what, x, size, symbols in (
-        ("cu_q", a.cu_q, B + 1, "[B + 1]"),
+        ("cu_q", cu_q, B + 1, "[B + 1]"),
         ("cu_k", a.cu_k, B + 1, "[B + 1], that of cu_q"),
         ("offset", a.offsets, B, "[B]"),
         ("prompt_ids", a.prompt_ids, B, "[B]"),
@@ -199,16 +196,16 @@ def _check(a: reference.Inputs) -> None:
         if x is not None:
             check_tensor(name, what, x, (torch.int64,))
             check_shape(name, what, x, (size,), symbols)
-            check_same_device(name, what, x, "q", a.q)
-    if a.key_mask is not None:
+            check_same_device(name, what, x, "q", q)
+    if key_mask is not None:
         if a.cu_k is not None:
             fail(name, "key_mask is for padded keys; packed keys are all real: leave it out")
-        check_tensor(name, "key_mask", a.key_mask, (torch.bool,))
-        check_shape(name, "key_mask", a.key_mask, tuple(a.k.shape[:2]), "[B, S]")
-        check_same_device(name, "key_mask", a.key_mask, "q", a.q)
+        check_tensor(name, "key_mask", key_mask, (torch.bool,))
+        check_shape(name, "key_mask", key_mask, own[:2], "[B, S]")
+        check_same_device(name, "key_mask", key_mask, "q", q)
     if not 0 <= a.offset < MAX_OFFSET:
         fail(name, f"offset must lie in [0, 2^30), got {a.offset}")
-    check_dropout(name, a.dropout_p, a.seed, a.q)
+    check_dropout(name, a.dropout_p, a.seed, q)
 
 
 def _check_prompt(a: reference.Inputs, H: int, K: int) -> None:
@@ -252,15 +249,22 @@ def _check_values(a: reference.Inputs) -> None:
     for what, cu, end in (("cu_q", a.cu_q, a.q.shape[0]), ("cu_k", a.cu_k, a.k.shape[0])):
         if cu is not None and not (int(cu[0]) == 0 and int(cu[-1]) == end and bool((cu.diff() >= 0).all())):
             fail(name, f"{what} must rise from 0 to {end}, got {cu.tolist()[:8]}")
-    if a.offsets is not None and bool(((a.offsets < 0) | (a.offsets >= MAX_OFFSET)).any()):
+    if a.offsets is not None and not _lie_in(a.offsets, 0, MAX_OFFSET - 1):
         fail(name, f"offset must lie in [0, 2^30), got {a.offsets.tolist()[:8]}")
     if a.prompt_k is None:
         return
     R, P = a.prompt_k.shape[:2]
-    if a.prompt_ids is not None and bool(((a.prompt_ids < 0) | (a.prompt_ids >= R)).any()):
+    if a.prompt_ids is not None and not _lie_in(a.prompt_ids, 0, R - 1):
         fail(name, f"prompt_ids must lie in [0, R)=[0, {R}), got {a.prompt_ids.tolist()[:8]}", IndexError)
-    if a.prompt_lens is not None and bool(((a.prompt_lens < 0) | (a.prompt_lens > P)).any()):
+    if a.prompt_lens is not None and not _lie_in(a.prompt_lens, 0, P):
         fail(name, f"prompt_lens must lie in [0, P]=[0, {P}], got {a.prompt_lens.tolist()[:8]}")
+
+
+def _lie_in(values: Tensor, least: int, most: int) -> bool:
+    if values.numel() == 0:
+        return True
+    low, high = values.aminmax()
+    return least <= int(low) and int(high) <= most
 
 
 def keeps_out(q: Tensor) -> bool:

@@ -88,27 +88,25 @@ def _modules_of(owner: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if module not in found:
             found[module] = None
-            waiting += [each for each in reversed(module._modules.values()) if each is not None]
+            children = module.__dict__["_modules"]
+            if children:
+                waiting += [each for each in reversed(children.values()) if each is not None]
     return list(found)
 
 
 def _adapters_of(modules: list[nn.Module]) -> list[str]:
     parts = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+    classes = {cls for cls in set(map(type, modules)) if hasattr(cls, parts[0])}  # few, of hundreds of modules
     return [
         repr([getattr(each, part, None) for part in parts])
         for each in modules
-        if hasattr(type(each), parts[0]) or parts[0] in vars(each)
+        if type(each) in classes or parts[0] in each.__dict__
     ]
 
 
 def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
-    return [
-        tensor
-        for each in modules
-        for group in (each._parameters, each._buffers)
-        for tensor in group.values()
-        if tensor is not None
-    ]
+    groups = [each.__dict__[group] for each in modules for group in ("_parameters", "_buffers")]
+    return [tensor for group in groups if group for tensor in group.values() if tensor is not None]
 
 
 def _version(tensor: Tensor) -> int | None:

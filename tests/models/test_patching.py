@@ -10,6 +10,7 @@ import torch
 from layouts import FULL, LAYOUTS, MEMORY, TINY, VOCAB, as_close, close, no_further, step
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -593,6 +594,42 @@ def test_trained_weights_get_their_gradient(make, batch, labels, trained):
     assert grads[0]
     no_further(*grads)
     assert any("is trained" in (row.reason or "") for row in explain(patched))
+
+
+def test_weights_that_could_train_take_no_kernel_from_an_evaluation(make, batch, labels, ran):
+    """from_pretrained leaves every weight to train; who generates has no need to freeze them."""
+    model, inputs = make().requires_grad_(True).eval(), batch("right")
+    generation = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    tokens, logits = model.generate(**inputs, **generation), model(**inputs, labels=labels).logits
+    patch(model)
+    assert torch.equal(model.generate(**inputs, **generation), tokens)
+    assert ran["FrozenFF"]
+    assert ran["FrozenAttention"]
+    ran.update(FrozenFF=0, FrozenAttention=0)
+    with torch.no_grad():
+        close(model(**inputs, labels=labels).logits, logits)
+    assert all(ran.values())
+    ran.update(FrozenFF=0, FrozenAttention=0)
+    model(**inputs, labels=labels)
+    with torch.no_grad():  # as the first run of a reentrant checkpoint does
+        model.train()(**inputs, labels=labels)
+    assert not any(ran.values())
+
+
+def test_blocks_that_train_in_evaluation_mode_under_reentrant_checkpoints(make):
+    """The bias goes from block to block: in the first run as in the second it is transformers'."""
+    x, grads = torch.randn(2, 5, TINY["d_model"]), []
+    for model in (make(frozen=False), patch(make(frozen=False))):
+        for block in model.encoder.block:
+
+            def run(*args, forward=block.forward, **kwargs):
+                return checkpoint(lambda *args: forward(*args, **kwargs), *args, use_reentrant=True)
+
+            block.forward = run
+        model.encoder(inputs_embeds=x.clone().requires_grad_()).last_hidden_state.square().sum().backward()
+        grads.append([p.grad for p in model.encoder.block.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        close(ours, theirs)
 
 
 def test_trained_bias(make, batch, labels):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from samples import SAMPLES
 
-from fastprompt._op import OPS
+from fastprompt._op import OPS, direct
 
 
 def each_changed(arguments, change):
@@ -44,3 +44,19 @@ def test_a_tensor_of_a_dtype_that_no_op_has(name):
                 pytest.raises(TypeError, match=rf"^fastprompt::{name}\w*: .* must have dtype "),
             ):
                 getattr(torch.ops.fastprompt, member)(*given)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_what_is_no_tensor(name, recorded):
+    """As the public functions call the schemas, where gradients are recorded and where not."""
+    for member, arguments in SAMPLES[name]():
+        for given in each_changed(arguments, lambda x: x.tolist()):
+            with (
+                torch.set_grad_enabled(recorded),
+                pytest.raises(
+                    TypeError,
+                    match=rf"^fastprompt::{name}: \w+ must be a torch\.Tensor, got (list|float|int)$",
+                ),
+            ):
+                getattr(direct, member)(*given)
