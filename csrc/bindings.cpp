@@ -37,6 +37,11 @@ constexpr size_t kMaxArguments = 48;
                          kernel.signature + "': p pointer, i integer, d float)");
 }
 
+[[noreturn]] void fail(PyObject* error, const fp::Kernel& kernel, const char* what) {
+    PyErr_Format(error, "fastprompt::%s: %s", kernel.name, what);
+    throw py::error_already_set();
+}
+
 int64_t call(const fp::Kernel& kernel, const py::args& args) {
     const std::string signature = kernel.signature;
     const size_t count = signature.size();
@@ -61,6 +66,8 @@ int64_t call(const fp::Kernel& kernel, const py::args& args) {
         const py::gil_scoped_release release;
         status = kernel.invoke(slots.data());
     }
+    if (status == fp::kNoMemory) fail(PyExc_MemoryError, kernel, "no memory for its working space");
+    if (status == fp::kBadOption) fail(PyExc_ValueError, kernel, "the kernel does not know this dtype or option");
 #ifdef FP_WITH_CUDA
     if (status != 0 && std::string(kernel.target) == "cuda") {
         throw std::runtime_error(std::string("fastprompt::") + kernel.name +
@@ -140,9 +147,4 @@ PYBIND11_MODULE(_C, module) {
         "name -> kernel for 'scalar', 'neon', 'avx2', 'avx512', 'avx512_bf16', 'amx' or 'cuda'; empty where this "
         "build or this CPU has none.");
     module.attr("cpu_is_amd") = made_by_amd();
-#ifdef FP_WITH_CUDA
-    module.attr("built_with_cuda") = true;
-#else
-    module.attr("built_with_cuda") = false;
-#endif
 }

@@ -21,6 +21,10 @@
 
 namespace fp {
 
+// What a kernel returns in place of 0 where it cannot run. bindings.cpp makes errors of them, but for kBadRange, of
+// which the launcher knows more to say. kBadOption: of an unknown dtype, for example.
+constexpr int64_t kNoMemory = -1, kBadOption = -2, kBadRange = -3;
+
 // One Python argument: an int (pointers too) or a float.
 union Slot {
     int64_t i;

@@ -5,12 +5,10 @@
 
 namespace {
 
-constexpr int64_t kBadDType = -1;
-
 // residual may be null.
 int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, void* y, int64_t count, double dropout_p,
                     int64_t dtype, void* /*stream*/) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!is_dtype(dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
     const Put how = put_in_passing(dropout.active());
     with_type(dtype, [&](auto type) {

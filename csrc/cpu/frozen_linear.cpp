@@ -15,8 +15,6 @@
 
 namespace {
 
-constexpr int64_t kNoMemory = -1, kEmpty = -2, kBadDType = -3;
-
 // So many products are added up in registers before they join the others: short chains keep the error small. Scalar
 // code rounds each product.
 constexpr int64_t kChain = FP_LANES > 1 ? 128 : 16;
@@ -285,7 +283,7 @@ int64_t multiply_turned(const Product<float>& p) {
     const Product<float> turned{nullptr, {p.x, 1, p.K}, nullptr, p.N, p.K, p.M, false, false};  // of which x is packed
     const int64_t all_rows = round_up(p.M, kTileColumns);
     float* packed = packing_space(p.K * all_rows);
-    if (packed == nullptr) return kNoMemory;
+    if (packed == nullptr) return fp::kNoMemory;
 #pragma omp parallel if (p.M * p.N * p.K >= kParallelProducts)
     {
 #pragma omp for schedule(static)
@@ -310,7 +308,7 @@ template <class W>
 int64_t multiply_few_rows(const Product<W>& p) {
     const int64_t size = least(p.K, kPanelDepth) * kTileColumns;
     float* space = packing_space(kPackTiles * size * omp_get_max_threads());
-    if (space == nullptr) return kNoMemory;
+    if (space == nullptr) return fp::kNoMemory;
 #pragma omp parallel for schedule(dynamic) if (p.M * p.N * p.K >= kParallelProducts)
     for (int64_t n = 0; n < p.N; n += kPackTiles * kTileColumns) {
         float* packed = space + kPackTiles * size * omp_get_thread_num();
@@ -329,7 +327,7 @@ int64_t multiply_few_rows(const Product<W>& p) {
 template <class W>
 int64_t multiply_many_rows(const Product<W>& p) {
     float* packed = packing_space(least(p.K, kPanelDepth) * least(tiles_of(p.N) * kTileColumns, kPanelColumns));
-    if (packed == nullptr) return kNoMemory;
+    if (packed == nullptr) return fp::kNoMemory;
     const int64_t blocks = round_up(p.M, kBlockRows) / kBlockRows;
 #pragma omp parallel if (p.M * p.N * p.K >= kParallelProducts)
     for (int64_t n = 0; n < p.N; n += kPanelColumns) {
@@ -370,7 +368,7 @@ int64_t multiply(const Product<W>& p) {
 // the parallel regions inside are then its own.
 template <class W>
 int64_t multiply_each(int64_t B, const Product<W>& p, int64_t b_step) {
-    if (p.M < 1 || p.N < 1 || p.K < 1) return kEmpty;
+    if (p.M < 1 || p.N < 1 || p.K < 1) return fp::kBadRange;
     int64_t status = 0;
     const bool enough = B >= omp_get_max_threads() && B * p.M * p.N * p.K >= kParallelProducts;
 #pragma omp parallel for schedule(static) reduction(min : status) if (enough)
@@ -385,7 +383,7 @@ int64_t multiply_each(int64_t B, const Product<W>& p, int64_t b_step) {
 // w[b * w_example + n * w_row + k * w_column] is element (n, k) of example b's weight, of `dtype`.
 int64_t frozen_linear(const float* x, const void* w, float* y, int64_t B, int64_t M, int64_t N, int64_t K,
                       int64_t w_example, int64_t w_row, int64_t w_column, int64_t dtype, void* /*stream*/) {
-    int64_t status = kBadDType;
+    int64_t status = fp::kBadOption;
     if (!is_dtype(dtype)) return status;
     with_type(dtype, [&](auto type) {
         const Weight<decltype(type)> b{static_cast<const decltype(type)*>(w), w_column, w_row};
@@ -397,7 +395,7 @@ int64_t frozen_linear(const float* x, const void* w, float* y, int64_t B, int64_
 int64_t frozen_linear_backward(const float* dy, const void* w, float* dx, int64_t B, int64_t M, int64_t N, int64_t K,
                                int64_t w_example, int64_t w_row, int64_t w_column, int64_t dtype, int64_t adds,
                                void* /*stream*/) {
-    int64_t status = kBadDType;
+    int64_t status = fp::kBadOption;
     if (!is_dtype(dtype)) return status;
     with_type(dtype, [&](auto type) {
         const Weight<decltype(type)> b{static_cast<const decltype(type)*>(w), w_row, w_column};

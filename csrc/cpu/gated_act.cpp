@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int64_t kBadArgument = -1;
-
 enum Act : int64_t { kGeluNew, kGelu, kSilu };
 
 FP_INLINE vfloat horner(vfloat x, const float* coefficients, int count) {
@@ -64,7 +62,7 @@ bool are_valid(int64_t act, int64_t dtype) { return act >= kGeluNew && act <= kS
 
 int64_t gated_act(const void* a, const void* b, const int64_t* seed, void* y, int64_t count, int64_t act,
                   double dropout_p, int64_t dtype, void* /*stream*/) {
-    if (!are_valid(act, dtype)) return kBadArgument;
+    if (!are_valid(act, dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
     with_type(dtype, [&](auto type) {
         with_act(act, [&](auto kind) {
@@ -87,7 +85,7 @@ int64_t gated_act(const void* a, const void* b, const int64_t* seed, void* y, in
 
 int64_t gated_act_backward(const void* dy, const void* a, const void* b, const int64_t* seed, void* da, void* db,
                            int64_t count, int64_t act, double dropout_p, int64_t dtype, void* /*stream*/) {
-    if (!are_valid(act, dtype)) return kBadArgument;
+    if (!are_valid(act, dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
     with_type(dtype, [&](auto type) {
         with_act(act, [&](auto kind) {

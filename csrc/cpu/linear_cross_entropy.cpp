@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr int64_t kBadDType = -1;
-
 template <class T>
 FP_INLINE vfloat logits_at(const T* row, int64_t offset, Whole whole) {
     return load_at(row, offset, whole);
@@ -71,7 +69,7 @@ void take_row(T* row, int64_t label, bool initial, float* top, float* total, flo
 int64_t linear_cross_entropy(void* logits, const int64_t* labels, float* top, float* total, float* picked,
                              float* others, int64_t N, int64_t C, int64_t first, int64_t D, int64_t needs_grad,
                              int64_t dtype, void* /*stream*/) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!is_dtype(dtype)) return fp::kBadOption;
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
 #pragma omp parallel for schedule(static) if (N * C >= kParallelElements)
@@ -100,7 +98,7 @@ int64_t linear_cross_entropy_rows(const int64_t* labels, const float* top, const
                                   const float* others, const void* weight, float* losses, void* drows, int64_t N,
                                   int64_t D, int64_t V, int64_t label_stride, int64_t row_stride, int64_t ignore_index,
                                   int64_t dtype, void* /*stream*/) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!is_dtype(dtype)) return fp::kBadOption;
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
 #pragma omp parallel for schedule(static) if (N * D >= kParallelElements)
@@ -119,7 +117,7 @@ int64_t linear_cross_entropy_rows(const int64_t* labels, const float* top, const
 int64_t linear_cross_entropy_mean(const float* losses, const int64_t* labels, const float* divisor, void* loss,
                                   float* share, int64_t N, int64_t ignore_index, double scale, int64_t dtype,
                                   void* /*stream*/) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!is_dtype(dtype)) return fp::kBadOption;
     RowSum sum;
     sum.add(N, [&](int64_t n, auto extent) { return load_at(losses, n, extent); });
     int64_t count = 0;

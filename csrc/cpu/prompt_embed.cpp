@@ -6,7 +6,6 @@
 
 namespace {
 
-constexpr int64_t kBadRange = -1, kBadDType = -2;
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kRowsAhead = 4;
 constexpr int64_t kRowsPerSum = 64;
@@ -160,8 +159,8 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
                      void* out, int64_t* /*error*/, int64_t B, int64_t S, int64_t L, int64_t R, int64_t V, int64_t D,
                      double dropout_p, int64_t ids_are_int64, int64_t prompt_dtype, int64_t dtype, void* /*stream*/) {
     const Layout layout{starts, lens, cu_tokens, cu_rows, B, S, L, R};
-    if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return kBadDType;
-    if (!layout.prompts_valid() || !layout.rows_valid() || !layout.tokens_valid()) return kBadRange;
+    if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return fp::kBadOption;
+    if (!layout.prompts_valid() || !layout.rows_valid() || !layout.tokens_valid()) return fp::kBadRange;
     const Dropout dropout(seed, dropout_p);
     const int64_t bytes = D * size_of(dtype), total = layout.all_rows();
     const Input input{ids, weight, prompts, V, bytes, D * size_of(prompt_dtype), ids_are_int64 != 0};
@@ -254,8 +253,8 @@ int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int
                               const int64_t* seed, void* dprompts, int64_t B, int64_t L, int64_t R, int64_t D,
                               double dropout_p, int64_t dtype, int64_t prompt_dtype, void* /*stream*/) {
     const Layout layout{starts, lens, nullptr, cu_rows, B, 0, L, R};
-    if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return kBadDType;
-    if (!layout.prompts_valid() || !layout.rows_valid()) return kBadRange;
+    if (!is_dtype(dtype) || !is_dtype(prompt_dtype)) return fp::kBadOption;
+    if (!layout.prompts_valid() || !layout.rows_valid()) return fp::kBadRange;
     const Dropout dropout(seed, dropout_p);
 #pragma omp parallel for schedule(static) if (B * R * D >= kParallelElements)
     for (int64_t r = 0; r < R; ++r) {

@@ -5,7 +5,6 @@
 
 namespace {
 
-constexpr int64_t kBadDType = -1;
 static_assert(kChunk % 8 == 0, "a chunk's bits fill whole bytes");
 
 // Bits [at, at + count) of a chunk, which begins at a byte: a vector's worth, or one if vectors are single elements.
@@ -33,7 +32,7 @@ FP_INLINE int64_t count_of(Part part) { return part.count; }
 
 int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept, int64_t count, double dropout_p,
                      int64_t dtype, void* /*stream*/) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!is_dtype(dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
     const Put how = put_in_passing(dropout.active());
     with_type(dtype, [&](auto type) {
@@ -56,7 +55,7 @@ int64_t relu_dropout(const void* x, const int64_t* seed, void* y, uint8_t* kept,
 
 int64_t relu_dropout_backward(const void* dy, const uint8_t* kept, void* dx, int64_t count, double dropout_p,
                               int64_t dtype, void* /*stream*/) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!is_dtype(dtype)) return fp::kBadOption;
     const float scale = keep_scale(dropout_p);
     const Put how = put_in_passing(false);
     with_type(dtype, [&](auto type) {

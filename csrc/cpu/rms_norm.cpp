@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t kBadDType = -1;
-
 float rstd_of(float sum_of_squares, int64_t D, double eps) {
     return 1.0f / sqrtf(sum_of_squares / static_cast<float>(D) + static_cast<float>(eps));
 }
@@ -52,7 +50,7 @@ FP_INLINE vfloat backward_at(const W* dy, const X* x, const W* w, float rstd, fl
 
 int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps, int64_t x_dtype,
                  int64_t w_dtype, void* /*stream*/) {
-    if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return kBadDType;
+    if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return fp::kBadOption;
     const Put how = put_rows(y, D * size_of(w_dtype), N);
     with_type(x_dtype, [&](auto x_type) {
         with_type(w_dtype, [&](auto w_type) {
@@ -87,7 +85,7 @@ void backward_row(const W* dy, const X* x, const W* w, float rstd, X* dx, int64_
 
 int64_t rms_norm_backward(const void* dy, const void* x, const void* w, const float* rstd, void* dx, int64_t N,
                           int64_t D, int64_t x_dtype, int64_t w_dtype, void* /*stream*/) {
-    if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return kBadDType;
+    if (!is_dtype(x_dtype) || !is_dtype(w_dtype)) return fp::kBadOption;
     const Put how = put_rows(dx, D * size_of(x_dtype), N);
     with_type(x_dtype, [&](auto x_type) {
         with_type(w_dtype, [&](auto w_type) {
@@ -129,7 +127,7 @@ using Promoted = std::conditional_t<std::is_same_v<X, R>, X, float>;
 int64_t rms_norm_residual(const void* x, const void* residual, const void* w, const int64_t* seed, void* h, void* y,
                           float* rstd, int64_t N, int64_t D, double eps, double dropout_p, int64_t x_dtype,
                           int64_t residual_dtype, int64_t w_dtype, void* /*stream*/) {
-    if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return kBadDType;
+    if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
     const int64_t x_size = size_of(x_dtype), residual_size = size_of(residual_dtype);
@@ -234,7 +232,7 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
                                    const int64_t* seed, void* dresidual, void* dx, int64_t N, int64_t D,
                                    double dropout_p, int64_t x_dtype, int64_t residual_dtype, int64_t w_dtype,
                                    void* /*stream*/) {
-    if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return kBadDType;
+    if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return fp::kBadOption;
     const ResidualBackward call{dy, dh, h, w,       rstd,           dresidual,
                                 dx, N,  D, x_dtype, residual_dtype, Dropout(seed, dropout_p)};
     const int64_t h_dtype = promote(x_dtype, residual_dtype);

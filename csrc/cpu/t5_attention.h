@@ -26,7 +26,6 @@ using Products = FloatProducts;
 
 constexpr int64_t kQueries = Products::kQueries;  // of a block
 constexpr int64_t kFewQueries = 4;                // up to so many, transposing the keys would cost more than it brings
-constexpr int64_t kNoMemory = -1, kBadDType = -2;
 
 // A head's rows lie H * K elements apart, nearly each in a page of its own, and no processor foresees the next. So rows
 // are asked for, those that are to be written, too, so many before their turn.
@@ -312,7 +311,7 @@ void Work::score_few(int64_t chunk, int64_t width, float* to) const {
 // few for all threads. A Pass is a Work that cuts its own memory.
 template <class Pass, class Run>
 int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p, int64_t dtype, const Run& run) {
-    if (!Products::serves(dtype)) return kBadDType;
+    if (!Products::serves(dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
     const Limits most = limits(a);
     const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;
@@ -338,7 +337,7 @@ int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p,
         }
         free(memory);
     }
-    return failed > 0 ? kNoMemory : 0;
+    return failed > 0 ? fp::kNoMemory : 0;
 }
 
 }  // namespace

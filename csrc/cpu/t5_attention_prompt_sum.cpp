@@ -5,12 +5,10 @@
 
 namespace {
 
-constexpr int64_t kBadDType = -1;
-
 // total[r] = the sum over b, ascending, of share[b] where example b reads prompt r.
 int64_t t5_attention_prompt_sum(const float* share, const int64_t* prompt_ids, void* total, int64_t B, int64_t R,
                                 int64_t row_elements, int64_t dtype, void* /*stream*/) {
-    if (!is_dtype(dtype)) return kBadDType;
+    if (!is_dtype(dtype)) return fp::kBadOption;
     constexpr int64_t kColumns = 256;
     const int64_t parts = (row_elements + kColumns - 1) / kColumns;
 #pragma omp parallel for schedule(static) if (B * row_elements >= kParallelElements)

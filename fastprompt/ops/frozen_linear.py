@@ -203,11 +203,6 @@ def _place(weight: Tensor) -> tuple[int, ...]:
     return weight.stride() if weight.dim() == 3 else (0, *weight.stride())
 
 
-def _check_status(status: int) -> None:
-    if status < 0:
-        fail("frozen_linear", "no memory for a packed part of its arguments", MemoryError)
-
-
 @op.native
 def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -> Any:
     _check("frozen_linear", "x", x, weight, -1)
@@ -216,10 +211,10 @@ def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -
         return NotImplemented
     rows = x.float().contiguous()
     y = rows.new_empty((*x.shape[:-1], N))
-    _check_status(kernels.frozen_linear(
+    kernels.frozen_linear(
         rows.data_ptr(), weight.data_ptr(), y.data_ptr(), *_sizes(x, weight), N, K, *_place(weight),
         DTYPE_CODES[weight.dtype], stream(x),
-    ))  # fmt: skip
+    )  # fmt: skip
     return y.to(x.dtype)
 
 
@@ -242,10 +237,10 @@ def _native_frozen_linear_backward(kernels: SimpleNamespace, dy: list[Tensor], w
     dx = dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[-1]), dtype=torch.float32)
     for number, (each, w) in enumerate(zip(dy, weight, strict=True)):
         rows = each.float().contiguous()
-        _check_status(kernels.frozen_linear_backward(
+        kernels.frozen_linear_backward(
             rows.data_ptr(), w.data_ptr(), dx.data_ptr(), *_sizes(rows, w), *w.shape[-2:], *_place(w),
             DTYPE_CODES[w.dtype], int(number > 0), stream(dx),
-        ))  # fmt: skip
+        )  # fmt: skip
     return dx.to(dy[0].dtype)
 
 

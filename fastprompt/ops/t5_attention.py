@@ -331,17 +331,11 @@ def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
     out, stats = _empty(a)
     if out.numel():
         layout = NativeLayout(a)
-        status = kernels.t5_attention(
+        kernels.t5_attention(
             *layout.pointers, layout.address, pointer(a.seed), out.data_ptr(), stats.data_ptr(),
             a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
-        _check_status(status)
     return out, stats
-
-
-def _check_status(status: int) -> None:
-    if status < 0:
-        fail("t5_attention", "no memory for the working space of one thread", MemoryError)
 
 
 @op.triton
@@ -401,12 +395,11 @@ def _native_t5_attention_backward(
     gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
         layout, (dout, stats) = NativeLayout(a), contiguous(dout, stats)
-        status = kernels.t5_attention_backward(
+        kernels.t5_attention_backward(
             dout.data_ptr(), stats.data_ptr(), *layout.pointers, layout.address, pointer(a.seed),
             *(x.data_ptr() for x in gradients), a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype],
             stream(a.q),
         )  # fmt: skip
-        _check_status(status)
     return gradients
 
 

@@ -96,7 +96,9 @@ def _modules_of(owner: nn.Module) -> list[nn.Module]:
 
 def _adapters_of(modules: list[nn.Module]) -> list[str]:
     parts = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
-    classes = {cls for cls in set(map(type, modules)) if hasattr(cls, parts[0])}  # few, of hundreds of modules
+    classes = {
+        cls for cls in set(map(type, modules)) if hasattr(cls, parts[0])
+    }  # few, of hundreds of modules
     return [
         repr([getattr(each, part, None) for part in parts])
         for each in modules
