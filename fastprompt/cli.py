@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastprompt.commands.doctor import version
+import fastprompt
 
-COMMANDS = ("tune", "eval", "bench", "inspect", "doctor")
+COMMANDS = ("demo", "tune", "eval", "bench", "inspect", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,31 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="fastprompt", description="Prompt tuning for a frozen T5.")
-    parser.add_argument("--version", action="version", version=f"fastprompt {version('fastprompt')}")
+    parser.add_argument("--version", action="version", version=f"fastprompt {fastprompt.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "demo", add_help=False, help="train a soft prompt on real text with the tiny T5 shipped here"
-    )
     modules = {name: importlib.import_module(f"fastprompt.commands.{name}") for name in COMMANDS}
     for name, module in modules.items():
         said = f"{module.HELP[0].upper()}{module.HELP[1:]}."
         subparser = commands.add_parser(name, help=module.HELP, description=said)
         module.add_arguments(subparser)
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "demo":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "demo":
-            from fastprompt.demo import main as demo
-
-            return demo(rest)
         return modules[arguments.command].run(arguments)
     except BrokenPipeError:
         raise
     except (OSError, TypeError, ValueError, FloatingPointError, OverflowError, IndexError) as error:
         print(error, file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

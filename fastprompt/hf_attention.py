@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``attn_implementation="fastprompt"``: a stock Hugging Face T5 whose attention is :func:`t5_attention`.
 
-transformers calls two functions by that name. :func:`keys` makes the mask, once per stack; T5 hands what it returns to
-its attention layers unread, so it is :class:`Keys` and no [B, 1, T, S] tensor. :func:`attention` runs in every layer. A
-name without a mask function gets no mask at all and attends to padding, so both are registered or neither.
+transformers calls two functions by that name. :func:`allowed_keys` makes the mask, once per stack; T5 hands what it
+returns to its attention layers unread, so it is :class:`Allowed` and no [B, 1, T, S] tensor. :func:`attention` runs in
+every layer. A name without a mask function gets no mask at all and attends to padding, so both are registered or
+neither.
 
-Keys and values of prompts (:class:`PromptKeys`) come the same way: in a :class:`Keys` that a caller passes as its
+Keys and values of prompts (:class:`PromptKeys`) come the same way: in an :class:`Allowed` that a caller passes as its
 attention_mask, or, where HF makes the masks itself, from the :func:`prompt_keys` block around the call.
 
 T5 computes its bias densely, in the first layer of a stack, as a function of key - query: the first column and the
@@ -40,8 +41,17 @@ from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
 NAME = "fastprompt"
 SERVED = ("t5", "mt5", "umt5")  # config.model_type
-# The rest gets transformers' functions.
-FAMILY = (*SERVED, "longt5", "pop2piano", "switch_transformers", "udop")
+# All models that are T5's kin, by config.model_type, with the prefix of their classes' names. Those that are not served
+# get transformers' functions.
+FAMILY = {
+    "t5": "T5",
+    "mt5": "MT5",
+    "umt5": "UMT5",
+    "longt5": "LongT5",
+    "pop2piano": "Pop2Piano",
+    "udop": "Udop",
+    "switch_transformers": "SwitchTransformers",
+}
 
 
 class PromptKeys(NamedTuple):
@@ -67,7 +77,7 @@ class PromptKeys(NamedTuple):
         return self._replace(ids=self.ids.repeat_interleave(B // len(self.ids)))
 
 
-class Keys(NamedTuple):
+class Allowed(NamedTuple):
     """Which keys a query may attend to."""
 
     mask: Tensor | None  # bool [B, S]: the key is no padding; None: none is
@@ -99,7 +109,7 @@ class Keys(NamedTuple):
             return None, None, None, None
         return prompt.keys[layer], prompt.values[layer], prompt.ids, prompt.lens
 
-    def contiguous(self) -> "Keys":
+    def contiguous(self) -> "Allowed":
         """generate asks a static cache's mask for it in transformers 5.18 to 5.23."""
         return self
 
@@ -110,7 +120,7 @@ class Keys(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """transformers takes a number of keys from the last entry, and hands it to :func:`keys`, which has its own."""
+        """transformers takes a number of keys from the last entry for :func:`allowed_keys`, which has its own."""
         return (0,)
 
 
@@ -157,14 +167,14 @@ def _prompt_of(site: str, config: Any) -> PromptKeys | None:
     return None
 
 
-def keys(**arguments: Any) -> Keys | Tensor | None:
+def allowed_keys(**arguments: Any) -> Allowed | Tensor | None:
     """transformers' mask function: its arguments are those of ``masking_utils.sdpa_mask``, and ``config``."""
     config, function, mask = (arguments.get(name) for name in ("config", "mask_function", "attention_mask"))
     _check_family(config)
     causal, offset = function is causal_mask_function, arguments.get("q_offset", 0)
     if isinstance(offset, Tensor):
         offset = offset.clone()  # the cache counts on in place
-    if isinstance(mask, Keys):
+    if isinstance(mask, Allowed):
         return mask._replace(offset=offset) if causal else mask
     site = "decoder" if causal else "cross" if getattr(config, "is_decoder", False) else "encoder"
     prompt = _prompt_of(site, config)
@@ -183,7 +193,7 @@ def keys(**arguments: Any) -> Keys | Tensor | None:
     if mask is not None:
         S = arguments["kv_length"]  # more than the mask has: a static cache's free slots
         mask = functional.pad(mask, (0, max(S - mask.shape[1], 0)))[:, :S]
-    return Keys(mask, offset, causal, prompt and prompt.for_batch(arguments["batch_size"]))
+    return Allowed(mask, offset, causal, prompt and prompt.for_batch(arguments["batch_size"]))
 
 
 def _refuse_prompt(what: str) -> NoReturn:
@@ -198,7 +208,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Keys | Tensor | None,
+    attention_mask: Allowed | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
@@ -206,7 +216,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query [B, H, T, K], key and value [B, H, S, K] -> [B, T, H, K], no weights."""
     _check_family(getattr(module, "config", None))
-    if isinstance(attention_mask, Keys) and scaling == 1.0 and not wants_weights(module, kwargs):
+    if isinstance(attention_mask, Allowed) and scaling == 1.0 and not wants_weights(module, kwargs):
         cross = bool(module.is_decoder) and not attention_mask.causal
         bias = None if cross else position_bias
         cu = attention_mask.cu
@@ -233,15 +243,15 @@ def attention(
                 prompt_lens=prompt_lens,
             )
             return out.reshape(rows[0].shape), None
-    if isinstance(attention_mask, Keys) and attention_mask.prompt is not None:
+    if isinstance(attention_mask, Allowed) and attention_mask.prompt is not None:
         _refuse_prompt(_UNCOVERED)
     if (
         attention_mask is not None
-        and not isinstance(attention_mask, Keys)
+        and not isinstance(attention_mask, Allowed)
         and _prompt_of("decoder", module.config)
     ):
         _refuse_prompt("a decoder_attention_mask of another form than [B, S]")
-    if isinstance(attention_mask, Keys) and attention_mask.cu is not None:
+    if isinstance(attention_mask, Allowed) and attention_mask.cu is not None:
         raise ValueError(f"fastprompt: packed rows do not go with {_UNCOVERED}. Run them padded: pack=False")
     return _transformers_attention(
         module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
@@ -263,7 +273,7 @@ def _check_family(config: Any) -> None:
         )
 
 
-def _covered(query: Tensor, key: Tensor, value: Tensor, allowed: Keys) -> bool:
+def _covered(query: Tensor, key: Tensor, value: Tensor, allowed: Allowed) -> bool:
     T, S, K = query.shape[2], key.shape[2], query.shape[3]
     return (
         K in HEAD_WIDTHS
@@ -289,7 +299,7 @@ def _frozen(module: nn.Module, bias: Tensor | None, dropout: float, query: Tenso
     return not trained and (bias.dim() == 2 or bias.shape == dense)
 
 
-def table(bias: Tensor, allowed: Keys, layer: Any) -> Tensor | None:
+def table(bias: Tensor, allowed: Allowed, layer: Any) -> Tensor | None:
     """What t5_attention is told of a bias [1, H, T, S], a function of j - i: [H, 2M + 1] by key - query.
 
     A table, which fused layers hand on in place of that bias, stays as it is; one that comes with the keys goes before.
@@ -308,7 +318,7 @@ def table(bias: Tensor, allowed: Keys, layer: Any) -> Tensor | None:
     return found
 
 
-def _table(bias: Tensor, allowed: Keys) -> Tensor:
+def _table(bias: Tensor, allowed: Allowed) -> Tensor:
     T, S = bias.shape[2:]  # key - query = j - i - offset
     diagonals = torch.cat((bias[0, :, :, 0].flip(1), bias[0, :, 0, 1:]), 1)  # entry T - 1 + j - i
     if diagonals.dtype != torch.float64:
@@ -338,13 +348,13 @@ def _transformers_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Keys | Tensor | None,
+    mask: Allowed | Tensor | None,
     scaling: float | None,
     dropout: float,
     position_bias: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if isinstance(mask, Keys):
+    if isinstance(mask, Allowed):
         if position_bias is not None and position_bias.dim() == 2:
             position_bias = _dense(position_bias, query, key, mask.offset if mask.causal else 0)
         # transformers' own mask functions leave out one that hides nothing.
@@ -376,7 +386,7 @@ def _transformers_attention(
     )
 
 
-def _full_mask(allowed: Keys, query: Tensor, key: Tensor) -> Tensor | None:
+def _full_mask(allowed: Allowed, query: Tensor, key: Tensor) -> Tensor | None:
     """bool [B or 1, 1, T or 1, S]."""
     full = None if allowed.mask is None else allowed.mask[:, None, None, :]
     if allowed.causal:
@@ -387,4 +397,4 @@ def _full_mask(allowed: Keys, query: Tensor, key: Tensor) -> Tensor | None:
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, keys)
+AttentionMaskInterface.register(NAME, allowed_keys)

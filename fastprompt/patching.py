@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastprompt.modules import FAMILY, TORCH, fast_class, mixin_for
+from fastprompt.hf_attention import FAMILY
+from fastprompt.modules import TORCH, fast_class, mixin_for
 from fastprompt.modules.attention import FastAttention, FastSelfAttention
 from fastprompt.modules.config import give_config, served_config, stock_config
 from fastprompt.modules.dropout import FastDropout
@@ -16,7 +17,7 @@ from fastprompt.modules.ff import FastFF
 from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.norm import FastNorm
-from fastprompt.modules.tree import check_module, heads, leaves, stacks, stock_class
+from fastprompt.modules.tree import check_module, lm_heads, stacks, stock_class, swappable
 from fastprompt.report import NOT_CHOSEN, explain
 
 MEMORY = ("speed", "balanced", "lean", "minimal")
@@ -39,7 +40,8 @@ def patch(
 ) -> M:
     """Swap the layers of a frozen T5 for fused ones, in place. What the model computes does not change.
 
-    Only classes are swapped, of leaf modules: parameters, buffers, state_dict keys, hooks and configuration files stay.
+    Only classes are swapped, of norms, feed-forward and attention layers, the stacks' dropout, the head and, with
+    ``lm_loss``, the model itself: parameters, buffers, state_dict keys, hooks and configuration files stay.
     A layer that a kernel does not cover (a weight that is trained, LoRA, quantised or offloaded; a cache; autocast;
     attention weights as output) runs transformers' forward, and :func:`explain` says which and why; one whose weights
     could train runs kernels in an evaluation, in ``eval()`` and without gradients. Dropout draws
@@ -85,7 +87,7 @@ def patch(
         )
     bias: tuple[nn.Module, ...] = ()
     blocks = 0
-    for module in leaves(model):
+    for module in swappable(model):
         own: Any = getattr(module, "SelfAttention", None)
         bias = (module,) if getattr(own, "has_relative_attention_bias", False) else bias
         mixin = mixin_for(stock_class(type(module)))
@@ -164,7 +166,7 @@ def _policy(memory: str, block: int) -> str:
 
 def _missed(model: nn.Module, lm_loss: bool) -> list[str]:
     """What was chosen and stays as in transformers, with the reason. A head may always be another's."""
-    ignored = list(heads(model))
+    ignored = list(lm_heads(model))
     missed = [
         f"{row.path}: {row.reason}"
         for row in explain(model)

@@ -11,7 +11,7 @@ from fastprompt.modules.attention import FastAttention
 from fastprompt.modules.ff import FastFF
 from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
-from fastprompt.modules.tree import check_module, heads, is_family_layer, leaves, stock_class
+from fastprompt.modules.tree import check_module, is_family_layer, lm_heads, stock_class, swappable
 
 NOT_CHOSEN = "not patched"
 
@@ -66,7 +66,7 @@ def explain(model: nn.Module) -> Report:
     user's own, attention weights as output.
     """
     check_module("explain", model)
-    report, listed = Report(), {id(module) for module in (*leaves(model), *heads(model))}
+    report, listed = Report(), {id(module) for module in (*swappable(model), *lm_heads(model))}
     module: Any
     attended: set[str] = set()  # blocks with a served attention layer, which the layers behind it read from
     whole: set[str] = set()  # served layers, which compute their norms themselves

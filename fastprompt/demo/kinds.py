@@ -50,8 +50,6 @@ RATES = {
 }
 SEARCH_STEPS = 300
 
-Data = dict[str, list[Pair]]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Appends the findings to a file of JSON lines and prints the file's table. Returns the exit status."""

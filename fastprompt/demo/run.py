@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
+from fastprompt.commands._model import positive
 from fastprompt.training.batches import in_order, shuffled
 
 from .batches import encode, encode_labels
@@ -34,21 +35,27 @@ def plain_sgd(parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo and writes `prompt.safetensors`, `results.json` and `loss.png`. Returns the exit status."""
-    recipe = Recipe()
+    """Runs the demo with a command line's arguments, without its name. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="fastprompt demo", description="Learns a soft prompt for a tiny frozen T5 on real text, offline."
     )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe = Recipe()
     parser.add_argument("--out", type=Path, default=Path("fastprompt-demo"), help="folder for the results")
     parser.add_argument(
-        "--steps", type=int, default=recipe.steps, help="training steps (default: %(default)s)"
+        "--steps", type=positive, default=recipe.steps, help="training steps (default: %(default)s)"
     )
     parser.add_argument(
         "--seed", type=int, default=recipe.seed, help="of the prompt and the order of examples"
     )
-    options = parser.parse_args(argv)
-    if options.steps < 1:
-        parser.error(f"--steps must be 1 or more, got {options.steps}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes `prompt.safetensors`, `results.json` and `loss.png`. Returns the exit status."""
     recipe = Recipe(steps=options.steps, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fastprompt.hf_attention import FAMILY
 from fastprompt.modules.attention import FastCrossAttention, FastSelfAttention
 from fastprompt.modules.dropout import FastDropout
 from fastprompt.modules.ff import FastFF
@@ -18,16 +19,6 @@ from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.norm import FastNorm
 
-# transformers' module names; their classes are named after the prefix.
-FAMILY = {
-    "t5": "T5",
-    "mt5": "MT5",
-    "umt5": "UMT5",
-    "longt5": "LongT5",
-    "pop2piano": "Pop2Piano",
-    "udop": "Udop",
-    "switch_transformers": "SwitchTransformers",
-}
 # What is identical in which model. The other classes compute something else.
 MIXINS: dict[str, tuple[type, tuple[str, ...]]] = {
     "LayerNorm": (FastNorm, tuple(FAMILY.values())),
@@ -36,7 +27,7 @@ MIXINS: dict[str, tuple[type, tuple[str, ...]]] = {
     "LayerCrossAttention": (FastCrossAttention, ("T5", "MT5")),
     "ForConditionalGeneration": (FastLoss, ("T5", "MT5", "UMT5", "LongT5")),
 }
-# torch's own classes, of modules in certain places only (tree.leaves): what serves them, and the drop-in's name.
+# torch's own classes, of modules in certain places only (tree.swappable): what serves them, and the drop-in's name.
 TORCH: dict[type, tuple[type, str]] = {
     nn.Dropout: (FastDropout, "FastStackDropout"),
     nn.Linear: (FastHead, "FastLinearHead"),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import EncoderDecoderCache
 
-from fastprompt.hf_attention import Keys
+from fastprompt.hf_attention import Allowed
 from fastprompt.modules._frozen import add, linear, ops
 
 
@@ -21,7 +21,7 @@ def step(
     layer: int,
     x: Tensor,
     bias: Tensor | None,
-    allowed: Keys,
+    allowed: Allowed,
     past: EncoderDecoderCache,
 ) -> Tensor:
     """x [B, T, D] -> y [B, T, D]; self-attention adds its keys and values to the cache.

@@ -176,7 +176,7 @@ class FastAttention:
     ) -> dict[str, Tensor] | None:
         """Those of q, k, v, o and layer_norm, if the fused layer covers the call."""
         covers = (
-            isinstance(allowed, hf_attention.Keys)
+            isinstance(allowed, hf_attention.Allowed)
             and isinstance(allowed.offset, int)
             and not hf_attention.wants_weights(self._attention, kwargs)
             and self._other_scores(inputs) is None
@@ -195,7 +195,7 @@ class FastAttention:
         length = cache.get_seq_length(self._attention.layer_idx)
         return length if isinstance(length, int) else None
 
-    def _way(self, allowed: hf_attention.Keys, past: Any) -> Callable[..., Tensor] | None:
+    def _way(self, allowed: hf_attention.Allowed, past: Any) -> Callable[..., Tensor] | None:
         """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
         held, own = self._held(past), self.attention_name == "SelfAttention"
         if own and held != allowed.offset:
@@ -219,7 +219,7 @@ class FastAttention:
         x: Tensor,
         _states: Tensor | None,
         bias: Tensor | None,
-        allowed: hf_attention.Keys,
+        allowed: hf_attention.Allowed,
         past: Any,
     ) -> Tensor:
         attention = self._attention
@@ -239,7 +239,7 @@ class FastAttention:
         x: Tensor,
         states: Tensor | None,
         bias: Tensor | None,
-        allowed: hf_attention.Keys,
+        allowed: hf_attention.Allowed,
         past: Any,
     ) -> Tensor:
         attention, memory = self._attention, self.fastprompt_memory

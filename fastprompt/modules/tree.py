@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastprompt import hf_attention
-from fastprompt.modules import FAMILY, MIXINS, TORCH, mixin_for
+from fastprompt.hf_attention import FAMILY
+from fastprompt.modules import MIXINS, TORCH, mixin_for
 from fastprompt.modules.lm_loss import FastLoss
 
 
@@ -31,13 +32,13 @@ def is_family_layer(cls: type) -> bool:
     return folder != [] and folder[0] in FAMILY and stock.__name__.endswith(suffixes)
 
 
-def leaves(model: nn.Module) -> Iterator[nn.Module]:
+def swappable(model: nn.Module) -> Iterator[nn.Module]:
     """What may be swapped: the family's layers, the dropout of a stack itself, the model with the loss, its head."""
     for module in model.modules():
         stock = stock_class(type(module))
         if stock not in TORCH and mixin_for(stock) is not None:
             yield module
-    for head in heads(model):
+    for head in lm_heads(model):
         if stock_class(type(head)) is nn.Linear:
             yield head
     for stack in stacks(model):
@@ -46,7 +47,7 @@ def leaves(model: nn.Module) -> Iterator[nn.Module]:
             yield dropout
 
 
-def heads(model: nn.Module) -> Iterator[nn.Module]:
+def lm_heads(model: nn.Module) -> Iterator[nn.Module]:
     """The language-model heads of the family's models, of any class."""
     for module in model.modules():
         head = getattr(module, "lm_head", None) if is_family_model(module) else None

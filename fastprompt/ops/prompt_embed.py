@@ -199,7 +199,7 @@ def _select(
 
 def _check(
     input_ids: Tensor, weight: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
-    cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, rows: int, dropout_p: float,
+    cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, dropout_p: float,
 ) -> int:  # fmt: skip
     """What the op itself needs to be true; the number of sequences B."""
     sequences = _check_ids(input_ids, weight, cu_tokens)
@@ -242,7 +242,7 @@ def _fake_prompt_embed(
     input_ids: Tensor, weight: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
     cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, rows: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, rows, dropout_p)
+    _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
     return weight.new_empty(_out_shape(input_ids, weight, cu_tokens, rows))
 
 
@@ -256,7 +256,7 @@ def prompt_embed_reference(
     cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, rows: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """``rows`` is L (padded) or N (packed); cu_tokens and cu_rows [B + 1] come with packed ids."""
-    B = _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, rows, dropout_p)
+    B = _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
     out = weight.new_zeros(_out_shape(input_ids, weight, cu_tokens, rows))
     for b in range(B):
         prompt = prompts if starts is None or lens is None else prompts[starts[b] : starts[b] + lens[b]]
@@ -289,7 +289,7 @@ def _native_prompt_embed(
     lens: Tensor | None, cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None,
     rows: int, dropout_p: float,
 ) -> Any:  # fmt: skip
-    B = _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, rows, dropout_p)
+    B = _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
     if weight.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
     input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows = contiguous(
@@ -323,7 +323,7 @@ def _triton_prompt_embed(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import prompt_embed as kernels
 
-    _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, rows, dropout_p)
+    _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
     if weight.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
     out = weight.new_empty(_out_shape(input_ids, weight, cu_tokens, rows))

@@ -42,7 +42,7 @@ def run_branch(model: Any, prompts: Sequence[Tensor]) -> tuple[list[Tensor], Ten
     bias: tuple[Tensor, ...] = ()  # T5's first block makes it for the others; UMT5's have each their own
     for block in encoder.block:
         entering.append(hidden)
-        output = block(hidden, hf_attention.Keys(mask, 0, False), *bias)
+        output = block(hidden, hf_attention.Allowed(mask, 0, False), *bias)
         hidden, *others = output if isinstance(output, tuple) else (output,)
         bias = tuple(others[:1])
     return entering, encoder.dropout(encoder.final_layer_norm(hidden))

@@ -36,7 +36,7 @@ class KeyBatch(NamedTuple):
             embeds, (prompt,) = as_leaves(embeds, prompt)
         if layout is not None:
             return packed.encode(model, embeds, layout, prompt)
-        keys = hf_attention.Keys(_as_bool(mask), 0, False, prompt)
+        keys = hf_attention.Allowed(_as_bool(mask), 0, False, prompt)
         return encoder(inputs_embeds=embeds, attention_mask=keys, return_dict=True, **flags)
 
     def forward(self, encoder_outputs: Any, arguments: dict[str, Any]) -> Any:
@@ -52,10 +52,10 @@ class KeyBatch(NamedTuple):
             embeds = self._take_decoder_embeds(arguments)
             if embeds is not None:
                 arguments["decoder_inputs_embeds"], (decoder, cross) = as_leaves(embeds, decoder, cross)
-        arguments["decoder_attention_mask"] = hf_attention.Keys(
+        arguments["decoder_attention_mask"] = hf_attention.Allowed(
             _as_bool(arguments["decoder_attention_mask"]), 0, True, decoder
         )
-        keys = hf_attention.Keys(_as_bool(mask), 0, False, cross)
+        keys = hf_attention.Allowed(_as_bool(mask), 0, False, cross)
         return model(attention_mask=keys, encoder_outputs=encoder_outputs, **arguments)
 
     def generate(self, encoder_outputs: Any, arguments: Mapping[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 """Packed execution: the encoder runs on the rows of a batch that are real, one example after the other.
 
 They enter as [N, 1, D], N examples of one row for all that works row by row. Attention layers alone know better, from
-``hf_attention.Keys.cu``: positions, and with them the bias, begin anew in each example. (As [1, N, D], transformers
+``hf_attention.Allowed.cu``: positions, and with them the bias, begin anew in each example. (As [1, N, D], transformers
 would make a bias of N x N.) Behind the encoder the rows are padded again, with zeros: [B, L, D].
 
 An example's tokens must stand at its beginning. Padding before or among them is part of the distances between rows,
@@ -40,10 +40,10 @@ class Layout(NamedTuple):
         """[B, S] -> [sum of tokens]."""
         return input_ids.flatten()[_places(self.tokens, self.S, self.device)]
 
-    def keys(self, model: Any, prompt: hf_attention.PromptKeys | None = None) -> hf_attention.Keys:
+    def keys(self, model: Any, prompt: hf_attention.PromptKeys | None = None) -> hf_attention.Allowed:
         """What goes into the encoder as its attention_mask."""
         bias = bias_tables(model, "encoder") if prompt is None else None
-        return hf_attention.Keys(None, 0, False, prompt, starts(self.rows, self.device), bias)
+        return hf_attention.Allowed(None, 0, False, prompt, starts(self.rows, self.device), bias)
 
     def padded(self, hidden: Tensor) -> Tensor:
         """[N, 1, D] -> [B, L, D], zeros where there is no row."""

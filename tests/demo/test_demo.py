@@ -50,7 +50,7 @@ def test_main_writes_its_files_and_prints_the_table(tmp_path, capsys, monkeypatc
 def test_zero_steps_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--steps", "0"])
-    assert "--steps must be 1 or more" in capsys.readouterr().err
+    assert "--steps: must be 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("labels", [[[8, 1], [10, 11, 1]], [[8, 1], [2, 1]]], ids=["as it should", "failing"])

@@ -325,7 +325,7 @@ def test_keys_that_a_caller_passes_stand_where_the_cache_ends(pair, batch, devic
     )
     options = {"encoder_outputs": ours.get_encoder()(**batch()), CACHE: cache, "use_cache": True}
     options |= {"attention_mask": batch()["attention_mask"]}
-    options |= {"decoder_attention_mask": hf_attention.Keys(None, 0, causal=True)}
+    options |= {"decoder_attention_mask": hf_attention.Allowed(None, 0, causal=True)}
     parts = [ours(decoder_input_ids=part, **options).logits for part in ids.split((5, 3), 1)]
     close(torch.cat(parts, 1), whole)
     assert [call["offset"] for call in ran if call["causal"]] == [0] * 4 + [5] * 2
@@ -530,7 +530,7 @@ def test_a_bias_that_is_no_table_of_distances(shape, pair, device, ran):
     """Of each example, of keys alone, or of all heads: transformers adds whatever it is."""
     module = pair()[1].encoder.block[0].layer[0].SelfAttention
     q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
-    bias, everything = torch.randn(shape, device=device), hf_attention.Keys(None, 0, causal=False)
+    bias, everything = torch.randn(shape, device=device), hf_attention.Allowed(None, 0, causal=False)
     out, _ = hf_attention.attention(module, q, k, v, everything, scaling=1.0, position_bias=bias)
     expected, _ = eager_attention_forward(module, q, k, v, None, scaling=1.0, position_bias=bias)
     close(out, expected)
@@ -543,7 +543,7 @@ def test_queries_behind_more_keys_than_there_are(pair, device, ran):
     q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
     distance = torch.arange(7, device=device) - torch.arange(5, device=device)[:, None]
     bias = torch.randn(4, 11, device=device)[:, distance + 4][None]
-    behind = hf_attention.Keys(None, 11, causal=True)
+    behind = hf_attention.Allowed(None, 11, causal=True)
     out, _ = hf_attention.attention(module, q, k, v, behind, scaling=1.0, position_bias=bias)
     close(out, eager_attention_forward(module, q, k, v, None, scaling=1.0, position_bias=bias)[0])
     assert not ran
@@ -559,7 +559,7 @@ def test_a_table_is_the_same_bias_for_transformers_functions(causal, offset, dty
     module = pair()[1].decoder.block[0].layer[0].SelfAttention
     q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
     mask = torch.arange(7, device=device) < torch.tensor([[7], [4], [0]], device=device)
-    allowed, table = hf_attention.Keys(mask, offset, causal), torch.randn(4, 7, device=device)
+    allowed, table = hf_attention.Allowed(mask, offset, causal), torch.randn(4, 7, device=device)
     expected = t5_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), table, key_mask=mask, offset=offset, causal=causal
     )
@@ -578,7 +578,7 @@ def test_a_dense_bias_has_a_table_for_each_mask(device):
     """All layers of a stack ask for that of one bias; another mask counts its distances from elsewhere."""
     bias = torch.randn(1, 4, 5, 9, device=device)
     for causal, offset in ((False, 0), (True, 0), (True, 4), (True, 0), (False, 0)):
-        allowed = hf_attention.Keys(None, offset, causal)
+        allowed = hf_attention.Allowed(None, offset, causal)
         expected = hf_attention.table(bias.clone(), allowed, 0)
         assert torch.equal(hf_attention.table(bias, allowed, 0), expected)
         assert hf_attention.table(bias, allowed, 1) is hf_attention.table(bias, allowed, 0)
@@ -613,16 +613,16 @@ def test_keys_that_do_not_begin_at_the_first_have_transformers_mask(device):
         "device": device,
         "config": config,
     }
-    assert isinstance(hf_attention.keys(**given), hf_attention.Keys)
+    assert isinstance(hf_attention.allowed_keys(**given), hf_attention.Allowed)
     given["kv_offset"] = 2
-    assert torch.equal(hf_attention.keys(**given), eager_mask(**given))
+    assert torch.equal(hf_attention.allowed_keys(**given), eager_mask(**given))
 
 
 @pytest.mark.parametrize("columns", [4, 9])
 def test_a_mask_has_a_column_per_key(columns, device):
     """A static cache has more keys than the mask knows of, which are free; a longer mask speaks of keys to come."""
     config, mask = T5Config(**TINY), torch.ones(3, columns, dtype=torch.bool, device=device)
-    found = hf_attention.keys(
+    found = hf_attention.allowed_keys(
         config=config, mask_function=causal_mask_function, attention_mask=mask, kv_length=7, batch_size=3
     )
     assert torch.equal(found.mask, (torch.arange(7, device=device) < columns).expand(3, -1))
@@ -736,4 +736,4 @@ def test_masks_with_patterns_of_their_own_come_in_full(device):
     pattern = {"and_mask_function": lambda b, h, q, k: k % 2 == 0}
     ours, eager = (create_causal_mask(c, embeds, None, None, **pattern) for c in (config, stock))
     assert torch.equal(ours, eager)
-    assert isinstance(create_causal_mask(config, embeds, None, None), hf_attention.Keys)
+    assert isinstance(create_causal_mask(config, embeds, None, None), hf_attention.Allowed)

@@ -900,7 +900,7 @@ def test_positions_that_no_cache_explains(make, device, offset):
     """The mask says where the queries stand; a layer that holds fewer keys than stand before them is not ours."""
     model = make(attention="fastprompt")
     layer, x = model.decoder.block[0].layer[0], torch.randn(2, 5, 48, device=device)
-    allowed = hf_attention.Keys(None, offset, causal=True)
+    allowed = hf_attention.Allowed(None, offset, causal=True)
     expected = layer(x, allowed)[0]
     patch(model)
     close(layer(x, allowed)[0], expected)

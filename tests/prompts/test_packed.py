@@ -593,6 +593,6 @@ def test_a_traced_forward_serves_other_sizes(make_pair, make_batch, prompts, mas
 def test_packed_keys_without_a_bias_are_refused(make_model, device):
     """Not given distances they do not have."""
     encoder = make_model(d_kv=16, attention="fastprompt").requires_grad_(False).get_encoder()
-    keys = hf_attention.Keys(None, 0, False, cu=torch.tensor([0, 3, 5], device=device))
+    keys = hf_attention.Allowed(None, 0, False, cu=torch.tensor([0, 3, 5], device=device))
     with pytest.raises(ValueError, match=r"packed rows do not go with .*pack=False"):
         encoder(inputs_embeds=torch.randn(5, 1, 32, device=device), attention_mask=keys)
