@@ -34,7 +34,7 @@ def _load() -> tuple[dict[str, SimpleNamespace], bool]:
 
 
 def _cpu_isas() -> tuple[str, ...]:
-    best = os.environ.get("FASTPROMPT_ISA", CPU_ISAS[0])
+    best = os.environ.get("FASTPROMPT_ISA") or CPU_ISAS[0]
     if best not in CPU_ISAS:
         raise ValueError(f"FASTPROMPT_ISA must be one of {', '.join(CPU_ISAS)}, got {best!r}")
     return tuple(isa for isa in CPU_ISAS[CPU_ISAS.index(best) :] if isa in TARGETS)

@@ -18,7 +18,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +50,7 @@ class Op:
         self.native_for = native_for
         self.members: list[str] = []  # schema names, e.g. rms_norm and rms_norm_backward
         self.last_backend: dict[str, str] = {}
+        self._forward: set[str] = set()  # schemas with a gradient, such as rms_norm and rms_norm_residual
         self._reference: dict[str, Function] = {}
         self._native: dict[str, Function] = {}
         self._triton: dict[str, Function] = {}
@@ -91,6 +92,7 @@ class Op:
         That function asks the schema for default values on every call, which takes longer than a small kernel; the
         schemas here have none.
         """
+        self._forward.add(member)
         LIBRARY.impl(member, _autograd_kernel(member, setup_context, backward), "Autograd", with_keyset=True)
 
     def publish(self) -> None:
@@ -111,11 +113,14 @@ class Op:
                 self._running[member, device.upper()] = [function]
                 LIBRARY.impl(member, function, device.upper())
 
-    def backends(self, device: str = "cpu") -> list[str]:
+    def backends(self, device: str | torch.device = "cpu") -> list[str]:
         """The backends that this installation has for ``device`` ("cpu" or "cuda"), the default one first.
 
         Whether there is a GPU is not asked: torch would begin to use it.
         """
+        device = torch.device(device).type
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"fastprompt::{self.name}: device must be cpu or cuda, got {device!r}")
         found = []
         if device == "cpu" and self._native and _native.CPU_TARGETS:
             found += ["cpu", *(f"cpu:{isa}" for isa in self._isas())]
@@ -201,13 +206,14 @@ class Op:
         """The first of the (backend, function) pairs that covers the arguments, else the reference."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            for backend, function in choices:
+            for backend, function in (*choices, ("reference", self._reference[member])):
                 result = function(*args, **kwargs)
                 if result is not NotImplemented:
                     self.last_backend[member] = backend
+                    if member in self._forward:
+                        self.last_backend[self.name] = backend
                     return result
-            self.last_backend[member] = "reference"
-            return self._reference[member](*args, **kwargs)
+            raise NotImplementedError(f"fastprompt::{member}: not even the reference takes these arguments")
 
         run.backends = [backend for backend, _ in choices]  # type: ignore[attr-defined]
         run.__name__ = "_".join((member, *run.backends))  # type: ignore[attr-defined]
@@ -237,7 +243,7 @@ def _where_tensors_are(function: Function) -> Function:
     return run
 
 
-def use_backend(op: str, backend: str) -> Any:
+def use_backend(op: str, backend: str) -> AbstractContextManager[None]:
     """Run ``op`` on ``backend`` inside a ``with`` block, in the whole process.
 
     Args:
@@ -252,16 +258,24 @@ def use_backend(op: str, backend: str) -> Any:
 
 
 def backend_used(op: str) -> str | None:
-    """The backend that last ran ``op``, or a part of it such as ``"rms_norm_backward"``; None before the first run."""
+    """The backend that last ran ``op``, or a part of it such as ``"rms_norm_backward"``; None before the first run.
+
+    Raises:
+        ValueError: there is no such op.
+    """
     for owner in OPS.values():
         if op in owner.members:
             return owner.last_backend.get(op)
     raise ValueError(f"fastprompt: op must be one of {', '.join(sorted(OPS))} or a part of one, got {op!r}")
 
 
-def backends(op: str, device: str = "cpu") -> list[str]:
-    """The backends of ``op`` that this installation has for ``device`` ("cpu" or "cuda"; there need not be a GPU), the
-    default first."""
+def backends(op: str, device: str | torch.device = "cpu") -> list[str]:
+    """The backends of ``op`` that this installation has for ``device`` (a CPU or "cuda"; there need not be a GPU), the
+    default first.
+
+    Raises:
+        ValueError: there is no such op, or the device is of another type.
+    """
     return _find(op).backends(device)
 
 

@@ -63,6 +63,8 @@ class PromptModel(KeyKeeper):
     # Read by transformers.Trainer. HF T5 averages its loss over the batch and ignores num_items_in_batch, but
     # its **kwargs make Trainer believe otherwise and skip the division by gradient_accumulation_steps.
     accepts_loss_kwargs = False
+    # Read where a checkpoint lacks a prompt that was added since.
+    _keys_to_ignore_on_save = None
 
     def __init__(
         self,
@@ -81,7 +83,9 @@ class PromptModel(KeyKeeper):
             self.add_prompt(name, each)
         model.requires_grad_(False)
         self.train(model.training)
-        self._keywords = frozenset(inspect.signature(model.forward).parameters) | _HF_KEYWORDS
+        parameters = inspect.signature(model.forward).parameters.values()
+        named = {each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
+        self._keywords = frozenset(named | _HF_KEYWORDS) - {"inputs_embeds"}
 
     def forward(
         self,
@@ -122,6 +126,10 @@ class PromptModel(KeyKeeper):
         rename_cache(kwargs)
         size = self._batch_size(input_ids, encoder_outputs)
         checks.check_labels(labels, size, self.config.vocab_size)
+        if labels is None and decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
+            raise ValueError(
+                "PromptModel: forward needs what the decoder reads. Give labels or decoder_input_ids, or call generate"
+            )
         batch = self._batch(input_ids, attention_mask, prompts, size)
         return_dict = kwargs.pop("return_dict", True)
         arguments = dict(
@@ -300,6 +308,17 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError: as in ``ensemble`` and ``generate``.
         """
         return generated(self, input_ids, attention_mask, prompts, rows_per_pass, kwargs)
+
+    @property
+    def pack(self) -> bool | None:
+        """Whether the encoder runs on rows without padding, as the constructor has it."""
+        return self._pack
+
+    @pack.setter
+    def pack(self, pack: bool | None) -> None:
+        if pack is not None and not isinstance(pack, bool):
+            raise TypeError(f"PromptModel: pack must be None, True or False, got {pack!r}")
+        self._pack = pack
 
     @property
     def config(self) -> Any:

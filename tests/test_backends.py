@@ -96,6 +96,25 @@ def test_unknown_names_are_answered_with_what_there_is():
         backends("rms_norm_backward")
 
 
+def test_devices_by_any_of_their_names():
+    for device in (torch.device("cpu"), "cpu:0"):
+        assert backends("rms_norm", device) == backends("rms_norm")
+    assert backends("rms_norm", torch.device("cuda", 1)) == backends("rms_norm", "cuda")
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got 'meta'"):
+        backends("rms_norm", "meta")
+
+
+def test_an_ops_name_stands_for_its_forward_passes():
+    with use_backend("rms_norm", "reference"):
+        rms_norm(X, W, residual=X)
+    assert backend_used("rms_norm") == backend_used("rms_norm_residual") == "reference"
+    y = rms_norm(X.clone().requires_grad_(), W)
+    used = backend_used("rms_norm")
+    with use_backend("rms_norm", "reference"):
+        y.sum().backward()
+    assert (backend_used("rms_norm"), backend_used("rms_norm_backward")) == (used, "reference")
+
+
 def test_float64_runs_on_the_reference_and_says_so():
     assert ran(lambda: rms_norm(X.double(), W.double())) == "reference"
     assert ran() == backends("rms_norm")[0]
@@ -199,6 +218,7 @@ def test_the_environment_caps_the_instruction_set(usual):
     scalar = answer(FASTPROMPT_ISA="scalar")
     assert scalar["backends"] == ["cpu", "cpu:scalar", "reference"]
     assert scalar["embed"] == usual["embed"]
+    assert answer(FASTPROMPT_ISA="")["backends"] == usual["backends"]
     process = report(FASTPROMPT_ISA="sse9")
     assert (
         "FASTPROMPT_ISA must be one of amx, avx512_bf16, avx512, avx2, neon, scalar, got 'sse9'"

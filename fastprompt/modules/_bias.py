@@ -30,6 +30,11 @@ def has_bias_table(attention: Any) -> bool:
 
 
 def is_plain_bias(attention: Any) -> bool:
-    """Is the bias its embedding's weight and no more, as with LoRA, a norm of the rows, or hooks?"""
+    """Is the bias its embedding's weight and no more, as with LoRA, quantised weights, a norm of the rows, or hooks?"""
     embedding = attention._modules.get("relative_attention_bias")
-    return type(embedding) is nn.Embedding and embedding.max_norm is None and not is_hooked(embedding)
+    return (
+        type(embedding) is nn.Embedding
+        and type(embedding.weight) in (nn.Parameter, Tensor)
+        and embedding.max_norm is None
+        and not is_hooked(embedding)
+    )

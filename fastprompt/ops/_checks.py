@@ -30,7 +30,9 @@ def check_tensor(op: str, name: str, value: object, dtypes: tuple[torch.dtype, .
 def check_shape(op: str, name: str, value: torch.Tensor, shape: tuple[int, ...], symbols: str) -> None:
     """``value`` must have ``shape``, called ``symbols`` (e.g. "[D]") in the message."""
     if value.shape != shape:
-        fail(op, f"{name} must have shape {symbols}={list(shape)}, got {list(value.shape)}")
+        sizes = f"{list(shape)}"
+        want = symbols if symbols == sizes else f"{symbols}={sizes}"
+        fail(op, f"{name} must have shape {want}, got {list(value.shape)}")
 
 
 def check_same_device(op: str, name: str, value: torch.Tensor, like: str, other: torch.Tensor) -> None:

@@ -38,6 +38,10 @@ def t5_bias_table(
         )
     if not makes_table(num_buckets, max_distance, bidirectional):
         exact = _exact_buckets(num_buckets, bidirectional)
+        if exact < 1:
+            fail(
+                "t5_bias_table", f"num_buckets must be {4 if bidirectional else 2} or more, got {num_buckets}"
+            )
         fail(
             "t5_bias_table",
             f"max_distance must exceed the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance}",

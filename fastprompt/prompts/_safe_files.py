@@ -23,11 +23,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A stream whose bytes become the file at ``path`` when the block ends well; else they are gone."""
     target = Path(path).resolve()  # of a link, what it names
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Give the name of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: it makes files private to their owner, and os.replace would hand that on.
-    partial = target.with_name(
-        f".{uuid.uuid4().hex}"
-    )  # a name of its own: the target's may be as long as names get
+    # Not tempfile: it makes files private to their owner, and os.replace would hand that on. A name of its own: the
+    # target's may be as long as names get.
+    partial = target.with_name(f".{uuid.uuid4().hex}")
     try:
         with partial.open("xb") as stream:
             yield stream

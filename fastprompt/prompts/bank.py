@@ -46,21 +46,23 @@ class PromptBank(nn.ParameterDict):
         self._stored = stored
 
     def rename(self, old: str, new: str) -> None:
-        """Give a prompt another name, in its place among the others. Its Parameters stay the same objects."""
-        prompts = [(new if name == old else name, self[name]) for name in self]
-        self._check_name(new)
-        for name in list(self):
-            del self[name]
-        for name, prompt in prompts:
-            super().__setitem__(name, prompt)
+        """Give a prompt another name, in its place among the others. Its Parameters stay the same objects.
+
+        Other threads find all others meanwhile: each dictionary is replaced as a whole.
+        """
+        self.check_name(new)
+        for group in ("_parameters", "_modules", "_keys"):
+            entries = self.__dict__[group].items()
+            self.__dict__[group] = {new if name == old else name: value for name, value in entries}
 
     def __setitem__(self, name: str, rows: Any) -> None:
-        self._check_name(name)
+        self.check_name(name)
         if isinstance(rows, PrefixPrompt):
             super().__setitem__(name, rows)
             return
-        if not isinstance(rows, Tensor) or rows.dtype != torch.float32 or rows.ndim != 2:
-            got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        plain = isinstance(rows, Tensor) and not hasattr(rows, "__tensor_flatten__")  # as quantised ones have
+        if not plain or rows.dtype != torch.float32 or rows.ndim != 2:
+            got = f"{rows.dtype} {list(rows.shape)}" if plain else type(rows).__name__
             raise ValueError(f"PromptModel: prompt {name!r} must be a float32 tensor [P, D], got {got}")
         super().__setitem__(name, nn.Parameter(rows))
 
@@ -128,7 +130,8 @@ class PromptBank(nn.ParameterDict):
             )
         return next(iter(self.keys()))
 
-    def _check_name(self, name: object) -> None:
+    def check_name(self, name: object) -> None:
+        """Raise ValueError unless a prompt may have this name."""
         if not isinstance(name, str) or not name or "." in name or name in _TAKEN:
             raise ValueError(
                 "PromptModel: a prompt's name must be a str that is not empty, has no '.' and is no attribute "

@@ -49,7 +49,8 @@ class CacheOrigin:
 def cache_path(prompt_path: str | os.PathLike[str]) -> Path:
     """Where the cache of a prompt's file lies: beside it, ``sst2.safetensors`` -> ``sst2.cache.safetensors``."""
     path = Path(prompt_path)
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.cache.safetensors")
+    name = path.name.removesuffix(".safetensors").removesuffix(".cache")  # its own path may be given, too
+    return path.with_name(f"{name}.cache.safetensors")
 
 
 def write_cache(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], origin: CacheOrigin) -> None:

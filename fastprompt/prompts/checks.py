@@ -37,12 +37,17 @@ def check_model(model: object) -> None:
 
 def check_embedding(embedding: nn.Module) -> None:
     """Raise TypeError unless its table is all that it does: rows of the encoder's input are read there directly."""
-    kind = type(embedding)
+    kind, weight = type(embedding), embedding._parameters.get("weight")
     if kind is not nn.Embedding:
-        raise TypeError(
-            "PromptModel: the encoder's embedding must be a torch.nn.Embedding for prompts of kind 'prepend', got a "
-            f"{kind.__module__}.{kind.__qualname__}. Merge or remove what was added to it, or use kind='cached'"
-        )
+        got = f"a {kind.__module__}.{kind.__qualname__}"
+    elif hasattr(weight, "__tensor_flatten__"):  # of a quantised one
+        got = f"one with a {type(weight).__name__} for its weight"
+    else:
+        return
+    raise TypeError(
+        f"PromptModel: the encoder's embedding must be a torch.nn.Embedding for prompts of kind 'prepend', got {got}."
+        " Merge or remove what was added to it, or use kind='cached'"
+    )
 
 
 def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
@@ -109,7 +114,10 @@ def check_one_family(kinds: dict[str, str]) -> None:
 def check_device(name: str, value: Tensor, table: Tensor) -> None:
     """``value`` must be on the device of the embedding table, and that must hold data and be whole."""
     if table.is_meta:
-        raise ValueError("PromptModel: the embedding table has no data (device meta). Load the weights first")
+        raise ValueError(
+            "PromptModel: the embedding table has no data (device meta). Load the weights first; of a model that is "
+            "offloaded keep it on a device, as with device_map={'shared': 'cpu', ...}"
+        )
     if is_sharded(table):
         raise ValueError(
             "PromptModel: the embedding table must be whole, got a sharded one. Shard the PromptModel itself: "

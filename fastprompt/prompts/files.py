@@ -138,6 +138,8 @@ def read_prompt(
 
 def checked_prompt(what: str, prompt: PromptFile) -> PromptFile:
     """The same with tensors that are fit to be written; errors begin with ``what``."""
+    if not isinstance(prompt, PromptFile):
+        raise TypeError(f"{what} must be a PromptFile, got {type(prompt).__name__}")
     shapes = {name: tuple(tensor.shape) for name, tensor in prompt.tensors.items()}
     check_layout(what, prompt.kind, prompt.parameterization, shapes)
     values = {name: finite_fp32(f"{what}: tensor {name!r}", value) for name, value in prompt.tensors.items()}

@@ -89,11 +89,14 @@ class PromptHolder(nn.Module):
         self._own(name)
         if new_name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {new_name!r} already. Choose another name")
-        self.prompts.rename(name, new_name)
+        self.prompts.check_name(new_name)
         by_name: tuple[dict[str, Any], ...] = (self.configs, self._inits)
         for known in by_name:
             if name in known:
-                known[new_name] = known.pop(name)
+                known[new_name] = known[name]
+        self.prompts.rename(name, new_name)
+        for known in by_name:
+            known.pop(name, None)
         self._caches.drop([name, new_name])  # a stored prompt of the new name is hidden now
 
     def freeze_prompt(self, name: str, frozen: bool = True) -> None:

@@ -42,6 +42,7 @@ class ModelIdentity:
     d_model: int
     embedding_dtype: str
     embedding_sha256: str
+    float16_sha256: str = ""  # of a float32 table: what embedding_sha256 is after a load in float16
 
     def __post_init__(self) -> None:
         for each in fields(self):  # the values may come from a file
@@ -58,6 +59,7 @@ class ModelIdentity:
             d_model=weight.shape[1],
             embedding_dtype=str(weight.dtype).removeprefix("torch."),
             embedding_sha256=embedding_sha256(weight),
+            float16_sha256=embedding_sha256(weight, torch.float16) if weight.dtype == torch.float32 else "",
         )
 
     def difference(self, other: "ModelIdentity") -> str | None:
@@ -66,11 +68,16 @@ class ModelIdentity:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} {mine!r}, not {theirs!r}"
-        # An fp16 load has rounded twice by the time it is hashed, so it compares with fp16 only.
-        comparable = (self.embedding_dtype == "float16") == (other.embedding_dtype == "float16")
-        if comparable and self.embedding_sha256 != other.embedding_sha256:
-            return f"embedding table {self.embedding_sha256[:12]}, not {other.embedding_sha256[:12]}"
+        # A float16 load has rounded twice by the time it is hashed. bfloat16 does not tell what it has rounded to.
+        half = "float16" in (self.embedding_dtype, other.embedding_dtype)
+        mine, theirs = (each._hash(half) for each in (self, other))
+        if mine and theirs and mine != theirs:
+            return f"embedding table {mine[:12]}, not {theirs[:12]}"
         return None
+
+    def _hash(self, half: bool) -> str:
+        """Of the table; of a float16 load's. "": it is not known."""
+        return self.embedding_sha256 if not half or self.embedding_dtype == "float16" else self.float16_sha256
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -78,16 +85,27 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def embedding_sha256(weight: Tensor) -> str:
-    """sha256 of the table [V, D] rounded to bf16, so that fp32 and bf16 loads of one checkpoint agree."""
+def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
+    """sha256 of the table [V, D] rounded to bf16, so that fp32 and bf16 loads of one checkpoint agree.
+
+    dtype: as it would be after a load in this one.
+    """
+    dtype = weight.dtype if dtype is None else dtype
     if is_sharded(weight):  # gathering it would wait for all ranks
         raise ValueError(
             "PromptModel: files of prompts name the model by its embedding table, which must be whole, got a sharded "
             "one. Gather state_dict() with full_tensor(), and load it into a PromptModel that is not sharded"
         )
+    if weight.is_meta:
+        raise ValueError(
+            "PromptModel: files of prompts name the model by its embedding table, which has no data (device meta). "
+            "Load it without offload"
+        )
+    if hasattr(weight, "__tensor_flatten__"):  # a quantised one
+        return _weight_sha256(("", weight))
     digest = hashlib.sha256(f"{list(weight.shape)}".encode())
     for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
-        digest.update(chunk.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+        digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
     return digest.hexdigest()
 
 

@@ -142,7 +142,10 @@ def _embed(weight: Tensor, ids: Tensor) -> Tensor:
             "PromptConfig: this init reads the embedding table, which has no data (device meta). "
             "Load the weights first, or use init='uniform'"
         )
-    return weight.detach()[ids.to(weight.device)].to("cpu", torch.float32)
+    rows: Tensor = torch.nn.functional.embedding(
+        ids.to(weight.device), weight.detach()
+    )  # plain, of a quantised table
+    return rows.to("cpu", torch.float32)
 
 
 def _pieces(argument: str, string: str, weight: Tensor, tokenizer: Any) -> Tensor:

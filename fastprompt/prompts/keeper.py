@@ -100,6 +100,10 @@ class KeyKeeper(PromptHolder):
             ValueError: no such prompt, one of kind "prepend", or a file that is broken, of another model or dtype, or
                 older than the prompt. What was kept before stays.
         """
+        if not isinstance(paths, Mapping):
+            raise TypeError(
+                f"PromptModel: paths must be a dict of prompts' names and files, got {type(paths).__name__}"
+            )
         names = list(paths)
         prompts = self._keyed_prompts(names)
         with torch.autocast(self._table().device.type, enabled=False):

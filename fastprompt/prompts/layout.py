@@ -95,9 +95,10 @@ def check_shape(what: str, shape: Shape, rows: int | None = None, width: int | N
     if plausible and rows in (None, shape[0]) and width in (None, shape[1]):
         return
     expected = f"[{'P' if rows is None else rows}, {'D' if width is None else width}]"
+    wide = len(shape) == 2 and width not in (None, shape[1])
     raise ValueError(
         f"{what} must have shape [P, D]={expected} with 1 <= P <= {MAX_TOKENS} and at most {MAX_ELEMENTS} elements, "
-        f"got {list(shape)}. A prompt fits only models of its own width D (d_model)"
+        f"got {list(shape)}{'. A prompt fits only models of its own width D (d_model)' if wide else ''}"
     )
 
 

@@ -201,7 +201,7 @@ class _Scorer:
 
     def _start(self) -> int:
         config = self.model.config
-        start = config.decoder_start_token_id
+        start = getattr(config, "decoder_start_token_id", None)
         return int(config.pad_token_id if start is None else start)
 
 

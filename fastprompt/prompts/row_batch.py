@@ -63,16 +63,15 @@ class RowBatch(NamedTuple):
             )
 
     def _cross_mask(self, hidden: Tensor) -> Tensor | None:
-        """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]; one of [B, L] stays."""
+        """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]."""
         batch, length = hidden.shape[:2]
         mask, longest = self.tokens.mask, max(self.choice.lengths)
-        if mask is not None and tuple(mask.shape) == (batch, length):
-            return mask
-        num_tokens = length - longest
-        if num_tokens < 0:
+        tokens = mask if mask is not None else self.tokens.ids  # which need not be there
+        num_tokens = tokens.shape[-1] if isinstance(tokens, Tensor) else max(length - longest, 0)
+        if length != longest + num_tokens:
             raise ValueError(
-                f"PromptModel: encoder_outputs must have at least the prompt's {longest} positions, "
-                f"got {length}. Give those of a PromptModel with the same prompts"
+                f"PromptModel: encoder_outputs must have {longest} positions of the prompt and {num_tokens} of tokens, "
+                f"got {length}. Give what encode() returns for the same prompts and tokens"
             )
         checks.check_mask(mask, batch, num_tokens, self.tokens.table)
         return prepend_mask(mask, self.choice.lengths, num_tokens, hidden.device)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stamps: did a model or a prompt change since something was computed of it?
 
-It did once a tensor of it was written to, replaced, cast or moved, once an adapter in it (LoRA and others of PEFT) was
-switched, scaled or merged, and once autocast was switched. These leave no trace: writing through ``tensor.data`` or to
-tensors made under ``torch.inference_mode``, and what is no tensor, such as another activation, epsilon or hook.
+It did once a tensor of it was written to, replaced, cast or moved, once a module in it was replaced by one of another
+class, once an adapter in it (LoRA and others of PEFT) was switched, scaled or merged, and once autocast was switched.
+These leave no trace: writing through ``tensor.data`` or to tensors made under ``torch.inference_mode``, and what is no
+tensor, such as another activation function, epsilon, hook or ``forward``.
 """
 
 import weakref
@@ -19,15 +20,16 @@ class State(NamedTuple):
     """What an owner computes with."""
 
     tensors: list[Tensor]
+    classes: list[type]  # of modules; parametrizations and their like give a module one of its own
     adapters: list[str]
 
     @classmethod
     def of(cls, owner: Tensor | nn.Module) -> Self:
         """Of a tensor, or of a module's parameters, buffers and adapters."""
         if isinstance(owner, Tensor):
-            return cls([owner], [])
+            return cls([owner], [], [])
         modules = _modules_of(owner)
-        return cls(_tensors_of(modules), _adapters_of(modules))
+        return cls(_tensors_of(modules), list(map(type, modules)), _adapters_of(modules))
 
 
 class Trace(NamedTuple):
@@ -57,7 +59,7 @@ class Stamp:
 
     def __init__(self, state: State) -> None:
         self.traces = [Trace.of(tensor) for tensor in state.tensors]
-        self.adapters = state.adapters
+        self.classes, self.adapters = state.classes, state.adapters
         self.autocast = _autocast()
         self.stepped = False
 
@@ -70,6 +72,7 @@ class Stamp:
             not self.stepped
             and len(state.tensors) == len(self.traces)
             and all(trace.fits(tensor) for trace, tensor in zip(self.traces, state.tensors, strict=True))
+            and self.classes == state.classes
             and self.adapters == state.adapters
             and self.autocast == _autocast()
         )
@@ -108,7 +111,11 @@ def _adapters_of(modules: list[nn.Module]) -> list[str]:
 
 def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     groups = [each.__dict__[group] for each in modules for group in ("_parameters", "_buffers")]
-    return [tensor for group in groups if group for tensor in group.values() if tensor is not None]
+    tensors = [tensor for group in groups if group for tensor in group.values() if tensor is not None]
+    for each in [x for x in tensors if type(x) is not nn.Parameter and hasattr(x, "__tensor_flatten__")]:
+        # What a quantised one is made of may be written to by itself.
+        tensors += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
+    return tensors
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -76,6 +76,12 @@ def _added(module: nn.Module) -> str | None:
     shadowed = METHODS & state.keys()
     if shadowed:
         return f"a {shadowed.pop()} of its own"
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in (
+            nn.Parameter,
+            torch.Tensor,
+        ):  # quantised, as by torchao
+            return f"a {type(parameter).__name__}"
     if module._compiled_call_impl is not None:
         return "a compiled call"
     for hooks in HOOKS:

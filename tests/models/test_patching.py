@@ -9,6 +9,7 @@ import pytest
 import torch
 from layouts import FULL, LAYOUTS, MEMORY, TINY, VOCAB, as_close, close, no_further, step
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model, inject_adapter_in_model
+from quantised import quantise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -630,6 +631,16 @@ def test_blocks_that_train_in_evaluation_mode_under_reentrant_checkpoints(make):
         grads.append([p.grad for p in model.encoder.block.parameters()])
     for ours, theirs in zip(*grads, strict=True):
         close(ours, theirs)
+
+
+def test_a_quantised_bias_is_transformers(make, batch, labels):
+    model, inputs = make(), batch()
+    for stack in (model.encoder, model.decoder):
+        quantise(stack.block[0].layer[0].SelfAttention.relative_attention_bias)
+    expected = step(model, inputs, labels)
+    for ours, theirs in zip(step(patch(model), inputs, labels), expected, strict=True):
+        close(ours, theirs)
+    assert any("more than its weight" in (row.reason or "") for row in explain(model))
 
 
 def test_trained_bias(make, batch, labels):

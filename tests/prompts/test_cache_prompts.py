@@ -8,6 +8,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
 from fastprompt.prompts import PromptConfig, keeper, rank, stamp
 
@@ -127,6 +129,47 @@ def change(prompted, how):
     elif how == "child":
         added = nn.Linear(64, 64, bias=False, device=prompted.device).requires_grad_(False)
         attention.k = nn.Sequential(attention.k, added)
+    elif how == "class":  # of the same weight
+        attention.k = Halved(attention.k)
+    elif how == "parametrization":  # a second one, as weight norm and pruning are
+        parametrize.register_parametrization(attention.k, "weight", Half())
+    elif how == "inner tensor":
+        attention.k.weight.half.mul_(1.5)
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+class Halved(nn.Linear):
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class Doubled(torch.Tensor):
+    """Twice a plain tensor, which it holds, as quantised weights hold theirs."""
+
+    @staticmethod
+    def __new__(cls, half):
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype, device=half.device)
+
+    def __init__(self, half):
+        self.half = half
+
+    def __tensor_flatten__(self):
+        return ["half"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].half)
+        args = tree_map(lambda x: 2 * x.half if isinstance(x, cls) else x, args)
+        return function(*args, **(kwargs or {}))
 
 
 class Scaled(nn.Linear):
@@ -146,12 +189,17 @@ class Scaled(nn.Linear):
     [
         *("step", "optimizer", "fused", "step before others", "load", "replace"),
         *("model", "weight", "buffer", "float64", "rounded", "child"),
+        *("class", "parametrization", "inner tensor"),
     ],
 )
 def test_a_stale_cache_is_made_again(how, served, make_batch):
     prompted, batch = served({"c5": CONFIGS["c5"], "c2": CONFIGS["c2"]}), make_batch()
     attention = prompted.model.get_encoder().block[1].layer[0].SelfAttention
     attention.k = Scaled(attention.k) if how == "buffer" else attention.k
+    if how == "parametrization":
+        parametrize.register_parametrization(attention.k, "weight", Half())
+    if how == "inner tensor":
+        attention.k.weight = nn.Parameter(Doubled(attention.k.weight.detach() / 2), requires_grad=False)
     prompted.cache_prompts()
     before = logits(prompted, batch, "c5")
     assert prompted.passes == [3]

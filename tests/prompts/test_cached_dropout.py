@@ -5,7 +5,6 @@ A seed and a position say what dropout drops. The seeds are noted while our mode
 masks from them: for the prompt's rows those of the prompt's own run, which all examples of the batch share.
 """
 
-import sys
 from collections import defaultdict
 
 import pytest
@@ -43,13 +42,15 @@ def draws(prompted, batch, calls, monkeypatch):
     names = {module: name for name, module in prompted.model.named_modules()}
     found = defaultdict(list)
 
+    drawn = _dropout.new_seed
+
     def new_seed(device):
         module, shape = calls[-1]
-        found[names[module]].append((_dropout.new_seed(device), shape))
+        found[names[module]].append((drawn(device), shape))
         return found[names[module]][-1][0]
 
     with monkeypatch.context() as patched:
-        for drawing in (attention, dropout, ff, sys.modules["fastprompt.ops.t5_attention"]):
+        for drawing in (attention, dropout, ff, _dropout):
             patched.setattr(drawing, "new_seed", new_seed)
         patched.setattr(
             nn.Dropout, "forward", lambda self, x: _dropout.dropout(x, new_seed(x.device), self.p)

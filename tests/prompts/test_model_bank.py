@@ -417,6 +417,32 @@ def test_threads_share_a_stores_prompts(stored, empty, tuned):
     assert not wrong
 
 
+def test_other_prompts_are_there_while_one_is_renamed(tuned):
+    wrong, done = [], threading.Event()
+
+    def use():
+        try:
+            while not done.is_set():
+                found = [tuned.prompts.choose(names, 1).names for names in (None, "rows")]
+                wrong.extend(names for names in found if names not in (["prepend"], ["rows"]))
+        except Exception as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=use)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for _ in range(2000):
+            tuned.rename_prompt("cached", "other")
+            tuned.rename_prompt("other", "cached")
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_stale_keys_of_stored_prompts_are_made_again(own, stored, empty, make_batch, branches):
     model, batch = empty(), make_batch()

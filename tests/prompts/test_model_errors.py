@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from quantised import quantise
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from fastprompt.model import PromptModel
-from fastprompt.prompts import PromptConfig
+from fastprompt.prompts import PromptConfig, write_store
 
 SMALL = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2, "d_kv": 8}
 
@@ -97,6 +98,51 @@ def test_lora_on_the_embedding(make_keyed, make_batch):
     peft.inject_adapter_in_model(config, prompted.model)
     refused(TypeError, r"got a peft\..*Embedding\. Merge or", prompted, **batch, prompts="rows")
     assert not torch.allclose(prompted(**batch, prompts="cached").logits, before, atol=1e-2)
+
+
+def test_a_quantised_embedding(make_model, make_batch, tmp_path):
+    """Prompts are made of its rows, and are plain; those in front of the tokens need a table to read."""
+    model, batch = make_model(d_kv=16), make_batch()
+    quantise(model.shared)
+    for stack in (model.encoder, model.decoder):
+        stack.embed_tokens.weight = model.shared.weight
+    configs = {
+        "rows": PromptConfig(3),
+        "cached": PromptConfig(3, "cached"),
+        "prefix": PromptConfig(3, "prefix"),
+    }
+    prompted = PromptModel(model, configs)
+    assert type(prompted.prompts["cached"]) is nn.Parameter
+    prompted(**batch, prompts=["cached", "prefix", "cached"]).loss.backward()
+    assert prompted.prompts["cached"].grad.norm() > 0
+    prompted.save_prompt("cached", tmp_path / "p")
+    prompted.load_prompt("again", tmp_path / "p")
+    refused(TypeError, "got one with a Quantised for its weight. Merge", prompted, **batch, prompts="rows")
+
+
+def test_an_embedding_without_data(make_model, tmp_path):
+    """As under accelerate's cpu_offload."""
+    prompted = PromptModel(make_model(), PromptConfig(3))
+    for module in (prompted.model.shared, prompted.model.encoder, prompted.model.decoder):
+        module.to("meta")
+    ids, no_data = torch.ones(2, 4, dtype=torch.int64), r"no data \(device meta\)\. Load "
+    refused(ValueError, no_data + "the weights first; of a model that is offloaded", prompted.encode, ids)
+    refused(ValueError, no_data + "it without offload", prompted.save_prompt, "default", tmp_path / "p")
+
+
+def test_slips(make_keyed, make_batch, tmp_path):
+    prompted, batch = make_keyed({"c": PromptConfig(3, "cached")}), make_batch()
+    refused(TypeError, "pack must be None, True or False, got 'never'", setattr, prompted, "pack", "never")
+    refused(TypeError, r"unexpected keyword arguments \['kwargs'\]", prompted, **batch, kwargs={"a": 1})
+    refused(TypeError, "paths must be a dict of prompts' names and files, got str", prompted.load_caches, "c")
+    refused(IsADirectoryError, "is a folder. Give the name of a file", prompted.save_prompt, "c", tmp_path)
+    refused(
+        TypeError, "must be a PromptFile, got Tensor", write_store, tmp_path / "s", {"a": torch.ones(2, 3)}
+    )
+    prompted.save_cache("c", tmp_path / "c.safetensors")
+    prompted.load_caches({"c": tmp_path / "c.cache.safetensors"})
+    del batch["labels"]
+    refused(ValueError, "Give labels or decoder_input_ids, or call generate", prompted, **batch)
 
 
 def test_configs_and_names(make_model, make_prompted):
@@ -179,7 +225,7 @@ def call(request, make_prompted, make_batch):
         (
             {"encoder_outputs": (torch.ones(3, 1, 32),)},
             ValueError,
-            "encoder_outputs must have at least the prompt's 5",
+            "encoder_outputs must have 5 positions of the prompt and 7 of tokens, got 1",
         ),
     ],
 )

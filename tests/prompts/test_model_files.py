@@ -79,14 +79,17 @@ def test_another_width_is_refused_even_unstrictly(saved, make_model):
         PromptModel(make_model(d_model=16), {}).load_prompt("p", path, strict=False)
 
 
-def test_fp16_tables_compare_with_fp16_only(make_model, tmp_path):
-    half = PromptModel(make_model(dtype=torch.float16), PromptConfig(3))
-    half.save_prompt("default", tmp_path / "half")
-    PromptModel(make_model(), {}).load_prompt("p", tmp_path / "half")
-    other = make_model(dtype=torch.float16)
+@pytest.mark.parametrize("saved_in", [torch.float32, torch.float16])
+@pytest.mark.parametrize("loaded_in", [torch.float32, torch.float16])
+def test_float32_and_float16_loads_of_one_model_know_each_other(saved_in, loaded_in, make_model, tmp_path):
+    """Rounded to float16 and then to bfloat16 a table is another than rounded once."""
+    path = tmp_path / "prompt"
+    PromptModel(make_model(dtype=saved_in), PromptConfig(3)).save_prompt("default", path)
+    PromptModel(make_model(dtype=loaded_in), {}).load_prompt("p", path)
+    other = make_model()
     other.shared.weight.data[3] *= 2
     with pytest.raises(ValueError, match="belongs to another model"):
-        PromptModel(other, {}).load_prompt("p", tmp_path / "half")
+        PromptModel(other.to(loaded_in), {}).load_prompt("p", path)
 
 
 def test_files_of_other_projects_load_by_width_alone(make_model, tmp_path):

@@ -7,7 +7,6 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt.prompts import PromptConfig
-from fastprompt.prompts.mask import prepend_mask
 
 MODES = {
     "greedy": {},
@@ -159,12 +158,18 @@ def test_encoder_outputs_are_reused(make_prompted, make_batch):
     names = ["p2", "p5", "p2"]
     full = prompted(**batch, prompts=names)
     encoded = BaseModelOutput(last_hidden_state=full.encoder_last_hidden_state)
+    stock = prompted.model.get_encoder()(batch["input_ids"])
     calls = []
     handle = prompted.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
     again = prompted(**batch, prompts=names, encoder_outputs=encoded)
     assert torch.equal(again.logits, full.logits)
-    whole = batch | {"attention_mask": prepend_mask(batch["attention_mask"], [2, 5, 2], 7, prompted.device)}
-    assert torch.equal(prompted(**whole, prompts=names, encoder_outputs=encoded).logits, full.logits)
+    plain = {name: value for name, value in batch.items() if name != "attention_mask"}
+    for given in (batch, plain):
+        for chosen, other in (("p2", encoded), (names, stock)):
+            with pytest.raises(
+                ValueError, match=r"must have \d positions of the prompt and 7 of tokens, got"
+            ):
+                prompted(**given, prompts=chosen, encoder_outputs=other)
     generated = prompted.generate(
         batch["input_ids"], batch["attention_mask"], prompts=names, encoder_outputs=encoded, max_new_tokens=6
     )

@@ -5,6 +5,8 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
+from fastprompt.prompts import PromptConfig
+
 
 @pytest.fixture
 def trainer(make_prompted, tokenizer, device, tmp_path):
@@ -69,6 +71,14 @@ def test_checkpoints_hold_the_prompt_only_and_resume(trainer, tmp_path):
     resumed = trainer(max_steps=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     torch.testing.assert_close(resumed.model.prompts["p5"], first.model.prompts["p5"])
+
+
+def test_a_checkpoint_may_lack_a_prompt_that_was_added_since(trainer, tmp_path):
+    trainer(max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    more = trainer(max_steps=2)
+    more.model.add_prompt("new", PromptConfig(3))
+    more.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert more.state.global_step == 2
 
 
 def test_prediction_generates_with_the_prompt(trainer):

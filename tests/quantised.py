@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantised embedding table as torchao makes one: a tensor of several plain ones that looks up rows, and no more."""
+
+import torch
+from torch import nn
+
+aten = torch.ops.aten
+
+
+class Quantised(torch.Tensor):
+    """rows int8 [V, D] times scale [V, 1]."""
+
+    @staticmethod
+    def __new__(cls, rows, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=scale.dtype, device=rows.device)
+
+    def __init__(self, rows, scale):
+        self.rows, self.scale = rows, scale
+
+    def __tensor_flatten__(self):
+        return ["rows", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is aten.detach.default:
+            return cls(args[0].rows, args[0].scale)
+        if function is aten.embedding.default:
+            table, ids = args[:2]
+            return table.rows[ids] * table.scale[ids]
+        raise NotImplementedError(f"Quantised: {function}")
+
+
+def quantise(embedding):
+    """In place; the values stay where they are multiples of the largest of their row by 1/127."""
+    weight = embedding.weight.detach()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    embedding.weight = nn.Parameter(
+        Quantised((weight / scale).round().to(torch.int8), scale), requires_grad=False
+    )
