@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantised embedding table as torchao makes one: a tensor of several plain ones that looks up rows, and no more."""
+"""Weights as torchao quantises them: tensors of another class, made of plain ones."""
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
 
 class Quantised(torch.Tensor):
-    """rows int8 [V, D] times scale [V, 1]."""
+    """An embedding table, rows int8 [V, D] times scale [V, 1]: it looks up rows, and no more."""
 
     @staticmethod
     def __new__(cls, rows, scale):
@@ -37,3 +38,24 @@ def quantise(embedding):
     embedding.weight = nn.Parameter(
         Quantised((weight / scale).round().to(torch.int8), scale), requires_grad=False
     )
+
+
+class Doubled(torch.Tensor):
+    """Twice a plain tensor, which it holds, as quantised weights hold theirs."""
+
+    @staticmethod
+    def __new__(cls, half):
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype, device=half.device)
+
+    def __init__(self, half):
+        self.half = half
+
+    def __tensor_flatten__(self):
+        return ["half"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is aten.detach.default:
+            return cls(args[0].half)
+        args = tree_map(lambda x: 2 * x.half if isinstance(x, cls) else x, args)
+        return function(*args, **(kwargs or {}))

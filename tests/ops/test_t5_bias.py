@@ -144,6 +144,7 @@ def test_in_the_op():
         ),
         (torch.ones(32), {}, ValueError, r"weight must have shape \[num_buckets, H\]=\[32, H\], got \[32\]"),
         (torch.ones(H, 32), {}, ValueError, r"\[32, H\], got \[3, 32\]"),
+        (torch.ones(1, H), {"num_buckets": 1}, ValueError, "num_buckets must be 4 or more, got 1"),
         (torch.ones(32, H), {"num_buckets": 16}, ValueError, r"\[16, H\], got \[32, 3\]"),
     ],
 )

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from quantised import Doubled
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map
 
 from fastprompt.prompts import PromptConfig, keeper, rank, stamp
 
@@ -149,27 +149,6 @@ class Halved(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) / 2
-
-
-class Doubled(torch.Tensor):
-    """Twice a plain tensor, which it holds, as quantised weights hold theirs."""
-
-    @staticmethod
-    def __new__(cls, half):
-        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype, device=half.device)
-
-    def __init__(self, half):
-        self.half = half
-
-    def __tensor_flatten__(self):
-        return ["half"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return cls(args[0].half)
-        args = tree_map(lambda x: 2 * x.half if isinstance(x, cls) else x, args)
-        return function(*args, **(kwargs or {}))
 
 
 class Scaled(nn.Linear):

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from quantised import Doubled
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -243,6 +244,8 @@ def add(what, encoder, monkeypatch):
             AttentionInterface._global_mapping, "sdpa", lambda *a, **k: sdpa_attention_forward(*a, **k)
         )
         encoder.config._attn_implementation = "sdpa"
+    elif what == "quantised":
+        attention.q.weight = nn.Parameter(Doubled(attention.q.weight.detach() / 2), requires_grad=False)
     elif what == "reference":
         monkeypatch.setattr(stock, "backends", lambda *args: ["reference"])
 
@@ -266,6 +269,7 @@ def add(what, encoder, monkeypatch):
         ("config", "got one of their own"),
         ("attention", "got 'of_a_user'"),
         ("sdpa", "got 'sdpa'"),
+        ("quantised", "got a Doubled in block.1.layer.0.SelfAttention.q"),
         ("reference", "needs the cpu kernel of t5_attention on cpu, which is not installed"),
     ],
 )

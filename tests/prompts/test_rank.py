@@ -131,6 +131,12 @@ def test_strings_are_encoded_as_targets(tuned, inputs, tokenizer):
     assert torch.equal(tuned.rank(**inputs, choices=WORDS).scores, expected.scores)
 
 
+def test_a_config_that_says_no_start_token_starts_with_padding(tuned, inputs):
+    expected = tuned.rank(**inputs, choices=CHOICES).scores
+    del tuned.config.decoder_start_token_id
+    assert torch.equal(tuned.rank(**inputs, choices=CHOICES).scores, expected)
+
+
 def test_of_equal_scores_the_first_is_best(tuned, inputs):
     scores = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
     assert rank_of(scores.repeat(40, 50)).best.tolist() == [1, 0] * 40
