@@ -21,6 +21,7 @@ from fastprompt.prompts import checks
 from fastprompt.prompts.bank import Names
 from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
+from fastprompt.prompts.generation import generation_option
 from fastprompt.prompts.keeper import KeyKeeper
 from fastprompt.prompts.key_batch import KeyBatch
 from fastprompt.prompts.rank import Choices, Ranking, choice_ids, choice_scores, rank_of
@@ -191,7 +192,8 @@ class PromptModel(KeyKeeper):
         size = self._batch_size(input_ids, encoder_outputs)
         batch = self._batch(input_ids, attention_mask, prompts, size)
         if encoder_outputs is None:
-            encoder_outputs = _encoded(batch, {name: self._generation_flag(name, kwargs) for name in _FLAGS})
+            flags = {name: bool(generation_option(self.model, kwargs, name, False)) for name in _FLAGS}
+            encoder_outputs = _encoded(batch, flags)
         return batch.generate(_own(encoder_outputs), kwargs)
 
     def encode(
@@ -391,13 +393,6 @@ class PromptModel(KeyKeeper):
         if "prepend" in kinds.values():
             return RowBatch(tokens, choice)
         return KeyBatch(tokens, self._site_keys(choice, sites))
-
-    def _generation_flag(self, name: str, kwargs: dict[str, Any]) -> bool:
-        """As HF resolves it: the keyword, else the given generation config, else the model's own."""
-        for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)):
-            if value is not None:
-                return bool(value)
-        return bool(getattr(self.model.generation_config, name, False))
 
 
 def _encoded(batch: RowBatch | KeyBatch, flags: dict[str, Any]) -> BaseModelOutput:

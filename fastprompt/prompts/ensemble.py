@@ -8,6 +8,7 @@ encoder's first layer, so that what every example has under all of them is littl
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastprompt._cache_name import CACHE_NAMES
 from fastprompt.ops._indices import indices
 from fastprompt.prompts import checks
+from fastprompt.prompts.generation import generation_option
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.rank import choice_scores, first_best, pieces
 from fastprompt.prompts.sites import project
@@ -143,7 +145,7 @@ def generated(
             raise ValueError(
                 f"PromptModel: an ensemble's prompts each need {name} of their own: leave it out"
             )
-    pad = _padding_id(model, kwargs)
+    pad = generation_option(model, kwargs, "pad_token_id", model.config.pad_token_id or 0)
 
     def run(each: Pass) -> Tensor:
         found = model.generate(**each.arguments, **_of_inputs(kwargs, each.inputs))
@@ -264,13 +266,7 @@ def _of_inputs(kwargs: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
 
 def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
     """One sequence per row and a cache that grows: then generate takes one that is filled in cross-attention."""
-    configs = (kwargs.get("generation_config"), model.generation_config)
-
-    def option(name: str, default: Any) -> Any:
-        """As HF's generate resolves it: what the given config leaves out, the model's own says."""
-        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in found if value is not None), default)
-
+    option = partial(generation_option, model, kwargs)
     return (
         option("num_beams", 1) == option("num_return_sequences", 1) == 1
         and option("use_cache", True)
@@ -278,15 +274,3 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
         and not option("prompt_lookup_num_tokens", 0)
         and not any(name in kwargs for name in CACHE_NAMES)
     )
-
-
-def _padding_id(model: Any, kwargs: dict[str, Any]) -> int:
-    """As HF's generate resolves it."""
-    given, own = kwargs.get("generation_config"), model.generation_config
-    for value in (
-        kwargs.get("pad_token_id"),
-        *(getattr(each, "pad_token_id", None) for each in (given, own)),
-    ):
-        if value is not None:
-            return int(value)
-    return int(model.config.pad_token_id or 0)
