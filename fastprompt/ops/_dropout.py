@@ -18,9 +18,13 @@ _MASK32 = 0xFFFFFFFF
 _ROUNDS = 7
 
 
-def check_dropout(op: str, dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
+def check_rate(op: str, dropout_p: float) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         fail(op, f"dropout_p must lie in [0, 1], got {dropout_p}")
+
+
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None, like: Tensor) -> None:
+    check_rate(op, dropout_p)
     if dropout_p > 0.0 or seed is not None:
         check_tensor(op, "seed", seed, (torch.int64,))
         assert seed is not None

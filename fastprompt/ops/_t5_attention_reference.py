@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops._dropout import drop_threshold, half_words, keep_scale, philox
+from fastprompt.ops._wide import wide_dtype
 
 
 class Inputs(NamedTuple):
@@ -46,10 +47,6 @@ class Example(NamedTuple):
     keys: slice  # of the rows of all own keys
     prompt: int  # which prompt
     P: int  # keys of it
-
-
-def wide_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def rows(x: Tensor) -> Tensor:

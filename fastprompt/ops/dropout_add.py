@@ -19,6 +19,7 @@ from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
+from fastprompt.ops._wide import wide
 
 op = Op("dropout_add")
 
@@ -63,7 +64,7 @@ def dropout_add_reference(
     x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
     _check(x, residual, seed, dropout_p)
-    h = dropout(x if x.dtype == torch.float64 else x.float(), seed, dropout_p)
+    h = dropout(wide(x), seed, dropout_p)
     if residual is not None:
         h = residual + h
     return h.to(x.dtype, copy=residual is None).contiguous()

@@ -24,6 +24,7 @@ from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor, fail
 from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
+from fastprompt.ops._wide import wide
 
 op = Op("gated_act")
 
@@ -71,10 +72,6 @@ def _check_backward(
     check_same_device("gated_act_backward", "dy", dy, "a", a)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _curve(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """act(x) and act'(x)."""
     if act == "gelu":
@@ -96,7 +93,7 @@ def _fake(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float)
 @op.define("gated_act(Tensor a, Tensor b, Tensor? seed, str act, float dropout_p) -> Tensor", fake=_fake)
 def gated_act_reference(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float) -> Tensor:
     _check(a, b, seed, act, dropout_p)
-    y = _curve(_wide(a), act)[0] * b
+    y = _curve(wide(a), act)[0] * b
     return dropout(y, seed, dropout_p).to(a.dtype).contiguous()
 
 
@@ -144,8 +141,8 @@ def gated_act_backward_reference(
     dy: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     _check_backward(dy, a, b, seed, act, dropout_p)
-    g = dropout(_wide(dy), seed, dropout_p)
-    value, slope = _curve(_wide(a), act)
+    g = dropout(wide(dy), seed, dropout_p)
+    value, slope = _curve(wide(a), act)
     return (g * b * slope).to(a.dtype).contiguous(), (g * value).to(a.dtype).contiguous()
 
 

@@ -48,6 +48,7 @@ from fastprompt.ops._checks import (
     fail,
     refuse_gradient,
 )
+from fastprompt.ops._wide import wide_dtype
 from fastprompt.ops.frozen_linear import SLOW_HALVES
 
 op = Op("linear_cross_entropy")
@@ -137,11 +138,6 @@ def _check_labels(labels: Tensor, V: int) -> None:
             )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float64 for float64 (the truth in tests), else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 Outputs = tuple[Tensor, Tensor, Tensor]  # loss, drows, share
 ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? num_items, float scale, int ignore_index, int? chunk,"
@@ -156,7 +152,7 @@ def _fake_linear_cross_entropy(
     """drows has no elements where no gradient is wanted."""
     _check(hidden, weight, labels, num_items, chunk)
     drows = hidden.new_empty(hidden.shape if needs_grad else (0,))
-    return hidden.new_empty(()), drows, hidden.new_empty((1,), dtype=_wide(hidden.dtype))
+    return hidden.new_empty(()), drows, hidden.new_empty((1,), dtype=wide_dtype(hidden))
 
 
 @op.define(
@@ -176,7 +172,7 @@ def linear_cross_entropy_reference(
         if values_are_at_hand(hidden.device):
             _check_labels(row_labels[counts], weight.shape[0])
         rows = rows if scale == 1.0 else rows * scale
-        w, index = weight.to(_wide(rows.dtype)), row_labels.clamp(0, weight.shape[0] - 1)[:, None]
+        w, index = weight.to(wide_dtype(rows)), row_labels.clamp(0, weight.shape[0] - 1)[:, None]
         logits = rows.to(w.dtype) @ w.t()
         picked = logits.gather(1, index).masked_fill(index != row_labels[:, None], torch.nan)
         picked = picked.masked_fill(picked == torch.inf, torch.nan)  # certainty is not meant: as in PyTorch

@@ -19,7 +19,8 @@ from torch import Tensor
 from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
-from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout, keep_mask, keep_scale
+from fastprompt.ops._dropout import check_dropout, check_rate, drawn_seed, dropout, keep_mask, keep_scale
+from fastprompt.ops._wide import wide
 
 op = Op("relu_dropout")
 
@@ -53,7 +54,7 @@ def _check_backward(dy: Tensor, kept: Tensor, dropout_p: float) -> None:
     check_tensor(name, "kept", kept, (torch.uint8,))
     check_shape(name, "kept", kept, ((dy.numel() + 7) // 8,), "[ceil(N / 8)]")
     check_same_device(name, "kept", kept, "dy", dy)
-    check_dropout(name, dropout_p, kept.new_empty((1,), dtype=torch.int64), dy)
+    check_rate(name, dropout_p)
 
 
 def _fake(x: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ def _fake(x: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Ten
 @op.define("relu_dropout(Tensor x, Tensor? seed, float dropout_p) -> (Tensor y, Tensor kept)", fake=_fake)
 def relu_dropout_reference(x: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
     _check(x, seed, dropout_p)
-    y = dropout(torch.relu(x if x.dtype == torch.float64 else x.float()), seed, dropout_p)
+    y = dropout(torch.relu(wide(x)), seed, dropout_p)
     passes = ~(x <= 0)  # NaN passes, as in torch
     if seed is not None and dropout_p > 0.0:
         passes &= keep_mask(tuple(x.shape), dropout_p, seed)
@@ -108,8 +109,7 @@ def relu_dropout_backward_reference(dy: Tensor, kept: Tensor, dropout_p: float) 
     _check_backward(dy, kept, dropout_p)
     bits = kept[:, None] >> torch.arange(8, dtype=torch.uint8, device=kept.device) & 1
     passes = bits.reshape(-1)[: dy.numel()].reshape(dy.shape).bool()
-    wide = dy if dy.dtype == torch.float64 else dy.float()
-    return torch.where(passes, wide * keep_scale(dropout_p), 0.0).to(dy.dtype).contiguous()
+    return torch.where(passes, wide(dy) * keep_scale(dropout_p), 0.0).to(dy.dtype).contiguous()
 
 
 @op.native

@@ -30,6 +30,7 @@ from fastprompt.ops._checks import (
     refuse_gradient,
 )
 from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
+from fastprompt.ops._wide import wide_dtype
 
 op = Op("rms_norm")
 
@@ -94,14 +95,17 @@ def _check_residual(
     check_dropout("rms_norm", dropout_p, seed, x)
 
 
-def _check_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> None:
+def _check_backward(dy: Tensor | None, x: Tensor, w: Tensor, rstd: Tensor) -> None:
     """x is what was normed: the kernels trust these shapes, and the ops can be called by anyone."""
     _check(x, w, 0.0)
-    for name, value, dtype in (("dy", dy, w.dtype), ("rstd", rstd, _wide(x, w))):
-        check_tensor("rms_norm_backward", name, value, (dtype,))
-        check_same_device("rms_norm_backward", name, value, "x", x)
-    check_shape("rms_norm_backward", "dy", dy, tuple(x.shape), "that of x")
-    check_shape("rms_norm_backward", "rstd", rstd, (_rows(x),), "[N]")
+    for name, value, dtype, shape, symbols in (
+        ("dy", dy, w.dtype, tuple(x.shape), "that of x"),
+        ("rstd", rstd, wide_dtype(x, w), (_rows(x),), "[N]"),
+    ):
+        if value is not None:
+            check_tensor("rms_norm_backward", name, value, (dtype,))
+            check_shape("rms_norm_backward", name, value, shape, symbols)
+            check_same_device("rms_norm_backward", name, value, "x", x)
 
 
 def _check_residual_backward(
@@ -109,7 +113,7 @@ def _check_residual_backward(
     dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> None:  # fmt: skip
     name = "rms_norm_residual_backward"
-    _check_backward(h.new_empty(h.shape, dtype=w.dtype) if dy is None else dy, h, w, rstd)
+    _check_backward(dy, h, w, rstd)
     if dh is not None:
         check_tensor(name, "dh", dh, (h.dtype,))
         check_shape(name, "dh", dh, tuple(h.shape), "that of h")
@@ -130,24 +134,19 @@ def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1] if x.shape[-1] else 0
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float64 if any tensor is (the truth in tests), else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _native_covers(*tensors: Tensor) -> bool:
     return all(t.dtype in DTYPE_CODES for t in tensors)
 
 
 def _fake_rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check(x, w, eps)
-    return x.new_empty(x.shape, dtype=w.dtype), x.new_empty((_rows(x),), dtype=_wide(x, w))
+    return x.new_empty(x.shape, dtype=w.dtype), x.new_empty((_rows(x),), dtype=wide_dtype(x, w))
 
 
 @op.define("rms_norm(Tensor x, Tensor w, float eps) -> (Tensor y, Tensor rstd)", fake=_fake_rms_norm)
 def rms_norm_reference(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check(x, w, eps)
-    wide = x.to(_wide(x, w))
+    wide = x.to(wide_dtype(x, w))
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (w * (wide * rstd)).to(w.dtype).contiguous(), rstd.reshape(-1)
 
@@ -191,7 +190,7 @@ def rms_norm_backward_reference(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) 
 
 
 def _backward_of(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
-    wide, rstd = x.to(_wide(x, w)), rstd.reshape(*x.shape[:-1], 1)
+    wide, rstd = x.to(wide_dtype(x, w)), rstd.reshape(*x.shape[:-1], 1)
     g = dy * w.to(wide.dtype)
     return (rstd * (g - wide * rstd.pow(2) * (g * wide).mean(-1, keepdim=True))).to(x.dtype).contiguous()
 
@@ -248,7 +247,7 @@ def _fake_rms_norm_residual(
     _check_residual(x, residual, w, seed, eps, dropout_p)
     h_dtype = torch.promote_types(x.dtype, residual.dtype)
     y, h = x.new_empty(x.shape, dtype=w.dtype), x.new_empty(x.shape, dtype=h_dtype)
-    return y, h, x.new_empty((_rows(x),), dtype=_wide(h, w))
+    return y, h, x.new_empty((_rows(x),), dtype=wide_dtype(h, w))
 
 
 @op.define(
@@ -260,7 +259,7 @@ def rms_norm_residual_reference(
     x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_residual(x, residual, w, seed, eps, dropout_p)
-    wide = dropout(x.to(_wide(x, residual, w)), seed, dropout_p)
+    wide = dropout(x.to(wide_dtype(x, residual, w)), seed, dropout_p)
     h = (residual + wide).to(torch.promote_types(x.dtype, residual.dtype)).contiguous()
     y, rstd = rms_norm_reference(h, w, eps)
     return y, h, rstd
@@ -305,14 +304,20 @@ def _triton_rms_norm_residual(
     return kernels.rms_norm_residual(*contiguous(x, residual, w), seed, eps, dropout_p)
 
 
+def _empty_residual_gradients(
+    h: Tensor, dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dresidual and dx; dx is empty where it is dresidual."""
+    same = dropout_p == 0.0 and x_dtype == residual_dtype
+    return h.new_empty(h.shape, dtype=residual_dtype), h.new_empty((0,) if same else h.shape, dtype=x_dtype)
+
+
 def _fake_rms_norm_residual_backward(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, w: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
-    dresidual = h.new_empty(h.shape, dtype=residual_dtype)
-    same = dropout_p == 0.0 and x_dtype == residual_dtype
-    return dresidual, h.new_empty((0,) if same else h.shape, dtype=x_dtype)
+    return _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)
 
 
 @op.define(
@@ -326,7 +331,7 @@ def rms_norm_residual_backward_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx is empty where it would equal dresidual: no dropout, same dtype."""
     _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
-    wide = _wide(h, w)
+    wide = wide_dtype(h, w)
     total = torch.zeros(h.shape, dtype=wide, device=h.device)
     if dy is not None:
         total = total + _backward_of(dy, h.to(wide), w, rstd)
@@ -348,9 +353,7 @@ def _native_rms_norm_residual_backward(
     if not _native_covers(h, w) or dy is None:
         return NotImplemented
     dy, dh, h, w, rstd = contiguous(dy, dh, h, w, rstd)
-    dresidual, dx = _fake_rms_norm_residual_backward(
-        dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype
-    )
+    dresidual, dx = _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)
     if h.numel():
         kernels.rms_norm_residual_backward(
             dy.data_ptr(), pointer(dh), h.data_ptr(), w.data_ptr(), rstd.data_ptr(), pointer(seed),
@@ -370,9 +373,7 @@ def _triton_rms_norm_residual_backward(
     _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     if not _native_covers(h, w) or dy is None:
         return NotImplemented
-    dresidual, dx = _fake_rms_norm_residual_backward(
-        dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype
-    )
+    dresidual, dx = _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)
     kernels.rms_norm_residual_backward(*contiguous(dy, dh, h, w, rstd), seed, dropout_p, dresidual, dx)
     return dresidual, dx
 

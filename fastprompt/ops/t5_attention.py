@@ -56,6 +56,7 @@ from fastprompt.ops._checks import (
 )
 from fastprompt.ops._dropout import check_dropout, drawn_seed
 from fastprompt.ops._t5_attention_layout import NativeLayout
+from fastprompt.ops._wide import wide_dtype
 
 op = Op("t5_attention")
 
@@ -280,7 +281,7 @@ def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor | None, stats
         check_tensor(name, what, x, (a.q.dtype,))
         check_shape(name, what, x, tuple(a.q.shape), "that of q")
         check_same_device(name, what, x, "q", a.q)
-    check_tensor(name, "stats", stats, (reference.wide_dtype(a.q),))
+    check_tensor(name, "stats", stats, (wide_dtype(a.q),))
     check_shape(name, "stats", stats, _stats_shape(a), "[2, H, N]")
     check_same_device(name, "stats", stats, "q", a.q)
 
@@ -300,7 +301,7 @@ def _contiguous(x: Tensor) -> Tensor:
 
 
 def _empty(a: reference.Inputs) -> tuple[Tensor, Tensor]:
-    return _contiguous(a.q), a.q.new_empty(_stats_shape(a), dtype=reference.wide_dtype(a.q))
+    return _contiguous(a.q), a.q.new_empty(_stats_shape(a), dtype=wide_dtype(a.q))
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -352,7 +353,7 @@ def _triton_t5_attention(*arguments: Any) -> Any:
 
 
 def _empty_gradients(a: reference.Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    share = a.q.new_empty(_share_shape(a), dtype=reference.wide_dtype(a.q))
+    share = a.q.new_empty(_share_shape(a), dtype=wide_dtype(a.q))
     return _contiguous(a.q), _contiguous(a.k), _contiguous(a.v), share, torch.empty_like(share)
 
 
@@ -458,7 +459,8 @@ def _native_t5_attention_prompt_sum(
     _check_prompt_sum(share, prompt_ids, R, dtype)
     if share.dtype != torch.float32 or dtype not in DTYPE_CODES:
         return NotImplemented
-    (share, prompt_ids), total = contiguous(share, prompt_ids), _fake_prompt_sum(share, prompt_ids, R, dtype)
+    share, prompt_ids = contiguous(share, prompt_ids)
+    total = share.new_empty((R, *share.shape[1:]), dtype=dtype)
     if total.numel():
         kernels.t5_attention_prompt_sum(
             share.data_ptr(), pointer(prompt_ids), total.data_ptr(), share.shape[0], R, share[0].numel() if len(share)
@@ -476,7 +478,7 @@ def _triton_t5_attention_prompt_sum(
     _check_prompt_sum(share, prompt_ids, R, dtype)
     if share.dtype != torch.float32 or dtype not in DTYPE_CODES:
         return NotImplemented
-    total = _fake_prompt_sum(share, prompt_ids, R, dtype)
+    total = share.new_empty((R, *share.shape[1:]), dtype=dtype)
     if total.numel():
         kernels.t5_attention_prompt_sum(*contiguous(share, prompt_ids), total)
     return total

@@ -40,7 +40,7 @@ REFUSED = [
     case(TypeError, "seed must have dtype int64, got int32", residual=torch.ones(2, 4), dropout_p=0.1, seed=SEED.int()),
     case(TypeError, "seed must be a torch.Tensor, got int", residual=torch.ones(2, 4), dropout_p=0.1, seed=3),
     case(
-        ValueError, r"seed must have shape \[1\]=\[1\], got \[2\]",
+        ValueError, r"seed must have shape \[1\], got \[2\]",
         residual=torch.ones(2, 4), dropout_p=0.1, seed=SEED.repeat(2),
     ),
     case(ValueError, "seed must be on cpu .*got meta", residual=torch.ones(2, 4), dropout_p=0.1, seed=SEED.to("meta")),
