@@ -17,7 +17,7 @@ help:
 	@echo "make demo    train a soft prompt on real text with the tiny T5 in this repository (about 3 minutes)"
 	@echo "make test    everything that CI runs"
 	@echo "make bench   benchmarks beside what a user has today"
-	@echo "make lint | unit | compat | hf-quick | triton | triton-aot | sanitize | packaging   the parts of make test"
+	@echo "make lint | unit | compat | hf-quick | bench-quick | triton | triton-aot | sanitize | packaging   the parts of make test"
 	@echo "make hf-tests  all of transformers' own model tests on patched models (about 3 minutes)"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: build, test and benchmark there"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who else is called with a module's input or output than its forward."""
+"""Is a module hooked: who is called with its input or output beside its forward?"""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.nn.modules import module as torch_module
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Is something else called with it than its class's forward?"""
+    """Would anything but its class's forward see a call?"""
     own = module.__dict__
     return bool(
         "forward" in own

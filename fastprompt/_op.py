@@ -345,16 +345,17 @@ def _direct(op: Op, member: str) -> Function:
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Where no gradient is recorded, would the dispatcher look at nothing but x's device?
+    """May ops on x go around the dispatcher, where no gradient is recorded?
 
-    So it is without a subclass, mode, transform, tangent, tracer or profiler.
+    So it is where that would look at nothing but x's device: without a subclass, mode, transform, tangent, tracer or
+    profiler.
     """
     return _is_plain_call() and _plain_key(x) is not None
 
 
 def is_transformed() -> bool:
-    """Is each operation to be followed by forward-mode differentiation, torch.func, torch.jit.trace or an export to
-    ONNX, which knows PyTorch's operators only?
+    """Inside forward-mode differentiation, torch.func, torch.jit.trace or an export to ONNX, all of which must see
+    operators that they know: PyTorch's.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()

@@ -204,6 +204,10 @@ class PromptModel(KeyKeeper):
         Args:
             input_ids, attention_mask, prompts: as in ``forward``.
 
+        Returns:
+            HF's BaseModelOutput, ``last_hidden_state`` [B, L, D]; L = longest prompt + S for "prepend", L = S for
+            other kinds.
+
         Raises:
             TypeError, ValueError, IndexError: as in ``forward``.
         """

@@ -137,9 +137,8 @@ class SavedTensors:
         if isinstance(tensor, nn.Parameter):
             self.excluded.add(storage.data_ptr())
         self.storages[storage.data_ptr()] = storage
-        return (
-            tensor.detach()
-        )  # an output that a graph saves must not hold that graph: neither were ever freed
+        # An output that a graph saves must not hold that graph: neither were ever freed.
+        return tensor.detach()
 
 
 @contextmanager

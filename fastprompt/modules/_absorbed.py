@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastprompt.modules._frozen import linear, ops, products
+from fastprompt.modules._frozen import direct, linear, products
 
 if TYPE_CHECKING:
     from fastprompt.modules._attend import Attend, Options
@@ -98,7 +98,7 @@ def _attend(a: "Attend", n: Tensor) -> Kept:
 def _dropped(a: "Attend", weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """weights [B, H T, P + S] with dropout: those of the prompt, those of the states."""
     p, P = a.options.weight_p, _prompt_length(a)
-    kept = (ops.dropout_add(weights, None, a.weight_seed, p) if p > 0.0 else weights).to(dtype)
+    kept = (direct.dropout_add(weights, None, a.weight_seed, p) if p > 0.0 else weights).to(dtype)
     return kept[..., :P], kept[..., P:]
 
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
-from fastprompt.modules import _absorbed, _direct
-from fastprompt.modules._frozen import ops
+from fastprompt.modules import _absorbed, _projected
+from fastprompt.modules._frozen import direct
 from fastprompt.modules._made import Made
 
 
@@ -74,7 +74,11 @@ class Attend(NamedTuple):
 
     @property
     def kernel(self) -> Any:
-        return _absorbed if self.options.absorbed else _direct
+        """The module that attends, of two with the same functions: forward(a, n) gives out and what backward needs;
+        kept_by(options, that), what the memory policy saves of it; again(a, norm, saved), all of it; keeps_out(x): does
+        backward read out; backward(a, dout, out, all, needs), the gradients.
+        """
+        return _absorbed if self.options.absorbed else _projected
 
     def output(self, x: Tensor) -> Tensor:
         """out for the input x [B, T, D]."""
@@ -87,7 +91,7 @@ class Attend(NamedTuple):
 
     def run(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """out [B, T, I], what its backward needs beside, and the norm's rstd."""
-        n, rstd = ops.rms_norm(x, self.w, self.options.eps)
+        n, rstd = direct.rms_norm(x, self.w, self.options.eps)
         out, kept = self.kernel.forward(self, n)
         return out, kept, rstd
 
@@ -95,7 +99,7 @@ class Attend(NamedTuple):
         """All that the backward needs, from what the memory policy kept, without attending again."""
 
         def norm() -> Tensor:
-            n: Tensor = ops.rms_norm(x, self.w, self.options.eps)[0]
+            n: Tensor = direct.rms_norm(x, self.w, self.options.eps)[0]
             return n
 
         return self.kernel.again(self, norm, kept)

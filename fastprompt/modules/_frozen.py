@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._hooks import has_global_hooks, is_hooked
-from fastprompt._op import direct as ops
-from fastprompt._op import is_transformed
+from fastprompt._op import direct, is_transformed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.frozen_linear import pays, pays_backward, product, product_sum
 
@@ -116,14 +115,14 @@ def rate(dropout: nn.Dropout) -> float:
 def add(x: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """residual + dropout(x); x is given up."""
     if p > 0.0:
-        return ops.dropout_add(x, residual, seed, p)
+        return direct.dropout_add(x, residual, seed, p)
     # Under PyTorch 2.11's compiler what a layer writes to and returns gets a gradient of zero.
     return x + residual if torch.compiler.is_compiling() else x.add_(residual)
 
 
 def dropped(dy: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """The gradient of x in ``add``."""
-    return ops.dropout_add(dy, None, seed, p) if p > 0.0 else dy
+    return direct.dropout_add(dy, None, seed, p) if p > 0.0 else dy
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -135,7 +134,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T. A GPU runs the reference in any case: without the op, which keeps the host busy."""
-    y: Tensor = (ops.frozen_linear if not x.is_cuda and pays(x, weight) else product)(x, weight)
+    y: Tensor = (direct.frozen_linear if not x.is_cuda and pays(x, weight) else product)(x, weight)
     return y
 
 
@@ -143,10 +142,10 @@ def products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of grad @ weight over the pairs, accumulated in the products: [..., N], [N, K] -> [..., K]."""
     grads, weights = (list(each) for each in zip(*pairs, strict=True))
     own = not grads[0].is_cuda and pays_backward(grads[0])
-    total: Tensor = (ops.frozen_linear_backward if own else product_sum)(grads, weights)
+    total: Tensor = (direct.frozen_linear_backward if own else product_sum)(grads, weights)
     return total
 
 
 def norm_gradient(dn: Tensor, dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     """The gradient of x in x + f(norm(x)), given those of norm(x) and of the sum."""
-    return ops.rms_norm_backward(dn, x, w, rstd).add_(dy)
+    return direct.rms_norm_backward(dn, x, w, rstd).add_(dy)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._note import leave_note, note_on
-from fastprompt.modules._frozen import ops
+from fastprompt.modules._frozen import direct
 
 
 class Made(NamedTuple):
@@ -23,8 +23,8 @@ class Made(NamedTuple):
     p: float
 
     def again(self) -> Tensor:
-        n: Tensor = ops.rms_norm(self.x, self.w, self.eps)[0]
-        return ops.dropout_add(n, None, self.seed, self.p) if self.p > 0.0 else n
+        n: Tensor = direct.rms_norm(self.x, self.w, self.eps)[0]
+        return direct.dropout_add(n, None, self.seed, self.p) if self.p > 0.0 else n
 
 
 def leave_made(y: Tensor, made: Made | None) -> None:

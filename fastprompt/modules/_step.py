@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 
 from fastprompt.hf_attention import Allowed
-from fastprompt.modules._frozen import add, linear, ops
+from fastprompt.modules._frozen import add, direct, linear
 
 
 def step(
@@ -29,7 +29,7 @@ def step(
     ``weights`` of layer_norm, q, k, v, o; ``bias`` fp32 [H, 2M + 1], None in cross-attention.
     """
     shape = (*x.shape[:2], heads, -1)
-    n, _ = ops.rms_norm(x, weights["layer_norm"], eps)
+    n, _ = direct.rms_norm(x, weights["layer_norm"], eps)
     q = linear(n, weights["q"]).view(shape)
     if allowed.causal:
         k, v = (linear(n, weights[name]).view(shape).transpose(1, 2) for name in "kv")
@@ -37,7 +37,7 @@ def step(
     else:
         held: Any = past.cross_attention_cache.layers[layer]
         k, v = held.keys, held.values
-    out, _ = ops.t5_attention(
+    out, _ = direct.t5_attention(
         q,
         k.transpose(1, 2),
         v.transpose(1, 2),

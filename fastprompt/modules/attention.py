@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from transformers import EncoderDecoderCache
 
 from fastprompt import hf_attention
-from fastprompt.modules import _absorbed, _direct
+from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._attend import Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
 from fastprompt.modules._frozen import (
@@ -166,8 +166,8 @@ class FastAttention:
         if memory == "minimal":
             return int(4 + x)
         if self.attention_name == "SelfAttention":
-            projections = 3 * out if _direct.keeps_projections(memory, attention.is_decoder) else 0
-            out = out if memory != "speed" or _direct.keeps_out(attention.q.weight) else 0
+            projections = 3 * out if _projected.keeps_projections(memory, attention.is_decoder) else 0
+            out = out if memory != "speed" or _projected.keeps_out(attention.q.weight) else 0
             return int(4 + x + out + 8 * attention.n_heads + projections)
         return None if memory == "speed" else int(4 + x + out)
 

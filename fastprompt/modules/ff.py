@@ -20,12 +20,12 @@ from transformers.activations import ACT2FN
 from fastprompt.modules._frozen import (
     add,
     apply,
+    direct,
     dropped,
     is_stock,
     linear,
     norm_gradient,
     obstacle,
-    ops,
     products,
     rate,
     ready,
@@ -61,10 +61,10 @@ class FrozenFF(torch.autograd.Function):
         pre, rstd = _project(x, w, wi, o.eps)
         kept: list[Tensor] = []
         if o.act == "relu":
-            g, bits = ops.relu_dropout(pre[0], inner_seed, o.inner_p)
+            g, bits = direct.relu_dropout(pre[0], inner_seed, o.inner_p)
             kept = [bits]
         else:
-            g = ops.gated_act(*pre, inner_seed, o.act, o.inner_p)
+            g = direct.gated_act(*pre, inner_seed, o.act, o.inner_p)
             kept = pre if o.memory == "speed" else []
         if o.save:
             ctx.options, ctx.matrices = o, len(wi)
@@ -79,18 +79,18 @@ class FrozenFF(torch.autograd.Function):
         wi, kept = tuple(rest[: ctx.matrices]), rest[ctx.matrices :]
         dg = products((dropped(dy, outer_seed, o.outer_p), wo))
         if o.act == "relu":
-            grads = [ops.relu_dropout_backward(dg, kept[0], o.inner_p)]
+            grads = [direct.relu_dropout_backward(dg, kept[0], o.inner_p)]
         else:
             if not kept:
                 kept, _ = _project(x, w, wi, o.eps)
-            grads = ops.gated_act_backward(dg, *kept, inner_seed, o.act, o.inner_p)
+            grads = direct.gated_act_backward(dg, *kept, inner_seed, o.act, o.inner_p)
         dn = products(*zip(grads, wi, strict=True))
         return norm_gradient(dn, dy, x, w, rstd), *(None,) * 7
 
 
 def _project(x: Tensor, w: Tensor, wi: tuple[Tensor, ...], eps: float) -> tuple[list[Tensor], Tensor]:
     """The pre-activations [..., F] of each wi, and rstd."""
-    n, rstd = ops.rms_norm(x, w, eps)
+    n, rstd = direct.rms_norm(x, w, eps)
     return [linear(n, each) for each in wi], rstd
 
 

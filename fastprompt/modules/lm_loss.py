@@ -13,7 +13,7 @@ from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 
 class FastLoss:
     """Mixin for T5ForConditionalGeneration: given labels, it returns their loss and, while gradients are recorded, no
-    logits. An evaluation, which records none, is transformers'.
+    logits. Without recorded gradients, in an evaluation, it runs transformers' forward.
 
     The loss is transformers' own, the mean over the labels that are not -100, with two exceptions: it is 0, not NaN, if
     all are; and ``num_items_in_batch``, which T5 ignores although Trainer relies on it, is what the sum is divided by.

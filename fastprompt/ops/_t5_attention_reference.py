@@ -40,9 +40,8 @@ class Example(NamedTuple):
     v: Tensor
     scores: Tensor  # [H, T, P + S], biased; -inf where not allowed, the plain 0 of a row that allows nothing
     factors: Tensor  # [H, T, P + S]: dropout's 0 or 1 / (1 - p)
-    starved: (
-        Tensor  # bool [T]: rows that no key is allowed for; they take the mean of the example's own values
-    )
+    # bool [T]: rows that no key is allowed for; they take the mean of the example's own values
+    starved: Tensor
     queries: slice  # of the N rows of all queries
     keys: slice  # of the rows of all own keys
     prompt: int  # which prompt

@@ -15,8 +15,8 @@ products in registers, and those in order: a row's result is the same bits whate
 many threads. It is the default where it is faster than PyTorch's library, which on x86 is MKL: on AMD's CPUs with AVX2
 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
 
-bf16 and fp16 it takes, of any number of rows, where the CPU has no instructions for them and PyTorch needs 6 to 100
-times what fp32 takes, whoever made it: it computes as in fp32, reads the weight as it is, and rounds once.
+On a CPU of any maker without instructions for bf16 or fp16 the kernel also takes those, of any number of rows: it
+computes in fp32, reads the weight as it is, and rounds once. PyTorch needs 6 to 120 times what fp32 takes there.
 
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.

@@ -21,7 +21,7 @@ relative to the largest of them, so neither loss nor gradient vanishes in half p
 drows is kept unscaled because dloss * share * drows in float16 may need a loss scale that only dloss brings.
 
 The products are torch's, or on a CPU frozen_linear's where those are faster. Half precision is multiplied as float32 on
-a CPU without instructions for it, where PyTorch's own products take 6 to 100 times as long. torch.autocast changes
+a CPU without instructions for it, where PyTorch's own products take 6 to 120 times as long. torch.autocast changes
 nothing inside: for bfloat16 products cast hidden and weight.
 
 Source: Milakov & Gimelshein 2018 (online softmax); Wijmans et al. 2024 (Cut Your Losses) and Liger's

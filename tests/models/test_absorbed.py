@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fastprompt.modules import _absorbed, _direct
+from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._attend import Attend, Options
 
 B, T, S, D, H, K, P = 3, 4, 11, 24, 2, 16, 5
@@ -49,7 +49,7 @@ def results(kernel, a, n, dout):
 @pytest.mark.parametrize("prompt", [False, True])
 def test_the_same_function_as_with_keys_and_values(device, prompt):
     a, *others = attend(torch.float64, device, prompt)
-    for ours, theirs in zip(results(_absorbed, a, *others), results(_direct, a, *others), strict=True):
+    for ours, theirs in zip(results(_absorbed, a, *others), results(_projected, a, *others), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastprompt.modules._frozen import linear, ops, products
+from fastprompt.modules._frozen import direct, linear, products
 from fastprompt.ops.t5_attention import keeps_out as keeps_out  # Does backward read out?
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _inputs(a: "Attend", qkv: list[Tensor]) -> tuple[Any, ...]:
 def forward(a: "Attend", n: Tensor) -> tuple[Tensor, Kept]:
     """n [B, T, D] -> out [B, T, I], and what backward needs beside."""
     qkv = project(a, n)
-    out, stats = ops.t5_attention(*_inputs(a, qkv))
+    out, stats = direct.t5_attention(*_inputs(a, qkv))
     return out.view(*n.shape[:-1], -1), (stats, *qkv)
 
 
@@ -71,7 +71,7 @@ def backward(
     stats, *qkv = kept
     shape = qkv[0].shape
     out = None if out is None else out.reshape(shape)
-    grads = ops.t5_attention_backward(dout.reshape(shape), out, stats, *_inputs(a, qkv))
+    grads = direct.t5_attention_backward(dout.reshape(shape), out, stats, *_inputs(a, qkv))
     dq, dk, dv = (grad.flatten(-2) for grad in grads[:3])
     needs_n, needs_states, *needs_prompt = needs
     dn = dstates = None
@@ -89,4 +89,4 @@ def backward(
 def _prompt_sum(a: "Attend", share: Tensor, prompt: Tensor | None, need: bool) -> Tensor | None:
     if prompt is None or not need:
         return None
-    return ops.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
+    return direct.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
