@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 import fastprompt
 
@@ -14,6 +15,17 @@ COMMANDS = ("demo", "tune", "eval", "bench", "inspect", "doctor")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status; ``argv`` defaults to the process's arguments."""
+    # Python has None for what is closed, as by `>&-`.
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stdout(sys.stdout or nowhere),
+        redirect_stderr(sys.stderr or nowhere),
+    ):
+        return _guarded(argv)
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
+    """The exit status, also where the user or the reader has seen enough."""
     try:
         status = _run(argv)
         sys.stdout.flush()

@@ -89,9 +89,17 @@ def test_a_reader_may_leave():
     assert "BrokenPipe" not in run.stderr
 
 
+def test_nothing_has_to_be_open_for_what_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["doctor"]) == 0
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+
+
 def test_slips_of_the_demo_are_told_in_a_line(tmp_path, capsys):
     taken = tmp_path / "taken"
     taken.touch()
-    for more in (["--out", str(taken)], ["--out", str(tmp_path), "--steps", "1", "--seed", "-1"]):
+    for more in (["--out", str(taken)], ["--out", str(tmp_path / "new"), "--steps", "1", "--seed", "-1"]):
         assert main(["demo", *more]) == 1
         assert len(capsys.readouterr().err.strip().splitlines()[-1]) > 10
+    assert list(tmp_path.iterdir()) == [taken]

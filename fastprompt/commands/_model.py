@@ -3,12 +3,20 @@
 
 import argparse
 import os
+import stat
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from fastprompt.training import Example, read_examples
+from fastprompt.training.batches import longer
+from fastprompt.training.examples import check_targets
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,7 +46,10 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-input", type=positive, default=512, help="tokens that are read (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-target", type=positive, default=128, help="tokens of an answer (default: %(default)s)"
+        "--max-target",
+        type=positive,
+        default=128,
+        help="tokens of an answer, without its end marker (default: %(default)s)",
     )
     parser.add_argument(
         "--choices",
@@ -49,31 +60,64 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def read_file(arguments: argparse.Namespace, path: Path) -> list[Example]:
+    """The examples of a file. ValueError: a target is none of the --choices."""
+    examples = read_examples(path, input_field=arguments.input_field, target_field=arguments.target_field)
+    if arguments.choices:
+        check_targets(f"{path}: targets must be among --choices", examples, arguments.choices)
+    return examples
+
+
 def check_outputs(prompt: Path | None, others: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
-    """Can these files be written, over none that is read? Asked before hours of work; their folders are made.
+    """Can these files be written, over none that is read? Asked before hours of work; nothing is made.
 
     ``prompt`` is a file that replaces what is there, and so needs a folder that may be written to; others are written
-    in place. ``inputs`` may be folders, of which all files are read.
+    in place. ``inputs`` may be folders, of which all files are read, or names on the Hub: a folder of that name, once
+    it is made, would be read instead.
     """
-    outputs = [path for path in (prompt, *others) if path is not None]
-    taken = {path.resolve() for path in inputs if path is not None}
-    for path in outputs:
-        own = path.resolve()
-        if own in taken or any(folder in taken and folder.is_dir() for folder in own.parents):
+    outputs = [(path, real(path)) for path in (prompt, *others) if path is not None]
+    read = {real(path) for path in inputs if path is not None}
+    folders = {folder for _, own in outputs for folder in own.parents}
+    taken = set(read)
+    for path, own in outputs:
+        there = next((folder for folder in own.parents if os.path.lexists(folder)), own)
+        if not there.is_dir():
+            raise ValueError(f"{path}: {there} is a file, not a folder. Name a file in a folder")
+        if not read.isdisjoint(own.parents):
+            raise ValueError(
+                f"{path}: lies in the folder of --model (or --prompt, --start), whose files this command reads. Name "
+                "one elsewhere"
+            )
+        if own in taken:
             raise ValueError(
                 f"{path}: is another file of this command, and would be lost. Name one of its own"
             )
         taken.add(own)
-    for path in outputs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            fits = _is_open(path.parent)
-        elif path == prompt:
-            fits = path.is_file() and _is_open(path.resolve().parent)
-        else:
-            fits = not path.is_dir() and os.access(path, os.W_OK)
-        if not fits:
+        if own in folders or not _is_writable(path, there, replaced=path == prompt):
             raise ValueError(f"{path}: cannot be written. Name a file, in a folder that you may write to")
+
+
+def real(path: Path) -> Path:
+    """The path behind links, also where they are a loop."""
+    return Path(os.path.realpath(path))
+
+
+def make_folder(path: Path) -> None:
+    """The folder of a file that is about to be written."""
+    real(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _is_writable(path: Path, there: Path, *, replaced: bool) -> bool:
+    """May this file be written, of whose folders ``there`` is the nearest that exists?"""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return _is_open(there)
+    except OSError:  # a loop of links, a folder that may not be searched
+        return False
+    if replaced:
+        return stat.S_ISREG(mode) and _is_open(there)
+    return not stat.S_ISDIR(mode) and os.access(path, os.W_OK)
 
 
 def _is_open(folder: Path) -> bool:
@@ -81,6 +125,19 @@ def _is_open(folder: Path) -> bool:
     with suppress(OSError), TemporaryFile(dir=folder):
         return True
     return False
+
+
+def too_long(targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -> str | None:
+    """How many targets, as token ids, no answer within --max-target can be; None: none."""
+    if long := longer(targets, tokenizer, limit):
+        return f"{len(long):,} of {len(targets):,} targets have more than --max-target={limit} tokens"
+    return None
+
+
+def warn_of_long(path: Path, targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -> None:
+    """Say so on stderr."""
+    if said := too_long(targets, tokenizer, limit):
+        print(f"{path}: {said}, and answers do not", file=sys.stderr)
 
 
 def warn_of_unknown(targets: Sequence[Sequence[int]], tokenizer: Any) -> None:
@@ -94,10 +151,8 @@ def warn_of_unknown(targets: Sequence[Sequence[int]], tokenizer: Any) -> None:
         )
 
 
-def device_and_dtype(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The torch.device and torch.dtype asked for, or their defaults."""
-    import torch
-
+def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Those asked for, or their defaults."""
     try:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device).tolist()  # the meta device has no values
@@ -107,10 +162,15 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return device, getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
+def check_model(name: str) -> None:
+    """ValueError: it is the path of a folder that is not there. transformers would take it for a name on the Hub."""
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ValueError(f"--model {name}: there is no such folder")
+
+
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(the model, in evaluation mode on its device; its tokenizer)."""
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
+    check_model(arguments.model)
     device, dtype = device_and_dtype(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForSeq2SeqLM.from_pretrained(arguments.model, dtype=dtype)

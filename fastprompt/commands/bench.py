@@ -7,11 +7,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastprompt.commands._model import add_model_arguments, device_and_dtype, positive
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config
+
+from fastprompt import PromptConfig, PromptModel, patch
+from fastprompt.commands._model import add_model_arguments, check_model, device_and_dtype, positive
 from fastprompt.patching import MEMORY
+from fastprompt.testing import saved_bytes, share
 
 HELP = "time a training step of a T5 on this machine, beside Hugging Face's"
 EAGER, SDPA = "HF eager", "HF sdpa"
+Step = Callable[[], tuple[Tensor, Tensor]]
 SMALL: dict[str, Any] = {  # google/t5-v1_1-small
     "d_model": 512,
     "d_ff": 1024,
@@ -45,8 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table: the median time of a step, and the bytes kept for its backward pass."""
-    import torch
-
     if arguments.dropout is not None and not 0.0 <= arguments.dropout < 1.0:
         raise ValueError(f"--dropout must be in [0, 1), got {arguments.dropout}")
     if arguments.threads:
@@ -77,11 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stock(arguments: argparse.Namespace, device: Any, dtype: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config
-
+def _stock(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Any:
     changed = {} if arguments.dropout is None else {"dropout_rate": arguments.dropout}
     if arguments.model:
+        check_model(arguments.model)
         config = AutoConfig.from_pretrained(arguments.model, **changed)
         model = AutoModelForSeq2SeqLM.from_pretrained(
             arguments.model, config=config, dtype=dtype, attn_implementation="eager"
@@ -93,29 +97,24 @@ def _stock(arguments: argparse.Namespace, device: Any, dtype: Any) -> Any:
 
 
 def _steps(
-    arguments: argparse.Namespace, stock: Any, batch: dict[str, Any]
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    arguments: argparse.Namespace, stock: Any, batch: dict[str, Tensor]
+) -> tuple[dict[str, Step], dict[str, Any]]:
     """By contender: a step, which returns the loss and the prompt's gradient; and the model, over the same weights."""
-    import torch
-
-    from fastprompt import PromptConfig, PromptModel, patch
-    from fastprompt.testing import share
-
     config = PromptConfig(arguments.num_tokens)
     prompt = PromptModel(share(stock), config).prompts["default"]
-    steps: dict[str, Callable[[], Any]] = {}
+    steps: dict[str, Step] = {}
     models: dict[str, Any] = {}
 
-    def theirs(model: Any) -> Any:
+    def theirs(model: Any) -> Tensor:
         embeds = model.get_input_embeddings()(batch["input_ids"])
         rows = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
         return model(inputs_embeds=torch.cat([rows, embeds], 1), labels=batch["labels"], use_cache=False).loss
 
-    def ours(model: Any) -> Any:
+    def ours(model: Any) -> Tensor:
         return model(**batch, use_cache=False, return_logits=False).loss
 
-    def step(forward: Callable[[Any], Any], model: Any, learned: Any) -> Callable[[], Any]:
-        def call() -> Any:
+    def step(forward: Callable[[Any], Tensor], model: Any, learned: Tensor) -> Step:
+        def call() -> tuple[Tensor, Tensor]:
             loss = forward(model)
             return loss, torch.autograd.grad(loss, learned)[0]
 
@@ -132,13 +131,11 @@ def _steps(
     return steps, models
 
 
-def _check(steps: dict[str, Callable[[], Any]], models: dict[str, Any]) -> None:
+def _check(steps: dict[str, Step], models: dict[str, Any]) -> None:
     """No speed without the same results: without dropout, ours are about as close to eager's as HF's sdpa is.
 
     How close that is depends on the model: a gradient of a trained one may be a small difference of large terms.
     """
-    import torch
-
     found = {}
     for name, model in models.items():
         model.eval()
@@ -161,12 +158,9 @@ def _check(steps: dict[str, Callable[[], Any]], models: dict[str, Any]) -> None:
 
 
 def _measure(
-    arguments: argparse.Namespace, steps: dict[str, Callable[[], Any]], stock: Any, device: Any
+    arguments: argparse.Namespace, steps: dict[str, Step], stock: Any, device: torch.device
 ) -> tuple[dict[str, float], dict[str, int]]:
     """By contender: the median seconds of a step, and the bytes that autograd keeps, weights left out."""
-
-    from fastprompt.testing import saved_bytes
-
     held = {}
     for name, step in steps.items():
         with saved_bytes(exclude=stock.parameters()) as saved:
@@ -183,8 +177,6 @@ def _measure(
     return {name: statistics.median(each) for name, each in spent.items()}, held
 
 
-def _wait(device: Any) -> None:
-    import torch
-
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -3,7 +3,13 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import platform
+
+import torch
+
+import fastprompt
+from fastprompt import _native, _op
 
 HELP = "say what is installed and which backend each op uses on this machine"
 
@@ -14,11 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print versions, the devices found, and every op's backends, the default first."""
-    import torch
-
-    import fastprompt
-    from fastprompt import _native, _op
-
     print(
         f"fastprompt   {fastprompt.__version__} on Python {platform.python_version()}, {platform.platform()}"
     )
@@ -26,6 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{package:12} {version(package)}")
     print(f"CPU kernels  {', '.join(_native.CPU_TARGETS) or 'none: build the extension for CPU speed'}")
     print(f"CUDA kernels {'built' if 'cuda' in _native.TARGETS else 'not built'}")
+    # A source tree has them elsewhere.
+    there = importlib.util.find_spec("fastprompt.triton_kernels") is not None
+    print(f"Triton kernels {'installed' if there else 'not installed'}")
     print(f"GPU          {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     for name in _op.OPS:
         found = [f"{device}: {', '.join(fastprompt.backends(name, device))}" for device in ("cpu", "cuda")]

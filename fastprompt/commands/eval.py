@@ -3,18 +3,21 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
+from fastprompt import PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
     check_outputs,
     load,
+    make_folder,
     positive,
+    read_file,
+    warn_of_long,
     warn_of_unknown,
 )
+from fastprompt.prompts import read_prompt
 
 HELP = "tell how many examples a model answers right with a prompt, with several that vote, or with none"
 
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompt files; none: the frozen model",
     )
-    parser.add_argument("--task", type=int, help="which prompt of a PEFT multitask adapter")
+    parser.add_argument("--task", type=int, help="which prompt of --prompt, a PEFT multitask adapter")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="examples, as for tune")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the answers, a JSON object per example")
     parser.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
@@ -40,18 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the share of right answers."""
-    from fastprompt import PromptModel, patch, training
-    from fastprompt.prompts import read_prompt
-
+    if arguments.task is not None and not arguments.prompt:
+        raise ValueError("--task needs --prompt, of whose prompts it is one")
     for path in arguments.prompt:  # a broken one shows before the model is loaded
         read_prompt(path, task=arguments.task)
-    examples = training.read_examples(
-        arguments.data, input_field=arguments.input_field, target_field=arguments.target_field
-    )
+    examples = read_file(arguments, arguments.data)
     check_outputs(None, [arguments.out], [arguments.data, *arguments.prompt, Path(arguments.model)])
     model, tokenizer = load(arguments)
     if not arguments.choices:
-        _check_targets(arguments, tokenizer, examples)
+        targets = tokenizer([each.target for each in examples])["input_ids"]
+        warn_of_long(arguments.data, targets, tokenizer, arguments.max_target)
+        warn_of_unknown(targets, tokenizer)
     patch(model)
     names = [f"prompt{number}" for number in range(len(arguments.prompt))]
     if names:
@@ -69,22 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         max_input=arguments.max_input,
         max_new_tokens=arguments.max_target,
     )
-    print(f"{found.score:.1%} of {len(examples):,} answers right", flush=True)
-    if arguments.out:
+    if arguments.out:  # before the score, which nobody may read
+        make_folder(arguments.out)
         with arguments.out.open("w", encoding="utf-8") as file:
             for example, answer in zip(examples, found.predictions, strict=True):
                 file.write(json.dumps({**example._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
+    print(f"{found.score:.1%} of {len(examples):,} answers right")
     return 0
-
-
-def _check_targets(arguments: argparse.Namespace, tokenizer: Any, examples: Any) -> None:
-    """Why a score may be as low as it is."""
-    targets = tokenizer([each.target for each in examples])["input_ids"]
-    long = sum(len(target) - 1 > arguments.max_target for target in targets)  # without the end marker
-    if long:
-        print(
-            f"{long:,} of {len(targets):,} targets have more than --max-target={arguments.max_target} tokens, and "
-            "answers do not",
-            file=sys.stderr,
-        )
-    warn_of_unknown(targets, tokenizer)

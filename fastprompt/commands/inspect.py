@@ -3,6 +3,10 @@
 
 import argparse
 
+import torch
+
+from fastprompt.prompts.files import read_prompt
+
 HELP = "show what a prompt file holds"
 
 
@@ -14,10 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what the prompt file holds."""
-    import torch
-
-    from fastprompt.prompts.files import read_prompt
-
     path = arguments.path
     prompt = read_prompt(path, task=arguments.task)
     parameters = sum(tensor.numel() for tensor in prompt.tensors.values())

@@ -7,19 +7,32 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from tqdm.auto import tqdm
+
+from fastprompt import PromptConfig, PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
     check_outputs,
     load,
+    make_folder,
     positive,
+    read_file,
+    real,
+    too_long,
+    warn_of_long,
     warn_of_unknown,
 )
 from fastprompt.patching import MEMORY
+from fastprompt.prompts import read_prompt
+from fastprompt.prompts.rank import choice_ids
+from fastprompt.training.batches import Pair
+from fastprompt.training.losses import check_choices
 
 HELP = "learn a prompt from examples"
 EPILOG = """
@@ -81,75 +94,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Learn the prompt and write it."""
-    import torch
-    from tqdm.auto import tqdm
-
-    from fastprompt import patch, training
-    from fastprompt.prompts.rank import choice_ids
-    from fastprompt.training.losses import check_choices
-
     _check(arguments)
-    read = {"input_field": arguments.input_field, "target_field": arguments.target_field}
-    train = training.read_examples(arguments.train, **read)
-    dev = training.read_examples(arguments.dev, **read) if arguments.dev else []
-    for path, examples in ((arguments.train, train), (arguments.dev, dev)):
-        strange = {each.target for each in examples}.difference(arguments.choices or ())
-        if arguments.choices and strange:
-            raise ValueError(f"{path}: targets must be among --choices, got {sorted(strange)}")
-    goes_on = arguments.start and arguments.start.resolve() == arguments.out.resolve()
+    train = read_file(arguments, arguments.train)
+    dev = read_file(arguments, arguments.dev) if arguments.dev else []
+    goes_on = arguments.start and real(arguments.start) == real(arguments.out)
     inputs = [arguments.train, arguments.dev, None if goes_on else arguments.start, Path(arguments.model)]
     check_outputs(arguments.out, [arguments.log], inputs)
     model, tokenizer = load(arguments)
-    pairs = training.encode(train, tokenizer, max_input=arguments.max_input, max_target=arguments.max_target)
     choices = choice_ids(arguments.choices, tokenizer, model.config.vocab_size) if arguments.choices else []
     check_choices(choices)
-    wanted = tokenizer([each.target for each in dev])["input_ids"] if dev else []
-    warn_of_unknown([*(target for _, target in pairs), *wanted], tokenizer)
+    pairs = _encoded(arguments, train, dev, tokenizer)
     patch(model, memory=arguments.memory, lm_loss=True)
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
     curve, existed = training.Curve(), arguments.out.exists()
-    # No answer that reads as a target has more tokens: the least are a byte, two more mark begin and end.
-    most = max((len(each.target.encode()) for each in dev), default=0) + 2
-
-    def score() -> float:
-        return training.evaluate(
-            prompted,
-            dev,
-            tokenizer,
-            choices=arguments.choices,
-            batch_size=arguments.micro_batch or 64,
-            max_input=arguments.max_input,
-            max_new_tokens=min(arguments.max_target, most),
-        ).score
-
-    def save() -> None:
-        prompted.save_prompt("default", arguments.out)
-
-    def log() -> None:
-        if not arguments.log:
-            return
-        try:
-            arguments.log.write_text(json.dumps(asdict(curve)) + "\n", encoding="utf-8")
-        except OSError as error:  # what is learned is worth more
-            print(f"--log: {error}", file=sys.stderr)
-
-    def say(text: str) -> None:
-        with suppress(BrokenPipeError):  # nobody reads on, as behind `head`
-            tqdm.write(text)
-            sys.stdout.flush()
-
-    def on_score(step: int, value: float, best: bool) -> None:
-        if best and step:
-            save()
-        if arguments.log and (arguments.log.is_file() or not arguments.log.exists()):  # a pipe is read once
-            log()
-        say(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
-
-    say(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters")
-    # A format that cannot express the prompt shows now, and spoils no file.
-    with TemporaryDirectory() as folder:
-        prompted.save_prompt("default", Path(folder, arguments.out.name))
+    _say(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters")
     try:
         training.tune(
             prompted,
@@ -162,9 +121,9 @@ def run(arguments: argparse.Namespace) -> int:
             ),
             arguments.steps,
             micro_batch=arguments.micro_batch,
-            score=score if dev else None,
+            score=partial(_score, arguments, prompted, dev, tokenizer) if dev else None,
             score_every=arguments.dev_every,
-            on_score=on_score,
+            on_score=partial(_on_score, arguments, prompted, curve),
             curve=curve,
         )
     except KeyboardInterrupt:
@@ -172,28 +131,91 @@ def run(arguments: argparse.Namespace) -> int:
         if not curve.best_step or (dev and existed and curve.best_step not in curve.scores):
             print(f"interrupted; nothing is written to {arguments.out}", file=sys.stderr)
         else:
-            save()
+            prompted.save_prompt("default", arguments.out)
             print(
                 f"interrupted; the prompt of step {curve.best_step:,} is in {arguments.out}", file=sys.stderr
             )
         return 130
     else:
-        save()
+        prompted.save_prompt("default", arguments.out)
     finally:
-        log()
-    say(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
+        _log(arguments, curve)
+    _say(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
     return 0
 
 
-def _loss(arguments: argparse.Namespace, prompted: Any, choices: list[list[int]]) -> Any:
-    from fastprompt import training
+def _encoded(
+    arguments: argparse.Namespace,
+    train: list[training.Example],
+    dev: list[training.Example],
+    tokenizer: Any,
+) -> list[Pair]:
+    """Of what is learned from. Says which targets no answer can be."""
+    pairs = training.encode(train, tokenizer, max_input=arguments.max_input)
+    learned = [target for _, target in pairs]
+    if said := too_long(learned, tokenizer, arguments.max_target):
+        raise ValueError(f"{arguments.train}: {said}. Allow as many, or leave those out")
+    wanted = tokenizer([each.target for each in dev])["input_ids"] if dev else []
+    if not arguments.choices:
+        warn_of_long(arguments.dev, wanted, tokenizer, arguments.max_target)
+    warn_of_unknown([*learned, *wanted], tokenizer)
+    return pairs
 
+
+def _score(
+    arguments: argparse.Namespace, prompted: PromptModel, dev: list[training.Example], tokenizer: Any
+) -> float:
+    # No answer that reads as a target has more tokens: the least are a byte, two more mark begin and end.
+    most = max(len(each.target.encode()) for each in dev) + 2
+    return training.evaluate(
+        prompted,
+        dev,
+        tokenizer,
+        choices=arguments.choices,
+        batch_size=arguments.micro_batch or 64,
+        max_input=arguments.max_input,
+        max_new_tokens=min(arguments.max_target, most),
+    ).score
+
+
+def _on_score(
+    arguments: argparse.Namespace,
+    prompted: PromptModel,
+    curve: training.Curve,
+    step: int,
+    value: float,
+    best: bool,
+) -> None:
+    if best and step:
+        prompted.save_prompt("default", arguments.out)
+    if arguments.log and (arguments.log.is_file() or not arguments.log.exists()):  # a pipe is read once
+        _log(arguments, curve)
+    _say(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
+
+
+def _log(arguments: argparse.Namespace, curve: training.Curve) -> None:
+    if not arguments.log:
+        return
+    try:
+        make_folder(arguments.log)
+        arguments.log.write_text(json.dumps(asdict(curve)) + "\n", encoding="utf-8")
+    except OSError as error:  # what is learned is worth more
+        print(f"--log: {error}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    with suppress(BrokenPipeError):  # nobody reads on, as behind `head`
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def _loss(arguments: argparse.Namespace, prompted: PromptModel, choices: list[list[int]]) -> training.Loss:
     if arguments.loss == "target":
         return training.model_loss(prompted)
     return training.choice_loss(prompted, choices)
 
 
-def _rate(arguments: argparse.Namespace, prompted: Any) -> float:
+def _rate(arguments: argparse.Namespace, prompted: PromptModel) -> float:
     """The learning rate asked for, or its kind's."""
     if arguments.lr is not None:
         return arguments.lr
@@ -202,8 +224,6 @@ def _rate(arguments: argparse.Namespace, prompted: Any) -> float:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Before hours of training, not after, and before the model is loaded."""
-    from fastprompt.prompts import read_prompt
-
     for option, source in (("loss choice", "choices"), ("init labels", "choices"), ("init text", "text")):
         name, value = option.split()
         if getattr(arguments, name) == value and not getattr(arguments, source):
@@ -220,15 +240,17 @@ def _check(arguments: argparse.Namespace) -> None:
         for name in ("kind", "num_tokens", "init", "text"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is the --start prompt's. Leave it out")
-        read_prompt(arguments.start, task=arguments.task)
+        kind = read_prompt(arguments.start, task=arguments.task).kind
     else:
-        _config(arguments)  # checks itself
+        kind = _config(arguments).kind  # checks itself
+    if arguments.out.suffix == ".npy" and kind != "prepend":
+        raise ValueError(
+            f"--out {arguments.out}: a .npy file holds a prepend prompt, got a {kind} one. Name a .safetensors file"
+        )
 
 
-def _config(arguments: argparse.Namespace) -> Any:
+def _config(arguments: argparse.Namespace) -> PromptConfig:
     """Of a new prompt."""
-    from fastprompt import PromptConfig
-
     init = arguments.init or ("labels" if arguments.choices else "vocab")
     return PromptConfig(
         arguments.num_tokens or 100,
@@ -240,9 +262,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
-    from fastprompt import PromptModel
-
+def _prompted(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> PromptModel:
     if not arguments.start:
         return PromptModel(model, _config(arguments), tokenizer=tokenizer)
     prompted = PromptModel(model, {}, tokenizer=tokenizer)

@@ -68,8 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds must be 1 or more, got {options.seeds}")
     if options.table is None:
         run(options.out, options.kinds, options.seeds, options.quick)
-    lines = (options.table or options.out).read_text(encoding="utf-8").splitlines()
-    print(table([json.loads(line) for line in lines]))
+    file = options.table or options.out
+    try:
+        print(table([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]))
+    except OSError as error:
+        parser.error(str(error))
+    except (KeyError, TypeError, ValueError):
+        parser.error(
+            f"{file}: must have a line of JSON per finding, got others. Name a file that --out has written"
+        )
     return 0
 
 

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
-from fastprompt.commands._model import positive
+from fastprompt.commands._model import check_outputs, positive
 from fastprompt.training.batches import in_order, shuffled
 
 from .batches import encode, encode_labels
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Writes `prompt.safetensors`, `results.json` and `loss.png`. Returns the exit status."""
     recipe = Recipe(steps=options.steps, seed=options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_outputs(options.out / "prompt.safetensors", [options.out / "results.json"], [])
     began = time.perf_counter()
 
     logging.disable_progress_bar()

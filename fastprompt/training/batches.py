@@ -23,19 +23,28 @@ def encode(
     """Examples as token ids, each with the end marker; inputs are cut to so many.
 
     Raises:
-        ValueError: a target has more than ``max_target``: a part of it would be learned as the whole.
+        ValueError: a limit is less than 1, or a target has more than ``max_target``, not counting the end marker: a
+            part of it would be learned as the whole.
     """
+    for name, limit in (("max_input", max_input), ("max_target", max_target)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"encode: {name} must be 1 or more, got {limit}")
     if not examples:
         return []
     sources = tokenizer([each.input for each in examples], truncation=True, max_length=max_input)["input_ids"]
     targets = tokenizer([each.target for each in examples])["input_ids"]
-    long = [len(target) for target in targets if max_target is not None and len(target) > max_target]
-    if long:
+    if max_target is not None and (long := longer(targets, tokenizer, max_target)):
         raise ValueError(
-            f"encode: {len(long)} of {len(targets)} targets have more than max_target={max_target} tokens, up to "
-            f"{max(long)}. Allow as many, or leave those out"
+            f"encode: {len(long):,} of {len(targets):,} targets have more than max_target={max_target} tokens, up to "
+            f"{max(long):,}. Allow as many, or leave those out"
         )
     return list(zip(sources, targets, strict=True))
+
+
+def longer(targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -> list[int]:
+    """The lengths of the targets that are longer, without the end marker: who generates so many may stop before it."""
+    lengths = [len(target) - (list(target[-1:]) == [tokenizer.eos_token_id]) for target in targets]
+    return [length for length in lengths if length > limit]
 
 
 def collate(pairs: Sequence[Pair], pad: int = 0) -> Batch:

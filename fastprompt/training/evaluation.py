@@ -15,7 +15,7 @@ from fastprompt.model import PromptModel
 from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.rank import choice_ids, choice_scores, rank_of
 from fastprompt.training.batches import Batch, encode, in_order, on
-from fastprompt.training.examples import Example
+from fastprompt.training.examples import Example, check_targets, some
 from fastprompt.training.losses import check_choices
 
 
@@ -53,15 +53,13 @@ def evaluate(
 
     Raises:
         ValueError: there is no example or no prompt's name, a target is none of the choices, two choices are the
-            same, ``batch_size`` is less than 1, or prompts are named for a bare T5.
+            same, ``batch_size`` or ``max_input`` is less than 1, or prompts are named for a bare T5.
         FloatingPointError: what the model says is NaN, as where it overflows in float16.
     """
     if not examples or (prompts is not None and not prompts):
         raise ValueError("evaluate: needs one or more examples, and names or None for prompts")
-    if choices is not None and (strange := {each.target for each in examples}.difference(choices)):
-        raise ValueError(
-            f"evaluate: targets must be among the choices {list(choices)}, got {sorted(strange)}"
-        )
+    if choices is not None:
+        check_targets(f"evaluate: targets must be among the choices {some(choices)}", examples, choices)
     if prompts is not None and not isinstance(model, PromptModel):
         raise ValueError(f"evaluate: prompts={prompts!r} needs a PromptModel, got {type(model).__name__}")
     names = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)

@@ -4,8 +4,9 @@
 import csv
 import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def read_examples(
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no example, or one without these fields; the message has the line.
+        ValueError: it holds no example, or one without these fields, each once; the message has the line.
     """
     path = Path(path)
     examples = []
@@ -42,7 +43,7 @@ def read_examples(
         with path.open(encoding="utf-8-sig", newline="") as file:
             wanted = (input_field, target_field)
             table = path.suffix.lower() in TABLES
-            with closing(_table(path, file, wanted) if table else _json_lines(path, file)) as rows:
+            with closing(_table(path, file, wanted) if table else _json_lines(path, file, wanted)) as rows:
                 for line, row in rows:
                     examples.append(Example(*(_text(path, line, row, name) for name in wanted)))
     except UnicodeDecodeError as error:
@@ -50,6 +51,18 @@ def read_examples(
     if not examples:
         raise ValueError(f"{path}: holds no example")
     return examples
+
+
+def check_targets(what: str, examples: Sequence[Example], choices: Sequence[str]) -> None:
+    """ValueError, which begins with ``what``: a target is none of the choices."""
+    if strange := {each.target for each in examples}.difference(choices):
+        raise ValueError(f"{what}, got {some(sorted(strange))}")
+
+
+def some(texts: Collection[str]) -> str:
+    """The first of them, and how many more there are: files have thousands."""
+    more = len(texts) - 5
+    return f"{list(texts)[:5]}" + (f" and {more:,} more" if more > 0 else "")
 
 
 def _text(path: Path, line: int, row: dict[str, Any], name: str) -> str:
@@ -60,23 +73,42 @@ def _text(path: Path, line: int, row: dict[str, Any], name: str) -> str:
         except UnicodeEncodeError:  # JSON may name half of a character
             raise ValueError(f"{path}, line {line}: {name!r} is no text: {value!r}") from None
         return value
+    if name in row:
+        raise ValueError(
+            f"{path}, line {line}: {name!r} must be a text or a number, got {value!r}. Write one, or leave the "
+            "example out"
+        )
     raise ValueError(
-        f"{path}, line {line}: needs a text {name!r}, got {value!r}; its fields are {sorted(map(str, row))}. "
-        "Say which fields are the input and the target"
+        f"{path}, line {line}: must have a field {name!r}, got {sorted(map(str, row))}. Name its fields with "
+        "input_field and target_field; on the command line, --input-field and --target-field"
     )
 
 
-def _json_lines(path: Path, file: Any) -> Rows:
+def _json_lines(path: Path, file: Any, wanted: Sequence[str]) -> Rows:
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
         try:
-            row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-        except (ValueError, RecursionError) as error:
+            row = json.loads(
+                text,
+                parse_int=str,
+                parse_float=str,
+                parse_constant=str,
+                object_pairs_hook=partial(_object, f"{path}, line {line}", wanted),
+            )
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {line}: is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {line}: must be a JSON object, got {type(row).__name__}")
         yield line, row
+
+
+def _object(where: str, wanted: Sequence[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of equal names Python would take the last."""
+    names = [name for name, _ in pairs]
+    if any(names.count(name) > 1 for name in wanted):
+        raise ValueError(f"{where}: must name {wanted} once, got {names}. Leave out what is not meant")
+    return dict(pairs)
 
 
 def _table(path: Path, file: Any, wanted: Sequence[str]) -> Rows:

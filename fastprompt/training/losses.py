@@ -35,8 +35,18 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Loss:
     """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
 
     A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, ended by
-    the end marker if, and only if, the targets are. ValueError: two are the same, or a target is none of them.
+    the end marker if, and only if, the targets are. TypeError: they are strings. ValueError: there are none, one is
+    empty, two are the same, or a target is none of them.
     """
+    if any(isinstance(choice, str) for choice in choices):
+        raise TypeError(
+            f"choice_loss: choices must be lists of token ids, got {choices!r}. Give tokenizer(choices).input_ids"
+        )
+    if not all(map(len, (choices, *choices))):
+        raise ValueError(
+            f"choice_loss: choices must be one or more lists of one or more token ids, got {choices!r}. Give "
+            "tokenizer(choices).input_ids"
+        )
     check_choices(choices)
 
     def loss(batch: Batch) -> Tensor:

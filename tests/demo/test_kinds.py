@@ -60,6 +60,17 @@ def test_no_seeds_are_refused(tmp_path, capsys):
     assert "--seeds must be 1 or more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", [None, "a", '{"input": "a", "target": "b"}', "[1]"])
+def test_a_file_without_findings_is_told(tmp_path, capsys, text):
+    file = tmp_path / "train.jsonl"
+    if text:
+        file.write_text(text)
+    with pytest.raises(SystemExit):
+        kinds.main(["--table", str(file)])
+    told = "must have a line of JSON per finding" if text else "No such file"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_a_prompt_of_each_kind_learns_and_is_kept_at_its_best(kind, model, tokenizer):
     recipe = Recipe(

@@ -11,7 +11,6 @@ import numpy
 import pytest
 import torch
 
-import fastprompt
 from fastprompt import PromptModel, training
 from fastprompt.cli import main
 from fastprompt.commands import _model, bench, tune
@@ -126,7 +125,7 @@ def test_the_recipe_reaches_what_it_is_for(files, capsys, monkeypatch, kind, rat
 
         monkeypatch.setattr(module, name, spy)
 
-    spied(fastprompt, "patch")
+    spied(tune, "patch")
     spied(training, "Adafactor")
     spied(training, "shuffled")
     recipe = ["--steps", 1, "--batch-size", 3, "--memory", "lean", "--weight-decay", 0.5, "--seed", 7]
@@ -248,17 +247,17 @@ def test_nobody_has_to_read_what_is_said(files):
 def test_a_log_that_cannot_be_written_costs_no_prompt(files, capsys, monkeypatch):
     tuned = training.tune
 
-    def folder_goes(*arguments, **options):
-        log.parent.rmdir()
+    def file_comes(*arguments, **options):
+        log.parent.touch()
         return tuned(*arguments, **options)
 
-    monkeypatch.setattr(training, "tune", folder_goes)
+    monkeypatch.setattr(training, "tune", file_comes)
     data, out, common = files
-    log = out.with_name("logs") / "log.json"
+    log = data.parent / "logs" / "log.json"
     where = ["--train", data, "--dev", data, "--out", out, "--log", log, "--steps", 1, "--num-tokens", 3]
     status, _, said = run(capsys, "tune", *common, *where)
     assert status == 0
-    assert "--log: [Errno 2] No such file" in said
+    assert "--log: [Errno 17] File exists" in said
     assert out.exists()
 
 
@@ -299,6 +298,19 @@ def test_eval_says_which_targets_cannot_be_answered(tmp_path, capsys):
     assert "1 of 3 targets have words that the tokenizer does not know" in said
 
 
+def test_tune_counts_a_targets_tokens_as_eval_does(tmp_path, capsys):
+    train, dev = tmp_path / "train.csv", tmp_path / "dev.csv"
+    train.write_text("input,target\na,network\n")
+    dev.write_text("input,target\na,network files\nb,network\n")
+    how = ["--train", train, "--dev", dev, "--out", tmp_path / "p.npy", "--steps", 1, "--num-tokens", 2]
+    status, _, said = run(capsys, "tune", *MODEL, *how, "--max-target", 1)
+    assert status == 0
+    assert "dev.csv: 1 of 2 targets have more than --max-target=1 tokens, and answers do not" in said
+    status, _, said = run(capsys, "tune", *MODEL, *how, "--max-target", 1, "--train", dev)
+    assert status == 1
+    assert "dev.csv: 1 of 2 targets have more than --max-target=1 tokens. Allow as many" in said
+
+
 def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
     data, out = tmp_path / "data.csv", tmp_path / "p.npy"
     data.write_text("input,target\na,日本\nb,中国\nc,network\n")
@@ -323,12 +335,37 @@ def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
         {"--out": "p.npy", "--log": "link.npy"},
         {"--out": "p.npy", "--log": "start.npy"},
         {"--out": "start.npy", "--log": "start.npy"},
-        {"--out": "model/model.safetensors"},
-        {"--start": "peft", "--out": "p.npy", "--log": "peft/adapter_config.json"},
+        {"--out": "p.npy", "--log": "folder", "--model": "folder"},
     ],
     ids=str,
 )
 def test_no_file_is_lost_to_another(tmp_path, capsys, monkeypatch, paths):
+    status, said = tuned_over(tmp_path, capsys, monkeypatch, paths)
+    assert status == 1
+    assert "is another file of this command, and would be lost. Name one of its own" in said
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        {"--out": "model/model.safetensors"},
+        {"--out": "model/new/p.safetensors"},
+        {"--model": "google/t5", "--out": "google/t5/p.safetensors"},  # a name on the Hub
+        {"--start": "peft", "--out": "p.npy", "--log": "peft/adapter_config.json"},
+    ],
+    ids=str,
+)
+def test_a_folder_that_is_read_stays_as_it_is(tmp_path, capsys, monkeypatch, paths):
+    status, said = tuned_over(tmp_path, capsys, monkeypatch, paths)
+    assert status == 1
+    assert "lies in the folder of --model (or --prompt, --start), whose files this command reads" in said
+    assert not (tmp_path / "google").exists()
+    assert not (tmp_path / "model" / "new").exists()
+
+
+def tuned_over(tmp_path, capsys, monkeypatch, paths):
+    """The status of tune, and what it says on stderr; no file may change."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tune, "load", lambda arguments: pytest.fail("the model was loaded"))
     for name in ("train.npy", "dev.npy"):
         (tmp_path / name).write_text('{"input": "a", "target": "b"}\n')
@@ -338,12 +375,11 @@ def test_no_file_is_lost_to_another(tmp_path, capsys, monkeypatch, paths):
     prompt = PromptFile(torch.zeros(2, 192), "prepend")
     write_prompt(tmp_path / "peft", prompt, format="peft")
     paths = {"--model": "model", "--train": "train.npy", "--dev": "dev.npy", "--start": "start.npy", **paths}
-    where = [word for name, path in paths.items() for word in (name, tmp_path / path)]
+    where = [word for pair in paths.items() for word in pair]
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*[!k].npy")}
     status, _, said = run(capsys, "tune", *where)
-    assert status == 1
-    assert "is another file of this command, and would be lost. Name one of its own" in said
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*[!k].npy")} == before
+    return status, said
 
 
 def test_eval_loses_no_file_either(files, capsys):
@@ -384,10 +420,53 @@ def test_a_folder_that_takes_no_file(tmp_path, monkeypatch):
             check_outputs(prompt, others, [])
 
 
-def test_folders_are_made_for_what_can_be_learned(files, capsys):
-    _, out, common = files
-    assert run(capsys, "tune", *common, "--train", "nowhere.jsonl", "--out", out)[0] == 1
+@pytest.mark.parametrize("command", ["tune", "eval"])
+def test_folders_are_made_for_what_is_written(files, capsys, command):
+    data, out, common = files
+    read = ["--train", data, "--log", out.with_name("log")] if command == "tune" else ["--data", data]
+    assert run(capsys, command, *common, *read, "--out", out, "--model", "/nowhere")[0] == 1
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/p", "file is a file, not a folder. Name a file in a folder"),
+        ("file/new/p", "file is a file, not a folder"),
+        ("loop", "loop: cannot be written. Name a file, in a folder that you may write to"),
+        ("loop/p", "loop is a file, not a folder"),
+        ("closed/new/p", "closed/new/p: cannot be written. Name a file, in a folder"),
+        ("x" * 300, "cannot be written"),
+        ("/", "/: cannot be written"),
+    ],
+)
+def test_places_where_no_file_can_be(tmp_path, monkeypatch, name, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "closed").mkdir()
+    is_open = _model._is_open
+    monkeypatch.setattr(_model, "_is_open", lambda folder: folder.name != "closed" and is_open(folder))
+    for prompt, others in ((tmp_path / name, []), (None, [tmp_path / name])):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_outputs(prompt, others, [])
+
+
+def test_no_output_is_the_folder_of_another(tmp_path):
+    inside = tmp_path / "new" / "p"
+    for prompt, other in ((inside, inside.parent), (inside.parent, inside)):
+        with pytest.raises(ValueError, match="new: cannot be written"):
+            check_outputs(prompt, [other], [])
+
+
+def test_answers_are_written_though_nobody_reads_the_score(files):
+    data, out, common = files
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = ["eval", *common, "--data", data, "--out", out]
+    with subprocess.Popen([sys.executable, "-m", "fastprompt", *map(str, command)], stdout=writes) as process:
+        os.close(writes)
+    assert process.returncode == 1
+    assert len(out.read_text().splitlines()) == 5
 
 
 def test_an_interruption_elsewhere_is_no_traceback(files, capsys, monkeypatch):
@@ -422,20 +501,19 @@ def test_without_a_prompt_the_frozen_model_answers(files, capsys, model, example
     ("more", "message"),
     [
         (["--train", "nowhere.jsonl"], "No such file"),
-        (["--input-field", "txt"], "line 1: needs a text 'txt', got None; its fields are"),
+        (["--input-field", "txt"], r"line 1: must have a field 'txt', got \['area', 'text'\].*--input-field"),
         (
             ["--choices", "files"],
             r"data.jsonl: targets must be among --choices, got \['graphics', 'network'\]",
         ),
         (["--out", "."], "cannot be written. Name a file"),
         (["--log", "data.jsonl/log"], "data.jsonl"),
-        (["--out", "p.npy", "--kind", "prefix"], "npy"),
-        (["--max-target", "1"], "more than max_target=1 tokens"),
         (
             ["--start", "nowhere.npy", "--num-tokens", "3"],
             "--num-tokens is the --start prompt's. Leave it out",
         ),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--model", "/nowhere/at/all"], "^--model /nowhere/at/all: there is no such folder$"),
+        (["--model", "~/nowhere"], "^--model ~/nowhere: there is no such folder$"),
         (["--device", "cuda"], "--device cuda: PyTorch cannot use it here"),
         (["--device", "foo"], "--device foo: PyTorch cannot use it here"),
         (["--device", "meta"], "--device meta: PyTorch cannot use it here"),
@@ -471,6 +549,10 @@ def test_slips_are_told_in_a_line(files, capsys, more, message):
         (["--task", "0"], "--task needs --start"),
         (["--start", "data.jsonl"], "data.jsonl is no safetensors file"),
         (["--start", "data.jsonl", "--seed", str(1 << 70)], "--seed must be from 0 to"),
+        (
+            ["--out", "p.npy", "--kind", "cached"],
+            "holds a prepend prompt, got a cached one. Name a .safetensors",
+        ),
     ],
 )
 def test_slips_are_told_before_the_model_is_loaded(files, capsys, monkeypatch, more, message):
@@ -482,12 +564,20 @@ def test_slips_are_told_before_the_model_is_loaded(files, capsys, monkeypatch, m
     assert re.search(message, error)
 
 
-def test_eval_reads_its_prompts_before_the_model(files, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt", "nowhere.npy"], "nowhere.npy"),
+        (["--task", "0"], "--task needs --prompt"),
+        (["--target-field", "text"], r"data.jsonl: targets must be among --choices, got \['draw a line', "),
+    ],
+)
+def test_eval_reads_files_before_the_model(files, capsys, monkeypatch, more, message):
     monkeypatch.setattr(commands_eval, "load", lambda arguments: pytest.fail("the model was loaded"))
     data, _, common = files
-    status, _, said = run(capsys, "eval", *common, "--data", data, "--prompt", "nowhere.npy")
+    status, _, said = run(capsys, "eval", *common, "--data", data, *more)
     assert status == 1
-    assert "nowhere.npy" in said
+    assert re.search(message, said)
 
 
 @pytest.mark.parametrize("option", ["--loss choice", "--init labels"])

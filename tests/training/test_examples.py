@@ -48,16 +48,21 @@ def test_tables(tmp_path, name, text, expected):
         (
             '{"input": "a", "label": "b"}',
             "e.jsonl",
-            r"line 1: needs a text 'target', got None.*'input', 'label'",
+            r"line 1: must have a field 'target', got \['input', 'label'\]. Name its fields with input_field",
         ),
-        ('{"input": "a", "target": true}', "e.jsonl", "needs a text 'target', got True"),
+        ('{"input": "a", "target": true}', "e.jsonl", "'target' must be a text or a number, got True"),
+        (
+            '{"target": "a", "input": "b", "target": "c"}',
+            "e.jsonl",
+            r"line 1: must name .* once, got \['target', ",
+        ),
         ("input,target\na, b,positive\n", "e.csv", "line 2: has more fields than the 2 names"),
         ('input,target\n"a,b\n', "e.csv", "behind line 1: unexpected end of data"),
         ('{"input": "\\ud800", "target": "b"}', "e.jsonl", r"line 1: 'input' is no text: '\\ud800'"),
         ("[" * 100_000, "e.jsonl", "line 1: is no JSON: maximum recursion depth"),
         ("\ninput,target\na,b\n", "e.csv", r"first line must name the fields, .* got \[\]"),
         ("input,target,input\na,b,c\n", "e.csv", "first line must name the fields, .*once"),
-        ("input,target\na\n", "e.csv", "line 2: needs a text 'target', got None"),
+        ("input,target\na\n", "e.csv", "line 2: 'target' must be a text or a number, got None"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path, text, name, message):

@@ -47,6 +47,11 @@ def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
         training.choice_loss(prompted, ids[:2])(batch)
     with pytest.raises(ValueError, match="choices 0 and 2 are the same tokens"):
         training.choice_loss(prompted, [ids[0], ids[1], ids[0]])
+    with pytest.raises(TypeError, match=r"lists of token ids, got .*Give tokenizer\(choices\).input_ids"):
+        training.choice_loss(prompted, choices)
+    for none in ([], [[]]):
+        with pytest.raises(ValueError, match="one or more lists of one or more token ids, got "):
+            training.choice_loss(prompted, none)
 
 
 @pytest.fixture
@@ -192,9 +197,18 @@ def test_targets_as_the_tokenizer_reads_them(model, tokenizer, batch, examples):
 
 
 def test_targets_that_are_too_long_are_refused(tokenizer, examples):
-    with pytest.raises(ValueError, match=r"5 of 5 targets have more than max_target=1 tokens, up to \d"):
-        training.encode(examples, tokenizer, max_target=1)
+    longer = [*examples, training.Example("a", "network files")]
+    training.encode(examples, tokenizer, max_target=1)  # the end marker is none
+    with pytest.raises(ValueError, match=r"1 of 6 targets have more than max_target=1 tokens, up to 2\."):
+        training.encode(longer, tokenizer, max_target=1)
     assert all(source[-1] == 1 for source, _ in training.encode(examples, tokenizer, max_input=2))
+
+
+@pytest.mark.parametrize("name", ["max_input", "max_target"])
+def test_limits_that_leave_nothing_are_refused(tokenizer, examples, name):
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"encode: {name} must be 1 or more, got {limit}"):
+            training.encode(examples, tokenizer, **{name: limit})
 
 
 @pytest.mark.parametrize("who", ["bare", "one", "two"])
@@ -237,6 +251,9 @@ def test_what_cannot_be_evaluated(prompted, model, examples, tokenizer, choices)
         training.evaluate(prompted, examples, tokenizer, choices=[*choices, "日", "月"])
     with pytest.raises(ValueError, match=r"among the choices \['files'\], got \['graphics', 'network'\]"):
         training.evaluate(prompted, examples, tokenizer, choices=choices[:1])
+    many = [each._replace(target=str(number)) for number, each in enumerate(examples * 2)]
+    with pytest.raises(ValueError, match=r"got \['0', '1', '2', '3', '4'\] and 5 more$"):
+        training.evaluate(prompted, many, tokenizer, choices=choices)
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got -1"):
         training.evaluate(model, examples, tokenizer, choices=choices, batch_size=-1)
     with pytest.raises(ValueError, match="needs a PromptModel, got T5ForConditionalGeneration"):
