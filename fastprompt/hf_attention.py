@@ -102,7 +102,7 @@ class Allowed(NamedTuple):
             return self.prompt.bias_of(layer)
         return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
 
-    def prompt_of(self, layer: Any) -> tuple[Tensor | None, ...]:
+    def prompt_of(self, layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """What t5_attention is told of the prompts of one layer: keys, values, ids and lens."""
         prompt = self.prompt
         if prompt is None:

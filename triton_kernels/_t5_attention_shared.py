@@ -257,7 +257,7 @@ def aot_inputs() -> Iterator[tuple[Any, Tensor, Tensor]]:
         q, k, prompt = (meta(*shape, H, K, dtype=dtype) for shape in ((B, T), (B, T), (R, P)))
         bias, mask = meta(H, 257), meta(B, T, dtype=torch.bool)
         stats, share = meta(2, H, B * T), meta(B, P, H, K)
-        plain = Inputs(q, k, k, bias, *[None] * 9, 0, False, 0.0)
+        plain = Inputs(q, k, k, bias)
         dry = plain._replace(
             prompt_k=prompt,
             prompt_v=prompt,

@@ -50,10 +50,10 @@ class Attend(NamedTuple):
     slot: list[Any] | None = None  # what a later layer's backward computed again for this one's
 
     def tensors(self) -> list[Tensor | None]:
-        return list(self[:-2])
+        return list(self[:TENSORS])  # type: ignore[arg-type]
 
     def without_tensors(self) -> Self:
-        return self.with_tensors([None] * (len(self) - 2))
+        return self.with_tensors([None] * TENSORS)
 
     def with_tensors(self, tensors: list[Tensor | None]) -> Self:
         values: list[Any] = [*tensors, self.options, self.slot]
@@ -103,3 +103,6 @@ class Attend(NamedTuple):
             return n
 
         return self.kernel.again(self, norm, kept)
+
+
+TENSORS = Attend._fields.index("options")  # its first fields

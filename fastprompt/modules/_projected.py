@@ -2,11 +2,12 @@
 """Attention of projected queries over projected keys: t5_attention between the products of q, k and v."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fastprompt.modules._frozen import direct, linear, products
+from fastprompt.ops._t5_attention_reference import Inputs
 from fastprompt.ops.t5_attention import keeps_out as keeps_out  # Does backward read out?
 
 if TYPE_CHECKING:
@@ -23,22 +24,24 @@ def project(a: "Attend", n: Tensor) -> list[Tensor]:
     return heads if a.cu is None else [x.flatten(0, 1) for x in heads]
 
 
-def _inputs(a: "Attend", qkv: list[Tensor]) -> tuple[Any, ...]:
+def _inputs(a: "Attend", qkv: list[Tensor]) -> Inputs:
     """The arguments of the op t5_attention."""
-    prompt = (a.prompt_k, a.prompt_v, a.prompt_ids, a.prompt_lens)
-    mask = a.key_mask if a.cu is None else None
-    return (
-        *qkv,
-        a.bias,
-        *prompt,
-        mask,
-        None,
-        a.cu,
-        a.cu,
-        a.weight_seed,
-        0,
-        a.options.causal,
-        a.options.weight_p,
+    q, k, v = qkv
+    return Inputs(
+        q,
+        k,
+        v,
+        bias=a.bias,
+        prompt_k=a.prompt_k,
+        prompt_v=a.prompt_v,
+        prompt_ids=a.prompt_ids,
+        prompt_lens=a.prompt_lens,
+        key_mask=a.key_mask if a.cu is None else None,
+        cu_q=a.cu,
+        cu_k=a.cu,
+        seed=a.weight_seed,
+        causal=a.options.causal,
+        dropout_p=a.options.weight_p,
     )
 
 

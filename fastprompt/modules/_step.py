@@ -12,6 +12,7 @@ from transformers import EncoderDecoderCache
 
 from fastprompt.hf_attention import Allowed
 from fastprompt.modules._frozen import add, direct, linear
+from fastprompt.ops._t5_attention_reference import Inputs
 
 
 def step(
@@ -37,16 +38,15 @@ def step(
     else:
         held: Any = past.cross_attention_cache.layers[layer]
         k, v = held.keys, held.values
-    out, _ = direct.t5_attention(
+    inputs = Inputs(
         q,
         k.transpose(1, 2),
         v.transpose(1, 2),
         bias,
         *allowed.prompt_of(layer),
         allowed.mask,
-        *(None, None, None, None),  # offsets, cu_q, cu_k, seed
-        allowed.offset if allowed.causal else 0,
-        allowed.causal,
-        0.0,
+        offset=allowed.offset if allowed.causal else 0,  # type: ignore[arg-type]
+        causal=allowed.causal,
     )
+    out, _ = direct.t5_attention(*inputs)
     return add(linear(out.view(*x.shape[:2], -1), weights["o"]), x, None, 0.0)

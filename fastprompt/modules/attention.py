@@ -31,7 +31,7 @@ from transformers import EncoderDecoderCache
 
 from fastprompt import hf_attention
 from fastprompt.modules import _absorbed, _projected
-from fastprompt.modules._attend import Attend, Options
+from fastprompt.modules._attend import TENSORS, Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
 from fastprompt.modules._frozen import (
     add,
@@ -87,8 +87,7 @@ class FrozenAttention(torch.autograd.Function):
         if dy is None:
             return (None,) * 6
         x, (rstd, *tensors) = restore(ctx)
-        count = len(Attend._fields) - 2
-        a, kept = ctx.attend.with_tensors(tensors[:count]).whole(), tuple(tensors[count:])
+        a, kept = ctx.attend.with_tensors(tensors[:TENSORS]).whole(), tuple(tensors[TENSORS:])
         o, out = a.options, a.out
         if ctx.kept:
             kept = a.run_again(x, kept)

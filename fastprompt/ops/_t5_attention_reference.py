@@ -17,19 +17,22 @@ class Inputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor | None
-    prompt_k: Tensor | None
-    prompt_v: Tensor | None
-    prompt_ids: Tensor | None
-    prompt_lens: Tensor | None
-    key_mask: Tensor | None
-    offsets: Tensor | None
-    cu_q: Tensor | None
-    cu_k: Tensor | None
-    seed: Tensor | None
-    offset: int
-    causal: bool
-    dropout_p: float
+    bias: Tensor | None = None
+    prompt_k: Tensor | None = None
+    prompt_v: Tensor | None = None
+    prompt_ids: Tensor | None = None
+    prompt_lens: Tensor | None = None
+    key_mask: Tensor | None = None
+    offsets: Tensor | None = None
+    cu_q: Tensor | None = None
+    cu_k: Tensor | None = None
+    seed: Tensor | None = None
+    offset: int = 0
+    causal: bool = False
+    dropout_p: float = 0.0
+
+
+TENSORS = 13  # of them, the first ones
 
 
 class Example(NamedTuple):

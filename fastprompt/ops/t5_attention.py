@@ -490,7 +490,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     if ctx.needs_input_grad[3]:
         refuse_gradient("t5_attention", "bias")
     ctx.mark_non_differentiable(output[1])
-    tensors, ctx.scalars = a[:13], a[13:]
+    tensors, ctx.scalars = a[: reference.TENSORS], a[reference.TENSORS :]
     out, stats = output
     ctx.save_for_backward(out if keeps_out(a.q) else None, stats, *tensors)
 
