@@ -216,46 +216,66 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query [B, H, T, K], key and value [B, H, S, K] -> [B, T, H, K], no weights."""
     _check_family(getattr(module, "config", None))
-    if isinstance(attention_mask, Allowed) and scaling == 1.0 and not wants_weights(module, kwargs):
-        cross = bool(module.is_decoder) and not attention_mask.causal
-        bias = None if cross else position_bias
-        cu = attention_mask.cu
-        # A table that comes with the keys is of a bias known to be frozen; a reentrant checkpoint marks it as trained.
-        frozen = attention_mask.brings_bias() or (cu is None and _frozen(module, bias, dropout, query, key))
-        if frozen and not is_transformed() and _covered(query, key, value, attention_mask):
-            rows = [x.transpose(1, 2) for x in (query, key, value)]
-            q, k, v = rows if cu is None else [x.flatten(0, 1) for x in rows]
-            prompt_k, prompt_v, prompt_ids, prompt_lens = attention_mask.prompt_of(module.layer_idx)
-            out = t5_attention(
-                q,
-                k,
-                v,
-                None if bias is None else table(bias, attention_mask, module.layer_idx),
-                key_mask=attention_mask.mask,
-                offset=attention_mask.offset if attention_mask.causal else 0,
-                causal=attention_mask.causal,
-                dropout_p=dropout,
-                cu_q=cu,
-                cu_k=cu,
-                prompt_k=prompt_k,
-                prompt_v=prompt_v,
-                prompt_ids=prompt_ids,
-                prompt_lens=prompt_lens,
-            )
-            return out.reshape(rows[0].shape), None
-    if isinstance(attention_mask, Allowed) and attention_mask.prompt is not None:
-        _refuse_prompt(_UNCOVERED)
-    if (
-        attention_mask is not None
-        and not isinstance(attention_mask, Allowed)
-        and _prompt_of("decoder", module.config)
-    ):
-        _refuse_prompt("a decoder_attention_mask of another form than [B, S]")
-    if isinstance(attention_mask, Allowed) and attention_mask.cu is not None:
-        raise ValueError(f"fastprompt: packed rows do not go with {_UNCOVERED}. Run them padded: pack=False")
+    allowed = attention_mask if isinstance(attention_mask, Allowed) else None
+    if allowed is not None and scaling == 1.0 and not wants_weights(module, kwargs):
+        out = _fused(module, query, key, value, allowed, dropout, position_bias)
+        if out is not None:
+            return out, None
+    _refuse_uncovered(module, attention_mask)
     return _transformers_attention(
         module, query, key, value, attention_mask, scaling, dropout, position_bias, **kwargs
     )
+
+
+def _fused(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Allowed,
+    dropout: float,
+    position_bias: Tensor | None,
+) -> Tensor | None:
+    """By t5_attention, [B, T, H, K]; None where that does not cover it."""
+    cross = bool(module.is_decoder) and not allowed.causal
+    bias, cu = None if cross else position_bias, allowed.cu
+    # A table that comes with the keys is of a bias known to be frozen; a reentrant checkpoint marks it as trained.
+    frozen = allowed.brings_bias() or (cu is None and _frozen(module, bias, dropout, query, key))
+    if not frozen or is_transformed() or not _covered(query, key, value, allowed):
+        return None
+    rows = [x.transpose(1, 2) for x in (query, key, value)]
+    q, k, v = rows if cu is None else [x.flatten(0, 1) for x in rows]
+    prompt_k, prompt_v, prompt_ids, prompt_lens = allowed.prompt_of(module.layer_idx)
+    out = t5_attention(
+        q,
+        k,
+        v,
+        None if bias is None else table(bias, allowed, module.layer_idx),
+        key_mask=allowed.mask,
+        offset=allowed.offset if allowed.causal else 0,
+        causal=allowed.causal,
+        dropout_p=dropout,
+        cu_q=cu,
+        cu_k=cu,
+        prompt_k=prompt_k,
+        prompt_v=prompt_v,
+        prompt_ids=prompt_ids,
+        prompt_lens=prompt_lens,
+    )
+    return out.reshape(rows[0].shape)
+
+
+def _refuse_uncovered(module: nn.Module, mask: Allowed | Tensor | None) -> None:
+    """transformers' functions know no prompts and no packed rows."""
+    if isinstance(mask, Allowed):
+        if mask.prompt is not None:
+            _refuse_prompt(_UNCOVERED)
+        if mask.cu is not None:
+            raise ValueError(
+                f"fastprompt: packed rows do not go with {_UNCOVERED}. Run them padded: pack=False"
+            )
+    elif mask is not None and _prompt_of("decoder", module.config):
+        _refuse_prompt("a decoder_attention_mask of another form than [B, S]")
 
 
 def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
