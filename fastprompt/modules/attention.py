@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from transformers import EncoderDecoderCache
 
 from fastprompt import hf_attention
+from fastprompt._note import note_on
 from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._attend import TENSORS, Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
@@ -268,7 +269,7 @@ class FastAttention:
             absorbed=absorbed,
             made_eps=0.0 if made is None else made.eps,
             made_p=0.0 if made is None else made.p,
-            rows=getattr(x, "fastprompt_rows", None) if states is None else None,
+            rows=note_on(x, "fastprompt_rows") if states is None else None,
         )
         a = Attend(
             weights["layer_norm"],

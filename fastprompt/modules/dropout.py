@@ -3,6 +3,7 @@
 
 from torch import Tensor
 
+from fastprompt._note import leave_note, note_on
 from fastprompt.modules._frozen import is_followed
 from fastprompt.modules._made import leave_made, made_of
 from fastprompt.ops._checks import FLOATS
@@ -30,6 +31,7 @@ class FastDropout:
         seed, made = new_seed(x.device), made_of(x)
         y = dropout_add(x, dropout_p=self.p, seed=seed)
         leave_made(y, made and made._replace(seed=seed, p=self.p))
-        if hasattr(x, "fastprompt_rows"):
-            y.fastprompt_rows = x.fastprompt_rows  # type: ignore[attr-defined]
+        rows = note_on(x, "fastprompt_rows")
+        if rows is not None:
+            leave_note(y, "fastprompt_rows", rows)
         return y

@@ -2,8 +2,8 @@
 """The gradient of the encoder's input, for the prompt's rows alone.
 
 Tokens' embeddings are frozen, so the first fused attention layer need not compute their rows' gradient: it leaves
-zeros. It is told by a mark on the stack's input, which the stack's dropout hands on. Where the mark is lost, as in a
-reentrant checkpoint, the gradient is whole.
+zeros. It is told by a note on the stack's input, which the stack's dropout hands on. Where the note is lost, as in a
+reentrant checkpoint, or void, as after a write, the gradient is whole.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._hooks import has_global_hooks, is_watched
+from fastprompt._note import leave_note
 
 
 def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str, Any]) -> None:
@@ -31,4 +32,4 @@ def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str
     if not (
         shown or has_global_hooks() or any(map(is_watched, (encoder, encoder.dropout, block, block.layer[0])))
     ):
-        embeds.fastprompt_rows = rows  # type: ignore[attr-defined]
+        leave_note(embeds, "fastprompt_rows", rows)

@@ -102,3 +102,18 @@ def test_gradient_checkpointing(reentrant, make_prompted, make_batch):
     prompted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for ours, each in zip(gradients(prompted, batch, prompts), expected, strict=True):
         torch.testing.assert_close(ours, each, rtol=1e-5, atol=1e-5 * float(each.abs().max()))
+
+
+def test_what_is_added_in_place_has_its_gradient(monkeypatch, make_prompted, make_batch):
+    prompted, batch = make_prompted(lengths=(5,), d_kv=16, dropout_rate=0.0), make_batch("left")
+    patch(prompted)
+    added = torch.zeros(1, 12, 32, device=prompted.device, requires_grad=True)
+    mark = row_batch.mark_prompt_rows
+
+    def marked(embeds, *arguments):
+        mark(embeds, *arguments)
+        embeds.add_(added)
+
+    monkeypatch.setattr(row_batch, "mark_prompt_rows", marked)
+    gradients(prompted, batch, "p5")
+    assert added.grad[:, 5:].ne(0).any(-1).all()
