@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad, profiler
+from torch.overrides import is_tensor_like
 from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
@@ -118,9 +119,13 @@ class Op:
 
         Whether there is a GPU is not asked: torch would begin to use it.
         """
-        device = torch.device(device).type
-        if device not in ("cpu", "cuda"):
+        try:
+            kind = torch.device(device).type
+        except (RuntimeError, TypeError):
+            kind = ""
+        if kind not in ("cpu", "cuda"):
             raise ValueError(f"fastprompt::{self.name}: device must be cpu or cuda, got {device!r}")
+        device = kind
         found = []
         if device == "cpu" and self._native and _native.CPU_TARGETS:
             found += ["cpu", *(f"cpu:{isa}" for isa in self._isas())]
@@ -332,7 +337,7 @@ def _direct(op: Op, member: str) -> Function:
             if value is None and kind == "Optional[Tensor]":
                 continue
             for each in value if kind == "List[Tensor]" else (value,):
-                if not isinstance(each, torch.Tensor):
+                if not isinstance(each, torch.Tensor) and not is_tensor_like(each):  # as torch.fx hands on
                     got = type(each).__name__
                     raise TypeError(f"fastprompt::{op.name}: {name} must be a torch.Tensor, got {got}")
                 if plain:

@@ -355,12 +355,12 @@ def _table(bias: Tensor, allowed: Allowed) -> Tensor:
     return functional.pad(diagonals[:, : M + 1], (0, M))
 
 
-def _dense(table: Tensor, query: Tensor, key: Tensor, offset: int | Tensor) -> Tensor:
-    """The bias [1, H, T, S] of a table."""
+def dense(table: Tensor, T: int, S: int, offset: int | Tensor) -> Tensor:
+    """The bias [1, H, T, S] of a table by distance [H, 2M + 1]."""
     M = table.shape[1] // 2
-    query_at = torch.arange(query.shape[2], device=query.device) + offset
-    distance = torch.arange(key.shape[2], device=query.device) - query_at[:, None]
-    return table[:, distance.clamp(-M, M) + M].to(query.dtype)[None]
+    query_at = torch.arange(T, device=table.device) + offset
+    distance = torch.arange(S, device=table.device) - query_at[:, None]
+    return table[:, distance.clamp(-M, M) + M][None]
 
 
 def _transformers_attention(
@@ -376,7 +376,8 @@ def _transformers_attention(
 ) -> tuple[Tensor, Tensor | None]:
     if isinstance(mask, Allowed):
         if position_bias is not None and position_bias.dim() == 2:
-            position_bias = _dense(position_bias, query, key, mask.offset if mask.causal else 0)
+            offset = mask.offset if mask.causal else 0
+            position_bias = dense(position_bias, query.shape[2], key.shape[2], offset).to(query.dtype)
         # transformers' own mask functions leave out one that hides nothing.
         if not mask.fits(key.shape[2]) and mask.mask is not None and bool(mask.mask.all()):
             mask = mask._replace(mask=None)

@@ -104,7 +104,8 @@ class PromptModel(KeyKeeper):
         """The model's forward, with the prompts.
 
         Args:
-            input_ids: [B, S] int32 or int64. Not read when ``encoder_outputs`` is given.
+            input_ids: [B, S] int32 or int64. With ``encoder_outputs`` it may be left out; "prepend" takes S from it
+                where there is no mask.
             attention_mask: [B, S], 0 where a token is padding, on either side; None: every token counts.
             labels: [B, T] int64, -100 where ignored; asks for the loss.
             prompts: one name for all rows, or one name per row (lengths may differ; "prepend" does not mix with the

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt import backend_used, backends, use_backend
 from fastprompt._op import direct, is_capturing, is_plain
-from fastprompt.ops import rms_norm
+from fastprompt.ops import gated_act, rms_norm
 
 
 @pytest.fixture
@@ -112,3 +112,9 @@ def test_direct_calls_are_seen_by_what_sees_other_ops(hidden):
             direct.rms_norm(forward_ad.make_dual(x, x), w, 1e-6)
     y, _ = direct.rms_norm(x.requires_grad_(), w, 1e-6)
     assert y.requires_grad
+
+
+def test_torch_fx_traces_them(hidden):
+    x, _ = hidden
+    traced = torch.fx.symbolic_trace(lambda a, b: gated_act(a, b))
+    assert torch.equal(traced(x, x), gated_act(x, x))

@@ -368,7 +368,7 @@ int64_t multiply(const Product<W>& p) {
 // the parallel regions inside are then its own.
 template <class W>
 int64_t multiply_each(int64_t B, const Product<W>& p, int64_t b_step) {
-    if (p.M < 1 || p.N < 1 || p.K < 1) return fp::kBadRange;
+    if (p.M < 1 || p.N < 1 || p.K < 1) return fp::kBadOption;
     int64_t status = 0;
     const bool enough = B >= omp_get_max_threads() && B * p.M * p.N * p.K >= kParallelProducts;
 #pragma omp parallel for schedule(static) reduction(min : status) if (enough)

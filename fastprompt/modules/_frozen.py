@@ -14,16 +14,19 @@ from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.frozen_linear import pays, pays_backward, product, product_sum
 
 Modules = Mapping[str, Any]
+Inputs = tuple[Tensor, ...]
 
 
-def obstacle(children: Modules, others: Modules = MappingProxyType({})) -> str | None:
+def obstacle(
+    children: Modules, others: Modules = MappingProxyType({}), inputs: Inputs | None = None
+) -> str | None:
     """Why the linear layers and norms ``children`` cannot be computed from their weights alone; None if they can.
 
     A LoRA or quantised layer is another class or weight, an offloaded one has hooks or a meta weight; a weight that
     trains needs a gradient that the fused layers do not compute. ``others`` are modules without weights of their own
-    that are not called either: dropout, activation, what holds the children.
+    that are not called either: dropout, activation, what holds the children. ``inputs`` of a call; None: of training.
     """
-    return _examine(children, others)[1]
+    return _examine(children, others, inputs)[1]
 
 
 def ready(children: Modules, others: Modules, *inputs: Tensor) -> dict[str, Tensor] | None:
@@ -44,7 +47,7 @@ def is_followed() -> bool:
 
 
 def _examine(
-    children: Modules, others: Modules, inputs: tuple[Tensor, ...] = ()
+    children: Modules, others: Modules, inputs: Inputs | None
 ) -> tuple[dict[str, Tensor], str | None]:
     """Asked by every fused layer at every call: of dictionaries, as nn.Module's own lookup would take the longest."""
     weights: dict[str, Tensor] = {}
@@ -89,13 +92,15 @@ def is_stock(cls: type) -> bool:
     return cls is nn.Dropout or "stock_class" in vars(cls) or cls.__module__.startswith(stock)
 
 
-def is_evaluated(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    """Will nobody want a gradient of its weights?
+def is_evaluated(module: nn.Module, inputs: Inputs | None) -> bool:
+    """Will nobody want a gradient of its weights in a call on these inputs? None: the question is of training.
 
-    The first run of a reentrant checkpoint records none; the second will, and is to draw the same dropout masks and to
-    return a bias of the same shape. In training mode, or of inputs that require a gradient, this may be a first run.
+    The first run of a reentrant checkpoint records none; the second will, and is to draw the same dropout masks. In
+    training mode, or of inputs that require a gradient, this may be a first run. What is exported may run anywhere.
     """
-    return not (torch.is_grad_enabled() or module.training or any(x.requires_grad for x in inputs))
+    if inputs is None or torch.is_grad_enabled() or module.training:
+        return False
+    return not (any(x.requires_grad for x in inputs) or torch.compiler.is_exporting())
 
 
 def _tensor(module: nn.Module, name: str) -> Any:

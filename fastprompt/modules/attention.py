@@ -35,6 +35,7 @@ from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._attend import TENSORS, Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
 from fastprompt.modules._frozen import (
+    Inputs,
     add,
     apply,
     dropped,
@@ -147,7 +148,7 @@ class FastAttention:
     def fastprompt_obstacle(self) -> str | None:
         return self._other_scores() or obstacle(*self._parts())
 
-    def _other_scores(self, inputs: tuple[Tensor, ...] = ()) -> str | None:
+    def _other_scores(self, inputs: Inputs | None = None) -> str | None:
         """Why kernels do not compute its scores; None if they do."""
         attention = self._attention
         if not is_stock(type(attention)):
@@ -337,20 +338,28 @@ class FastSelfAttention(FastAttention):
                 table = bias
                 if bias is not None:
                     table = hf_attention.table(bias, attention_mask, attention.layer_idx)
-                # The bias goes on to the next layers as the table that it is.
-                return way(weights, hidden_states, None, table, attention_mask, past), bias, None
+                y = way(weights, hidden_states, None, table, attention_mask, past)
+                # The bias goes on to the next layers as the table that it is; but if it could train as transformers
+                # hands it on, for the second run of a reentrant checkpoint of blocks will.
+                if bias is not None and bias.dim() == 2 and self._bias_trains():
+                    bias = hf_attention.dense(bias, T, dense[3], attention_mask.offset).to(y.dtype)
+                return y, bias, None
         return super().forward(  # type: ignore[misc]
             hidden_states, attention_mask, position_bias, past, **kwargs
         )
 
-    def _other_scores(self, inputs: tuple[Tensor, ...] = ()) -> str | None:
+    def _bias_trains(self) -> bool:
+        (owner,) = self.fastprompt_bias
+        weight = owner._modules["SelfAttention"]._modules["relative_attention_bias"].weight
+        return bool(weight.requires_grad)
+
+    def _other_scores(self, inputs: Inputs | None = None) -> str | None:
         for owner in self.fastprompt_bias:
             attention = owner._modules["SelfAttention"]
             if not (is_stock(type(attention)) and is_plain_bias(attention)):
                 return "relative_attention_bias is more than its weight"
             # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
-            trained = attention._modules["relative_attention_bias"].weight.requires_grad
-            if trained and not is_evaluated(attention, inputs):
+            if self._bias_trains() and not is_evaluated(attention, inputs):
                 return "relative_attention_bias.weight is trained"
             if not has_bias_table(attention):
                 return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"

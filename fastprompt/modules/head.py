@@ -27,7 +27,8 @@ class FastHead:
         """Bytes per row."""
         return 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        x = input
         if x.device.type != "cpu" or not takes(x.dtype) or ready({"lm_head": self}, {}, x) is None:
             return super().forward(x)  # type: ignore[misc]
         return linear(x, self.weight)

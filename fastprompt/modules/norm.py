@@ -26,7 +26,8 @@ class FastNorm:
         return int(self.weight.nbytes) + 4
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if obstacle({"norm": self}) is not None or hidden_states.dtype not in FLOATS or is_followed():
+        found = obstacle({"norm": self}, inputs=(hidden_states,))
+        if found is not None or hidden_states.dtype not in FLOATS or is_followed():
             return super().forward(hidden_states)  # type: ignore[misc]
         y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
         assert isinstance(y, Tensor)

@@ -96,9 +96,8 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """The reference, for arguments that need no checks."""
-    if torch.is_autocast_enabled(
-        x.device.type
-    ):  # to turn it off takes the host as long as to launch a product
+    # Asked first: to turn it off takes the host as long as to launch a product.
+    if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return product(x, weight)
     if weight.dim() == 3:

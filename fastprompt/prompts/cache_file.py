@@ -49,8 +49,7 @@ class CacheOrigin:
 def cache_path(prompt_path: str | os.PathLike[str]) -> Path:
     """Where the cache of a prompt's file lies: beside it, ``sst2.safetensors`` -> ``sst2.cache.safetensors``."""
     path = Path(prompt_path)
-    name = path.name.removesuffix(".safetensors").removesuffix(".cache")  # its own path may be given, too
-    return path.with_name(f"{name}.cache.safetensors")
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.cache.safetensors")
 
 
 def write_cache(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], origin: CacheOrigin) -> None:
@@ -103,7 +102,9 @@ def read_cache(
     """
     source = Path(path)
     if not source.is_file():
-        raise FileNotFoundError(f"read_cache: there is no file {source}")
+        twice = source.name.endswith(".cache.cache.safetensors")
+        remedy = ". Give the path of the prompt's file, not its cache's" if twice else ""
+        raise FileNotFoundError(f"read_cache: there is no file {source}{remedy}")
     what = f"read_cache: {source}"
     remedy = "Make the cache again: save_cache"
     with opened("read_cache", source) as handle:

@@ -142,9 +142,8 @@ def _embed(weight: Tensor, ids: Tensor) -> Tensor:
             "PromptConfig: this init reads the embedding table, which has no data (device meta). "
             "Load the weights first, or use init='uniform'"
         )
-    rows: Tensor = torch.nn.functional.embedding(
-        ids.to(weight.device), weight.detach()
-    )  # plain, of a quantised table
+    # Of a quantised table, too, the rows are plain.
+    rows: Tensor = torch.nn.functional.embedding(ids.to(weight.device), weight.detach())
     return rows.to("cpu", torch.float32)
 
 

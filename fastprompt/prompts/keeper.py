@@ -96,6 +96,7 @@ class KeyKeeper(PromptHolder):
             paths: of the prompts' files, by the prompts' names here; one call for those that batches will mix.
 
         Raises:
+            TypeError: ``paths`` is no mapping.
             FileNotFoundError: there is no cache beside one of them.
             ValueError: no such prompt, one of kind "prepend", or a file that is broken, of another model or dtype, or
                 older than the prompt. What was kept before stays.

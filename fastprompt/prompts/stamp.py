@@ -99,9 +99,8 @@ def _modules_of(owner: nn.Module) -> list[nn.Module]:
 
 def _adapters_of(modules: list[nn.Module]) -> list[str]:
     parts = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
-    classes = {
-        cls for cls in set(map(type, modules)) if hasattr(cls, parts[0])
-    }  # few, of hundreds of modules
+    # Each class is asked once, of a hundred modules.
+    classes = {cls for cls in set(map(type, modules)) if hasattr(cls, parts[0])}
     return [
         repr([getattr(each, part, None) for part in parts])
         for each in modules
@@ -112,9 +111,9 @@ def _adapters_of(modules: list[nn.Module]) -> list[str]:
 def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     groups = [each.__dict__[group] for each in modules for group in ("_parameters", "_buffers")]
     tensors = [tensor for group in groups if group for tensor in group.values() if tensor is not None]
-    for each in [x for x in tensors if type(x) is not nn.Parameter and hasattr(x, "__tensor_flatten__")]:
-        # What a quantised one is made of may be written to by itself.
-        tensors += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
+    for each in tensors:  # and what quantised ones are made of, which may be written to by itself
+        if type(each) is not nn.Parameter and hasattr(each, "__tensor_flatten__"):
+            tensors += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
     return tensors
 
 

@@ -77,10 +77,7 @@ def _added(module: nn.Module) -> str | None:
     if shadowed:
         return f"a {shadowed.pop()} of its own"
     for parameter in module._parameters.values():
-        if parameter is not None and type(parameter) not in (
-            nn.Parameter,
-            torch.Tensor,
-        ):  # quantised, as by torchao
+        if hasattr(parameter, "__tensor_flatten__"):  # quantised, as by torchao
             return f"a {type(parameter).__name__}"
     if module._compiled_call_impl is not None:
         return "a compiled call"

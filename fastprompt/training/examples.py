@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,21 +93,25 @@ def _json_lines(path: Path, file: Any, wanted: Sequence[str]) -> Rows:
                 parse_int=str,
                 parse_float=str,
                 parse_constant=str,
-                object_pairs_hook=partial(_object, f"{path}, line {line}", wanted),
+                object_pairs_hook=_Object,
             )
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {line}: is no JSON: {error}") from None
-        if not isinstance(row, dict):
+        if not isinstance(row, _Object):
             raise ValueError(f"{path}, line {line}: must be a JSON object, got {type(row).__name__}")
+        if any(row.names.count(name) > 1 for name in wanted):
+            raise ValueError(
+                f"{path}, line {line}: must name {wanted} once, got {row.names}. Leave out what is not meant"
+            )
         yield line, row
 
 
-def _object(where: str, wanted: Sequence[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of equal names Python would take the last."""
-    names = [name for name, _ in pairs]
-    if any(names.count(name) > 1 for name in wanted):
-        raise ValueError(f"{where}: must name {wanted} once, got {names}. Leave out what is not meant")
-    return dict(pairs)
+class _Object(dict[str, Any]):
+    """A JSON object, and its names: of equal ones the last has the value."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.names = [name for name, _ in pairs]
 
 
 def _table(path: Path, file: Any, wanted: Sequence[str]) -> Rows:

@@ -38,7 +38,7 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Loss:
     the end marker if, and only if, the targets are. TypeError: they are strings. ValueError: there are none, one is
     empty, two are the same, or a target is none of them.
     """
-    if any(isinstance(choice, str) for choice in choices):
+    if any(isinstance(choice, str) or not isinstance(choice, Sequence) for choice in choices):
         raise TypeError(
             f"choice_loss: choices must be lists of token ids, got {choices!r}. Give tokenizer(choices).input_ids"
         )

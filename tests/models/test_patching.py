@@ -617,18 +617,49 @@ def test_weights_that_could_train_take_no_kernel_from_an_evaluation(make, batch,
     assert not any(ran.values())
 
 
+def test_what_is_exported_without_gradient_may_run_with_it(make, batch, labels):
+    model, inputs = patch(make(frozen=False)), batch(None)
+    more = {"labels": labels, "use_cache": False, "return_dict": False}
+    expected = model(**inputs, **more)[0]
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs | more, strict=True).module()
+    close(program(**inputs, **more)[0], expected)
+
+
+def test_explain_says_the_same_in_any_mode(make):
+    model = patch(make(frozen=False))
+    expected = explain(model)
+    assert any("is trained" in (row.reason or "") for row in expected)
+    with torch.no_grad():
+        assert explain(model) == expected
+
+
+def test_layers_take_their_input_by_name(make):
+    model = patch(make())
+    x = torch.randn(2, TINY["d_model"])
+    assert torch.equal(model.lm_head(input=x), model.lm_head(x))
+    assert torch.equal(model.encoder.dropout(input=x), x)
+
+
 def test_blocks_that_train_in_evaluation_mode_under_reentrant_checkpoints(make):
-    """The bias goes from block to block: in the first run as in the second it is transformers'."""
-    x, grads = torch.randn(2, 5, TINY["d_model"]), []
+    """The bias goes from block to block: in the first run as in the second it is transformers'. Of the decoder's input
+    nobody wants a gradient."""
+    shape, grads = (2, 5, TINY["d_model"]), []
+    x, states = torch.randn(shape), torch.randn(shape)
     for model in (make(frozen=False), patch(make(frozen=False))):
-        for block in model.encoder.block:
+        for block in (*model.encoder.block, *model.decoder.block):
 
             def run(*args, forward=block.forward, **kwargs):
                 return checkpoint(lambda *args: forward(*args, **kwargs), *args, use_reentrant=True)
 
             block.forward = run
-        model.encoder(inputs_embeds=x.clone().requires_grad_()).last_hidden_state.square().sum().backward()
-        grads.append([p.grad for p in model.encoder.block.parameters()])
+        encoded = model.encoder(inputs_embeds=x.clone().requires_grad_()).last_hidden_state
+        decoded = model.decoder(
+            inputs_embeds=x, encoder_hidden_states=encoded + states.clone().requires_grad_(), use_cache=False
+        )
+        decoded.last_hidden_state.square().sum().backward()
+        stacks = (model.encoder.block, model.decoder.block)
+        grads.append([p.grad for stack in stacks for p in stack.parameters() if p.grad is not None])
     for ours, theirs in zip(*grads, strict=True):
         close(ours, theirs)
 

@@ -134,7 +134,7 @@ def change(prompted, how):
     elif how == "parametrization":  # a second one, as weight norm and pruning are
         parametrize.register_parametrization(attention.k, "weight", Half())
     elif how == "inner tensor":
-        attention.k.weight.half.mul_(1.5)
+        attention.k.weight.half.half.mul_(1.5)
 
 
 class Half(nn.Module):
@@ -178,7 +178,8 @@ def test_a_stale_cache_is_made_again(how, served, make_batch):
     if how == "parametrization":
         parametrize.register_parametrization(attention.k, "weight", Half())
     if how == "inner tensor":
-        attention.k.weight = nn.Parameter(Doubled(attention.k.weight.detach() / 2), requires_grad=False)
+        quarter = attention.k.weight.detach() / 4
+        attention.k.weight = nn.Parameter(Doubled(Doubled(quarter)), requires_grad=False)
     prompted.cache_prompts()
     before = logits(prompted, batch, "c5")
     assert prompted.passes == [3]

@@ -140,7 +140,10 @@ def test_slips(make_keyed, make_batch, tmp_path):
         TypeError, "must be a PromptFile, got Tensor", write_store, tmp_path / "s", {"a": torch.ones(2, 3)}
     )
     prompted.save_cache("c", tmp_path / "c.safetensors")
-    prompted.load_caches({"c": tmp_path / "c.cache.safetensors"})
+    cache = {"c": tmp_path / "c.cache.safetensors"}
+    refused(
+        FileNotFoundError, "Give the path of the prompt's file, not its cache's", prompted.load_caches, cache
+    )
     del batch["labels"]
     refused(ValueError, "Give labels or decoder_input_ids, or call generate", prompted, **batch)
 

@@ -19,7 +19,8 @@ def written(tmp_path, text, name="examples.jsonl"):
 
 def test_json_lines(tmp_path):
     path = written(
-        tmp_path, '\ufeff{"input": "é a", "target": "b"}\r\n\n{"more": [1], "input": 1.50, "target": 3}\n'
+        tmp_path,
+        '\ufeff{"input": "é a", "target": "b"}\r\n\n{"more": {"input": 1, "input": 2}, "input": 1.50, "target": 3}\n',
     )
     assert read_examples(path) == [Example("é a", "b"), Example("1.50", "3")]
 

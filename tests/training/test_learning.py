@@ -47,8 +47,9 @@ def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
         training.choice_loss(prompted, ids[:2])(batch)
     with pytest.raises(ValueError, match="choices 0 and 2 are the same tokens"):
         training.choice_loss(prompted, [ids[0], ids[1], ids[0]])
-    with pytest.raises(TypeError, match=r"lists of token ids, got .*Give tokenizer\(choices\).input_ids"):
-        training.choice_loss(prompted, choices)
+    for none in (choices, [1, 2]):
+        with pytest.raises(TypeError, match=r"lists of token ids, got .*Give tokenizer\(choices\).input_ids"):
+            training.choice_loss(prompted, none)
     for none in ([], [[]]):
         with pytest.raises(ValueError, match="one or more lists of one or more token ids, got "):
             training.choice_loss(prompted, none)
