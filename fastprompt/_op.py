@@ -19,16 +19,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad, profiler
+from torch.autograd import forward_ad
 from torch.overrides import is_tensor_like
 from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
+from fastprompt._plain import is_plain_call, plain_key
 
 LIBRARY = torch.library.Library("fastprompt", "DEF")
 OPS: dict[str, "Op"] = {}
@@ -331,7 +332,7 @@ def _direct(op: Op, member: str) -> Function:
     tensors = [(i, name, kind) for i, name, kind in kinds if "Tensor" in kind]
 
     def call(*args: Any) -> Any:
-        plain, key = not torch.is_grad_enabled() and _is_plain_call(), ""
+        plain, key = not torch.is_grad_enabled() and is_plain_call(), ""
         for i, name, kind in tensors:
             value = args[i]
             if value is None and kind == "Optional[Tensor]":
@@ -341,90 +342,12 @@ def _direct(op: Op, member: str) -> Function:
                     got = type(each).__name__
                     raise TypeError(f"fastprompt::{op.name}: {name} must be a torch.Tensor, got {got}")
                 if plain:
-                    own = _plain_key(each)
+                    own = plain_key(each)
                     plain, key = own is not None, key or own or ""
         found = running.get((member, key)) if plain else None
         return (found[-1] if found else overload)(*args)
 
     return call
-
-
-def is_plain(x: torch.Tensor) -> bool:
-    """May ops on x go around the dispatcher, where no gradient is recorded?
-
-    So it is where that would look at nothing but x's device: without a subclass, mode, transform, tangent, tracer or
-    profiler.
-    """
-    return _is_plain_call() and _plain_key(x) is not None
-
-
-def is_transformed() -> bool:
-    """Inside forward-mode differentiation, torch.func, torch.jit.trace or an export to ONNX, all of which must see
-    operators that they know: PyTorch's.
-    """
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def may_keep(x: torch.Tensor) -> bool:
-    """May what is made of x now be kept for other calls? Nothing of a transform or a mode, nor in a graph's memory."""
-    return is_plain(x) and not torch.is_inference_mode_enabled() and not is_capturing(x.device)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Is a CUDA graph being recorded? torch.compile cannot trace the question, and gets no for an answer."""
-    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
-    return on_gpu and torch.cuda.is_current_stream_capturing()
-
-
-def _is_plain_call() -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
-        and not profiler._is_profiler_enabled
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_CALLS
-    )
-
-
-def _plain_key(x: torch.Tensor) -> str | None:
-    """The dispatch key of x's device ("CPU", "CUDA"), if x has no other that matters."""
-    if type(x) not in _PLAIN_TYPES:
-        return None
-    keys = torch._C._dispatch_keys(x).raw_repr()
-    found = _PLAIN_TENSORS.get(keys)
-    if found is None:
-        _PLAIN_TENSORS.update(dict.fromkeys(_plain_keys(x.device.type), x.device.type.upper()))
-        found = _PLAIN_TENSORS.get(keys)
-    return found
-
-
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-_PLAIN_TENSORS: dict[int, str] = {}  # the dispatch keys of plain tensors
-
-
-def _plain_calls() -> frozenset[int]:
-    """The dispatch keys that every call includes, inside torch.inference_mode and outside."""
-    inside = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-    return frozenset((inside.raw_repr(), inside.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()))
-
-
-_PLAIN_CALLS = _plain_calls()
-
-
-@cache
-def _plain_keys(device: str) -> frozenset[int]:
-    """The dispatch keys of a tensor made inside torch.inference_mode and of one made outside."""
-    found = []
-    for inside in (False, True):
-        with torch.inference_mode(inside):
-            found.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
-    return frozenset(found)
 
 
 def _has_tangent(x: Any) -> bool:

@@ -35,7 +35,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from fastprompt._note import leave_note, note_on
-from fastprompt._op import is_transformed, may_keep
+from fastprompt._plain import is_transformed, may_keep
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 

@@ -8,7 +8,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt import backend_used, backends, use_backend
-from fastprompt._op import direct, is_capturing, is_plain
+from fastprompt._op import direct
+from fastprompt._plain import is_capturing, is_plain
 from fastprompt.ops import gated_act, rms_norm
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._hooks import has_global_hooks, is_hooked
-from fastprompt._op import direct, is_transformed
+from fastprompt._op import direct
+from fastprompt._plain import is_transformed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.frozen_linear import pays, pays_backward, product, product_sum
 

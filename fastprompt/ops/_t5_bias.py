@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._op import may_keep
+from fastprompt._plain import may_keep
 from fastprompt.ops._checks import FLOATS, check_tensor, fail
 
 

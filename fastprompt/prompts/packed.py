@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
-from fastprompt._op import is_capturing
+from fastprompt._plain import is_capturing
 from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops._indices import indices
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
