@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastprompt.modules._frozen import direct, linear, products
+from fastprompt._op import direct
+from fastprompt.modules._frozen import linear, products
 
 if TYPE_CHECKING:
     from fastprompt.modules._attend import Attend, Options

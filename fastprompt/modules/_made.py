@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._note import leave_note, note_on
-from fastprompt.modules._frozen import direct
+from fastprompt._op import direct
 
 
 class Made(NamedTuple):

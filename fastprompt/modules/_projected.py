@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastprompt.modules._frozen import direct, linear, products
+from fastprompt._op import direct
+from fastprompt.modules._frozen import linear, products
 from fastprompt.ops._t5_attention_reference import Inputs
 from fastprompt.ops.t5_attention import keeps_out as keeps_out  # Does backward read out?
 

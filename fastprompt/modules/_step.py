@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 from transformers import EncoderDecoderCache
 
+from fastprompt._op import direct
 from fastprompt.hf_attention import Allowed
-from fastprompt.modules._frozen import add, direct, linear
+from fastprompt.modules._frozen import add, linear
 from fastprompt.ops._t5_attention_reference import Inputs
 
 

@@ -34,22 +34,10 @@ from fastprompt._note import note_on
 from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._attend import TENSORS, Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
-from fastprompt.modules._frozen import (
-    Inputs,
-    add,
-    apply,
-    dropped,
-    is_evaluated,
-    is_stock,
-    linear,
-    norm_gradient,
-    obstacle,
-    products,
-    rate,
-    ready,
-)
+from fastprompt.modules._frozen import add, apply, dropped, linear, norm_gradient, products, rate
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
+from fastprompt.modules._ready import Inputs, is_evaluated, is_stock, obstacle, ready
 from fastprompt.modules._step import step
 from fastprompt.ops._dropout import new_seed
 from fastprompt.ops.t5_attention import HEAD_WIDTHS

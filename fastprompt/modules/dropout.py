@@ -4,8 +4,8 @@
 from torch import Tensor
 
 from fastprompt._note import leave_note, note_on
-from fastprompt.modules._frozen import is_followed
 from fastprompt.modules._made import leave_made, made_of
+from fastprompt.modules._ready import is_followed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops._dropout import new_seed
 from fastprompt.ops.dropout_add import dropout_add

@@ -17,20 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
-from fastprompt.modules._frozen import (
-    add,
-    apply,
-    direct,
-    dropped,
-    is_stock,
-    linear,
-    norm_gradient,
-    obstacle,
-    products,
-    rate,
-    ready,
-)
+from fastprompt._op import direct
+from fastprompt.modules._frozen import add, apply, dropped, linear, norm_gradient, products, rate
 from fastprompt.modules._origin import Origin, origin_of, restore, save
+from fastprompt.modules._ready import is_stock, obstacle, ready
 from fastprompt.ops._dropout import new_seed
 
 ACTS = {type(ACT2FN[name]): name for name in ("relu", "gelu", "gelu_new", "silu")}

@@ -7,7 +7,8 @@ computes, it runs nn.Linear's forward.
 
 from torch import Tensor
 
-from fastprompt.modules._frozen import linear, obstacle, ready
+from fastprompt.modules._frozen import linear
+from fastprompt.modules._ready import obstacle, ready
 from fastprompt.ops.frozen_linear import takes
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprompt.modules._frozen import obstacle
+from fastprompt.modules._ready import obstacle
 from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastprompt.modules._frozen import is_followed, obstacle
 from fastprompt.modules._made import Made, leave_made
+from fastprompt.modules._ready import is_followed, obstacle
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.rms_norm import rms_norm
 

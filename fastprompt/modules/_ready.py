@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a layer's tensors can be read directly, in place of calling the modules that hold them."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt._hooks import has_global_hooks, is_hooked
+from fastprompt._plain import is_transformed
+from fastprompt.ops._checks import FLOATS
+
+Modules = Mapping[str, Any]
+Inputs = tuple[Tensor, ...]
+
+
+def obstacle(
+    children: Modules, others: Modules = MappingProxyType({}), inputs: Inputs | None = None
+) -> str | None:
+    """Why the linear layers and norms ``children`` cannot be computed from their weights alone; None if they can.
+
+    A LoRA or quantised layer is another class or weight, an offloaded one has hooks or a meta weight; a weight that
+    trains needs a gradient that the fused layers do not compute. ``others`` are modules without weights of their own
+    that are not called either: dropout, activation, what holds the children. ``inputs`` of a call; None: of training.
+    """
+    return _examine(children, others, inputs)[1]
+
+
+def ready(children: Modules, others: Modules, *inputs: Tensor) -> dict[str, Tensor] | None:
+    """The children's weights, if the fused layer may run on these inputs."""
+    weights, found = _examine(children, others, inputs)
+    if found is not None or torch.is_autocast_enabled(inputs[0].device.type) or is_followed():
+        return None
+    weight = next(iter(weights.values()))
+    for x in inputs:
+        if x.dtype != weight.dtype or x.device != weight.device:
+            return None
+    return weights
+
+
+def is_followed() -> bool:
+    """Does something follow each operation or module that does not know the fused layers: a transform, hooks on all?"""
+    return is_transformed() or (has_global_hooks() and not torch.compiler.is_compiling())
+
+
+def _examine(
+    children: Modules, others: Modules, inputs: Inputs | None
+) -> tuple[dict[str, Tensor], str | None]:
+    """Asked by every fused layer at every call: of dictionaries, as nn.Module's own lookup would take the longest."""
+    weights: dict[str, Tensor] = {}
+    dtype = None
+    for name, child in children.items():
+        cls = type(child)
+        if not _has_stock_weight(cls):
+            return weights, f"{name} is a {cls.__name__}"
+        weight = _tensor(child, "weight")
+        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+            return weights, f"{name}.weight is a {type(weight).__name__}"
+        if _tensor(child, "bias") is not None:
+            return weights, f"{name} has a bias"
+        if weight.requires_grad and not is_evaluated(child, inputs):
+            return weights, f"{name}.weight is trained"
+        if weight.is_meta or is_hooked(child):
+            return weights, f"{name} has hooks"
+        found = weight.dtype
+        if found is not dtype:
+            if found not in FLOATS:
+                return weights, f"{name}.weight is {found}"
+            if dtype is not None:
+                return weights, f"{name}.weight is {found}, others are {dtype}"
+            dtype = found
+        weights[name] = weight
+    for name, child in others.items():
+        if not is_stock(type(child)):
+            return weights, f"{name} is a {type(child).__name__}"
+        if is_hooked(child):
+            return weights, f"{name} has hooks"
+    return weights, None
+
+
+def _has_stock_weight(cls: type) -> bool:
+    norm = cls.__name__.endswith("LayerNorm") and cls.__module__.startswith("transformers.models.")
+    return cls is nn.Linear or "stock_class" in vars(cls) or norm
+
+
+def is_stock(cls: type) -> bool:
+    """Is a module without weights of its own what transformers or torch made it?"""
+    stock = ("transformers.models.", "transformers.activations", "torch.nn.modules.activation")
+    return cls is nn.Dropout or "stock_class" in vars(cls) or cls.__module__.startswith(stock)
+
+
+def is_evaluated(module: nn.Module, inputs: Inputs | None) -> bool:
+    """Will nobody want a gradient of its weights in a call on these inputs? None: the question is of training.
+
+    The first run of a reentrant checkpoint records none; the second will, and is to draw the same dropout masks. In
+    training mode, or of inputs that require a gradient, this may be a first run. What is exported may run anywhere.
+    """
+    if inputs is None or torch.is_grad_enabled() or module.training:
+        return False
+    return not (any(x.requires_grad for x in inputs) or torch.compiler.is_exporting())
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """Its parameter, buffer or attribute, or None."""
+    own = module.__dict__
+    found = own["_parameters"].get(name)
+    if found is None:
+        found = own["_buffers"].get(name) if own["_buffers"] else None
+    return own.get(name) if found is None else found
