@@ -30,10 +30,12 @@ from fastprompt.commands._model import (
 )
 from fastprompt.patching import MEMORY
 from fastprompt.prompts import read_prompt
+from fastprompt.prompts.config import INITS, KINDS
 from fastprompt.prompts.rank import choice_ids
 from fastprompt.training.batches import Pair
 from fastprompt.training.losses import check_choices
 
+TOLD_INITS = tuple(init for init in INITS if init not in ("array", "file", "prompt"))  # without their source
 HELP = "learn a prompt from examples"
 EPILOG = """
 A file of examples has a JSON object per line, {"input": "a gripping film", "target": "positive"}, or ends in .csv or
@@ -56,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log", type=Path, metavar="FILE", help="losses and scores, as JSON")
     add_example_arguments(parser)
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--kind", choices=("prepend", "cached", "prefix"), help="(default: prepend)")
+    prompt.add_argument("--kind", choices=KINDS, help="(default: prepend)")
     prompt.add_argument("--num-tokens", type=positive, help="its rows (default: 100)")
     prompt.add_argument(
         "--init",
-        choices=("vocab", "labels", "text", "uniform", "uniform_positive", "zeros"),
+        choices=TOLD_INITS,
         help="where its rows begin (default: labels, where there are --choices; else vocab)",
     )
     prompt.add_argument("--text", help="for --init text")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 import fastprompt
+from fastprompt.ops._checks import FLOATS
 from fastprompt.prompts._safe_files import float_shapes, opened, write_safetensors
 from fastprompt.prompts.identity import ModelIdentity, model_sha256, tensors_sha256
 from fastprompt.prompts.layout import check_layout
 
 FORMAT, VERSION = "fastprompt.cache", "2"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def write_cache(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], ori
     what = "write_cache: the cache"
     check_layout(what, "prefix", "kv", {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise TypeError(f"{what} must be of one float dtype, got {sorted(str(dtype) for dtype in dtypes)}")
     values = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     for name, tensor in values.items():

@@ -135,7 +135,7 @@ class KeyKeeper(PromptHolder):
 
     def _keyed_prompts(self, names: list[str]) -> list[Any]:
         """The prompts of these names. Raises ValueError if one has no keys of its own."""
-        prompts = self.prompts.choose(names, len(names)).prompts
+        prompts = [self.prompts.find(name) for name in names]
         for name in names:
             if self.kind(name) == "prepend":
                 raise ValueError(
