@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
+from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptConfig, initial_prompt
 
 V, D = 64, 8
@@ -100,6 +101,13 @@ def test_labels_beyond_the_prompt_are_dropped_with_a_warning(weight, tokenizer):
     with pytest.warns(UserWarning, match="3 labels for num_tokens=2; those from 'w9' on"):
         prompt = initial_prompt(config, weight, tokenizer)
     assert rows_of(prompt, weight).tolist() == [7, 8]
+
+
+def test_a_warning_is_at_the_users_line(make_model, tokenizer):
+    config = PromptConfig(2, init="labels", labels=["w7", "w8", "w9"])
+    with pytest.warns(UserWarning, match="3 labels") as told:
+        PromptModel(make_model(), config, tokenizer=tokenizer)
+    assert told[0].filename == __file__
 
 
 def test_text_is_one_piece_per_row(weight, tokenizer):
