@@ -7,6 +7,7 @@ use.
 
 import importlib
 import os
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,16 @@ def _cpu_isas() -> tuple[str, ...]:
 
 TARGETS, CPU_IS_AMD = _load()
 CPU_TARGETS = _cpu_isas()  # the instruction sets that can run here, best first
+
+
+_thread = threading.local()
+
+
+def take_torchs_threads() -> None:
+    """OpenMP has a number of threads for each thread that starts some; PyTorch sets it when a thread first asks."""
+    if not hasattr(_thread, "told"):
+        torch.get_num_threads()
+        _thread.told = True
 
 
 def serves(kernel: Any, dtype: torch.dtype) -> bool:

@@ -212,6 +212,7 @@ class Op:
         """The first of the (backend, function) pairs that covers the arguments, else the reference."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            _native.take_torchs_threads()
             for backend, function in (*choices, ("reference", self._reference[member])):
                 result = function(*args, **kwargs)
                 if result is not NotImplemented:

@@ -160,7 +160,7 @@ def test_on_a_gpu_few_queries_are_for_cuda():
             cu = torch.empty(3, dtype=torch.int64, device=q.device)
         cu = cu if packed else None
         rows = q.flatten(0, 1) if packed else q
-        return page._is_tritons(Inputs(rows, rows, rows, *[None] * 7, cu, cu, None, 0, False, 0.0))
+        return page._is_tritons(Inputs(rows, rows, rows, cu_q=cu, cu_k=cu))
 
     for dtype, rows in ((torch.bfloat16, 16), (torch.float16, 16), (torch.float32, 1)):
         assert not any(is_tritons(T, dtype) for T in (1, rows))
@@ -225,6 +225,30 @@ def test_the_environment_caps_the_instruction_set(usual):
         "FASTPROMPT_ISA must be one of amx, avx512_bf16, avx512, avx2, neon, scalar, got 'sse9'"
         in process.stderr
     )
+
+
+THREADS = """
+import os, threading, torch
+from fastprompt.ops import rms_norm
+torch.set_num_threads(1)
+x, w = torch.randn(4096, 512), torch.rand(512)
+def run():
+    before = os.listdir("/proc/self/task")
+    rms_norm(x, w)
+    print(len(os.listdir("/proc/self/task")) - len(before))
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+
+
+@compiled
+def test_a_thread_begins_with_as_many_threads_as_torch_has():
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", THREADS], env=environment, capture_output=True, text=True
+    )
+    assert process.stdout == "0\n", process.stderr
 
 
 @pytest.mark.skipif(CPU_TARGETS[:1] in ((), ("scalar",)), reason="needs kernels for wide vectors")
