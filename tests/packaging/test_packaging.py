@@ -115,7 +115,7 @@ def test_command_line(site, tmp_path):
     output = run(
         sys.executable,
         "-m",
-        "fastprompt.cli",
+        "fastprompt",
         "doctor",
         cwd=tmp_path,
         PYTHONPATH=str(site),
