@@ -115,18 +115,11 @@ class Op:
                 self._running[member, device.upper()] = [function]
                 LIBRARY.impl(member, function, device.upper())
 
-    def backends(self, device: str | torch.device = "cpu") -> list[str]:
+    def backends(self, device: str = "cpu") -> list[str]:
         """The backends that this installation has for ``device`` ("cpu" or "cuda"), the default one first.
 
         Whether there is a GPU is not asked: torch would begin to use it.
         """
-        try:
-            kind = torch.device(device).type
-        except (RuntimeError, TypeError):
-            kind = ""
-        if kind not in ("cpu", "cuda"):
-            raise ValueError(f"fastprompt::{self.name}: device must be cpu or cuda, got {device!r}")
-        device = kind
         found = []
         if device == "cpu" and self._native and _native.CPU_TARGETS:
             found += ["cpu", *(f"cpu:{isa}" for isa in self._isas())]
@@ -211,9 +204,11 @@ class Op:
     def _recorded(self, member: str, *choices: tuple[str, Function]) -> Function:
         """The first of the (backend, function) pairs that covers the arguments, else the reference."""
 
+        every = (*choices, ("reference", self._reference[member]))
+
         def run(*args: Any, **kwargs: Any) -> Any:
             _native.take_torchs_threads()
-            for backend, function in (*choices, ("reference", self._reference[member])):
+            for backend, function in every:
                 result = function(*args, **kwargs)
                 if result is not NotImplemented:
                     self.last_backend[member] = backend
@@ -283,7 +278,14 @@ def backends(op: str, device: str | torch.device = "cpu") -> list[str]:
     Raises:
         ValueError: there is no such op, or the device is of another type.
     """
-    return _find(op).backends(device)
+    owner = _find(op)
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"fastprompt::{op}: device must be cpu or cuda, got {device!r}")
+    return owner.backends(kind)
 
 
 def _find(op: str) -> Op:

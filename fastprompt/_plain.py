@@ -56,7 +56,7 @@ def is_plain_call() -> bool:
 
 def plain_key(x: torch.Tensor) -> str | None:
     """The dispatch key of x's device ("CPU", "CUDA"), if x has no other that matters."""
-    if type(x) not in _PLAIN_TYPES:
+    if type(x) not in PLAIN_TYPES:
         return None
     keys = torch._C._dispatch_keys(x).raw_repr()
     found = _PLAIN_TENSORS.get(keys)
@@ -66,7 +66,7 @@ def plain_key(x: torch.Tensor) -> str | None:
     return found
 
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)  # not their subclasses
 _PLAIN_TENSORS: dict[int, str] = {}  # the dispatch keys of plain tensors
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprompt._hooks import is_hooked
+from fastprompt._plain import PLAIN_TYPES
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
 
@@ -34,7 +35,7 @@ def is_plain_bias(attention: Any) -> bool:
     embedding = attention._modules.get("relative_attention_bias")
     return (
         type(embedding) is nn.Embedding
-        and type(embedding.weight) in (nn.Parameter, Tensor)
+        and type(embedding.weight) in PLAIN_TYPES
         and embedding.max_norm is None
         and not is_hooked(embedding)
     )

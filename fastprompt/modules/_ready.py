@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._hooks import has_global_hooks, is_hooked
-from fastprompt._plain import is_transformed
+from fastprompt._plain import PLAIN_TYPES, is_transformed
 from fastprompt.ops._checks import FLOATS
 
 Modules = Mapping[str, Any]
@@ -56,7 +56,7 @@ def _examine(
         if not _has_stock_weight(cls):
             return weights, f"{name} is a {cls.__name__}"
         weight = _tensor(child, "weight")
-        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        if type(weight) not in PLAIN_TYPES:
             return weights, f"{name}.weight is a {type(weight).__name__}"
         if _tensor(child, "bias") is not None:
             return weights, f"{name} has a bias"

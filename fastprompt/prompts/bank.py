@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.stored import StoredPrompts
+from fastprompt.prompts.tensors import parts_of
 
 Names = str | Sequence[str] | None
 
@@ -60,7 +61,7 @@ class PromptBank(nn.ParameterDict):
         if isinstance(rows, PrefixPrompt):
             super().__setitem__(name, rows)
             return
-        plain = isinstance(rows, Tensor) and not hasattr(rows, "__tensor_flatten__")  # as quantised ones have
+        plain = isinstance(rows, Tensor) and not parts_of(rows)
         if not plain or rows.dtype != torch.float32 or rows.ndim != 2:
             got = f"{rows.dtype} {list(rows.shape)}" if plain else type(rows).__name__
             raise ValueError(f"PromptModel: prompt {name!r} must be a float32 tensor [P, D], got {got}")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fastprompt import hf_attention
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
-from fastprompt.prompts.identity import is_sharded
+from fastprompt.prompts.tensors import is_sharded, parts_of
 
 # Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete
 # for the capacity of its experts.
@@ -40,7 +40,7 @@ def check_embedding(embedding: nn.Module) -> None:
     kind, weight = type(embedding), embedding._parameters.get("weight")
     if kind is not nn.Embedding:
         got = f"a {kind.__module__}.{kind.__qualname__}"
-    elif hasattr(weight, "__tensor_flatten__"):  # of a quantised one
+    elif parts_of(weight):
         got = f"one with a {type(weight).__name__} for its weight"
     else:
         return

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.prompts.stamp import adapters_of
+from fastprompt.prompts.tensors import is_sharded, parts_of
 
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
 _HASHING_THREADS = 8
@@ -80,11 +81,6 @@ class ModelIdentity:
         return self.embedding_sha256 if not half or self.embedding_dtype == "float16" else self.float16_sha256
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Is it a DTensor, as FSDP2 makes one: whole in the forward of what it was sharded with, in parts outside?"""
-    return hasattr(tensor, "device_mesh")
-
-
 def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
     """sha256 of the table [V, D] rounded to bf16, so that fp32 and bf16 loads of one checkpoint agree.
 
@@ -101,7 +97,7 @@ def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
             "PromptModel: files of prompts name the model by its embedding table, which has no data (device meta). "
             "Load it without offload"
         )
-    if hasattr(weight, "__tensor_flatten__"):  # a quantised one
+    if parts_of(weight):
         return _weight_sha256(("", weight))
     digest = hashlib.sha256(f"{list(weight.shape)}".encode())
     for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
@@ -155,9 +151,10 @@ def _weight_sha256(named: tuple[str, Tensor]) -> str:
             "model without offload, or keep keys in memory: cache_prompts"
         )
     digest = hashlib.sha256(f"{name} {list(weight.shape)} {weight.dtype};".encode())
-    if hasattr(weight, "__tensor_flatten__"):  # a subclass of several plain tensors, such as torchao's
-        for inner in weight.__tensor_flatten__()[0]:
-            digest.update(_weight_sha256((inner, getattr(weight, inner))).encode())
+    parts = parts_of(weight)
+    if parts:
+        for part in parts.items():
+            digest.update(_weight_sha256(part).encode())
         return digest.hexdigest()
     for chunk in weight.detach().reshape(-1).split(_CHUNK_ELEMENTS):
         digest.update(_bytes(chunk.cpu().view(torch.uint8)))

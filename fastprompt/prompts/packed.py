@@ -23,8 +23,8 @@ from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops._indices import indices
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
-from fastprompt.prompts.identity import is_sharded
 from fastprompt.prompts.sites import bias_tables, disorder
+from fastprompt.prompts.tensors import is_sharded
 
 
 class Layout(NamedTuple):

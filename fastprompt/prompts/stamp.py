@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastprompt.prompts.tensors import parts_of
+
 
 class State(NamedTuple):
     """What an owner computes with."""
@@ -112,8 +114,8 @@ def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     groups = [each.__dict__[group] for each in modules for group in ("_parameters", "_buffers")]
     tensors = [tensor for group in groups if group for tensor in group.values() if tensor is not None]
     for each in tensors:  # and what quantised ones are made of, which may be written to by itself
-        if type(each) is not nn.Parameter and hasattr(each, "__tensor_flatten__"):
-            tensors += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
+        if type(each) is not nn.Parameter:
+            tensors += parts_of(each).values()
     return tensors
 
 

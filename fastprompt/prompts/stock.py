@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastprompt._hooks import collects_outputs, has_global_hooks
 from fastprompt._op import backends
 from fastprompt.modules.config import served_config
+from fastprompt.prompts.tensors import parts_of
 
 # Modules that treat a row alike in every batch: these of torch's, and all of transformers' and of LoRA's.
 TORCH = {
@@ -77,7 +78,7 @@ def _added(module: nn.Module) -> str | None:
     if shadowed:
         return f"a {shadowed.pop()} of its own"
     for parameter in module._parameters.values():
-        if hasattr(parameter, "__tensor_flatten__"):  # quantised, as by torchao
+        if parts_of(parameter):
             return f"a {type(parameter).__name__}"
     if module._compiled_call_impl is not None:
         return "a compiled call"
