@@ -35,6 +35,8 @@ STEP, FULL, CACHED = (
     "cached prompt, forward + backward",
 )
 FORWARD, UNPADDED, DECODE = "padded, forward", "unpadded, forward", "decode, one query, forward"
+LABELS = "eight queries, as of labels, forward + backward"
+QUERIES = {DECODE: 1, LABELS: 8}  # otherwise one per key
 GOAL = {"B": 8, "P": 100, "S": 256, "H": 12, "K": 64}
 QUICK = {"B": 2, "P": 5, "S": 20, "H": 2, "K": 16}
 SWEEP = [{"B": 1, "P": 100, "S": L - 100, "H": 12, "K": 64} for L in (256, 512, 1024, 2048, 4096)]
@@ -57,6 +59,7 @@ def specs(options: Options) -> list[Spec]:
     headline = [(what, fp32, p) for what in (STEP, FULL) for p in (0.0, 0.1)]
     headline += [(STEP, bf16, 0.0), (FULL, bf16, 0.0), (FULL, bf16, 0.1)]
     others = [(CACHED, fp32, 0.0), (FORWARD, fp32, 0.0), (DECODE, fp32, 0.0)]
+    others += [(LABELS, fp32, 0.0), (LABELS, bf16, 0.0)]
     found = [Spec(what, dtype, goal, True, p) for what, dtype, p in headline]
     found += [Spec(what, dtype, goal, False, p) for what, dtype, p in others]
     return found + [Spec(FULL, fp32, tuple(sizes.items())) for sizes in ([] if options.quick else SWEEP)]
@@ -84,7 +87,7 @@ class Inputs:
         make = partial(torch.randn, dtype=spec.dtype, device=device)
         cached = P if spec.what == CACHED else 0
         keys = S if cached else P + S
-        queries = 1 if spec.what == DECODE else keys
+        queries = QUERIES.get(spec.what, keys)
         self.q = (K**-0.5 * make(B, queries, H, K)).requires_grad_()
         self.k, self.v = (make(B, keys, H, K).requires_grad_() for _ in "kv")
         self.prompt = [make(1, P, H, K).requires_grad_() for _ in "kv"] if cached else []

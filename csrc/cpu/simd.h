@@ -389,6 +389,24 @@ FP_INLINE float sum_lanes(vfloat value) {
 #endif
 }
 
+// to[j] = the sum of the lanes of value[j].
+FP_INLINE void sum_lanes_of_four(const vfloat* value, float* to) {
+    if constexpr (FP_LANES < 4) {
+        for (int64_t j = 0; j < 4; ++j) to[j] = sum_lanes(value[j]);
+    } else {
+        const vfloat even = zip<false>(value[0], value[2]) + zip<true>(value[0], value[2]);  // 0 2 0 2 ...
+        const vfloat odd = zip<false>(value[1], value[3]) + zip<true>(value[1], value[3]);
+        const vfloat all = zip<false>(even, odd) + zip<true>(even, odd);  // 0 1 2 3 0 1 2 3 ...
+        using quad = float __attribute__((vector_size(16)));
+        quad part[kLanes / 4];
+        memcpy(part, &all, sizeof(all));
+        for (int64_t width = kLanes / 8; width > 0; width /= 2) {
+            for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
+        }
+        memcpy(to, part, sizeof(quad));
+    }
+}
+
 FP_INLINE float largest_lane(vfloat value) {
 #if FP_LANES == 16 && defined(__AVX512F__)
     return _mm512_reduce_max_ps(bit_cast<__m512>(value));

@@ -20,8 +20,6 @@ struct Forward : Work {
     void run_block(int64_t first, int64_t count);
     template <class Weight>
     void weigh(int64_t i, int64_t row, int64_t chunk, int64_t width);
-    template <int64_t kColumns>
-    void add_few(int64_t chunk, int64_t width, int64_t column);
     void run_few(void* to, float* stats);
     void finish_rows(int64_t first, int64_t count, void* to, float* stats);
     void starve(int64_t i, float* row) const;
@@ -110,40 +108,18 @@ void Forward::finish_rows(int64_t first, int64_t count, void* to, float* stats) 
     store_rows(out, to, rows_from(first), dtype, count, a.K);
 }
 
-// Adds the values of a chunk, weighted, to kColumns columns of the outputs of a few queries, in registers.
-template <int64_t kColumns>
-void Forward::add_few(int64_t chunk, int64_t width, int64_t column) {
-    constexpr int64_t kVectors = kColumns / kLanes;
-    with_type(dtype, [&](auto type) {
-        for (int64_t i = 0; i < T; ++i) {
-            vfloat sum[kVectors];
-            for (int64_t d = 0; d < kVectors; ++d) sum[d] = load(out + i * a.K + column + d * kLanes);
-            for (int64_t n = 0; n < width; ++n) {
-                keys.fetch_later(a, b, h, chunk + n, true, dtype);
-                const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, true) + column;
-                const vfloat weight = splat(scores[i * kScoreRow + n]);
-                for (int64_t d = 0; d < kVectors; ++d) {
-                    sum[d] = fused_multiply_add(weight, load(row + d * kLanes), sum[d]);
-                }
-            }
-            for (int64_t d = 0; d < kVectors; ++d) store(out + i * a.K + column + d * kLanes, sum[d]);
-        }
-    });
-}
-
 // A few queries (decoding): keys and values are read where they lie.
 void Forward::run_few(void* to, float* stats) {
+    find_rows();
     load_queries(0, T);
     clear(out, T * a.K);
     for (int64_t i = 0; i < T; ++i) top[i] = -INFINITY, total[i] = 0.0f;
     const int64_t most = limit[T - 1];
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t width = most - chunk < kKeys ? most - chunk : kKeys;
-        score_few(chunk, width, scores);
+        few_keys.score(q, T, chunk, width, scores);
         for (int64_t i = 0; i < T; ++i) weigh<float>(i, i, chunk, width);
-        int64_t column = 0;
-        for (; column + 64 <= a.K; column += 64) add_few<64>(chunk, width, column);
-        for (; column < a.K; column += 16) add_few<16>(chunk, width, column);
+        few_values.add(scores, T, chunk, width, out);
     }
     finish_rows(0, T, to, stats);
 }

@@ -12,6 +12,7 @@
 #include "common/kernel.h"
 #include "cpu/simd.h"
 #include "cpu/t5_attention_products.h"
+#include "cpu/t5_attention_rows.h"
 #if defined(FP_HAS_PAIRS)
 #include "cpu/t5_attention_pairs.h"
 #endif
@@ -24,17 +25,8 @@ using Products = PairProducts;
 using Products = FloatProducts;
 #endif
 
-constexpr int64_t kQueries = Products::kQueries;  // of a block
-constexpr int64_t kFewQueries = 4;                // up to so many, transposing the keys would cost more than it brings
-
-// A head's rows lie H * K elements apart, nearly each in a page of its own, and no processor foresees the next. So rows
-// are asked for, those that are to be written, too, so many before their turn.
-constexpr int64_t kRowsAhead = 16;
-
-void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
-    const char* row = static_cast<const char*>(from) + offset * size_of(dtype);
-    for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch(row + byte);
-}
+constexpr int64_t kQueries = Products::kQueries;        // of a block
+constexpr int64_t kFewQueries = Products::kFewQueries;  // up to so many, keys and values are read where they lie
 
 // visit(i) for rows [0, count), each of which ask(i) has asked for before.
 template <class Ask, class Visit>
@@ -137,20 +129,10 @@ struct Keys {
         fetch_row(base(a, i, values), source(a, b, h, i, values), dtype, a.K);
     }
 
-    // Asks for a later one of the example's own keys or values than the n-th, unless a head's lie side by side. The
-    // prompt's are the batch's, and in the caches.
-    FP_INLINE void fetch_later(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values,
-                               int64_t dtype) const {
-        const int64_t later = n + kRowsAhead;
-        const bool apart = (values ? a.v_strides : a.k_strides).row != a.K;
-        if (apart && later < count && index[later] >= prompt) fetch_key(a, b, h, index[later], values, dtype);
-    }
-
     // Row n of the gathered keys or values, where it lies.
-    template <class T>
-    FP_INLINE const T* row(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values) const {
+    const void* row(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values, int64_t dtype) const {
         const int64_t i = index[n];
-        return static_cast<const T*>(base(a, i, values)) + source(a, b, h, i, values);
+        return static_cast<const char*>(base(a, i, values)) + source(a, b, h, i, values) * size_of(dtype);
     }
 
     // How many of them a query at `position` may attend to: they are sorted.
@@ -205,6 +187,7 @@ struct Work {
     float* scores = nullptr;                 // [chunks][kQueries][kScoreRow]; weights take their place
     float *top = nullptr, *total = nullptr;  // [kQueries]
     int64_t* limit = nullptr;                // [kQueries]: keys that a row may attend to
+    Rows few_keys, few_values;               // what few queries read
 
     // Keys of an example in whole panels, and one more.
     static int64_t panelled(const Limits& most) { return round_up(most.keys, kPanel) + kPanel; }
@@ -221,6 +204,8 @@ struct Work {
         top = arena.take<float>(kQueries);
         total = arena.take<float>(kQueries);
         limit = arena.take<int64_t>(kQueries);
+        few_keys.cut(arena, keys_up);
+        few_values.cut(arena, keys_up);
     }
 
     void begin(int64_t task) {
@@ -255,7 +240,7 @@ struct Work {
         keys.load_key(a, b, h, keys.index[n], values, dtype, to);
     }
     void load_gathered(int64_t n, bool values, fp::bf16* to) const {
-        const fp::bf16* row = keys.row<fp::bf16>(a, b, h, n, values);
+        const auto* row = static_cast<const fp::bf16*>(keys.row(a, b, h, n, values, dtype));
         for (int64_t d = 0; d < a.K; d += kLanes) memcpy(to + d, row + d, kLanes * sizeof(fp::bf16));
     }
     auto gathered(bool values) const {
@@ -264,6 +249,16 @@ struct Work {
             if (later < keys.count) keys.fetch_key(a, b, h, keys.index[later], values, dtype);
             load_gathered(n, values, to);
         };
+    }
+
+    // Looks up what a few queries read.
+    void find_rows() {
+        const auto find = [&](Rows& rows, bool values) {
+            const bool apart = (values ? a.v_strides : a.k_strides).row != a.K;
+            rows.find(keys.count, a.K, dtype, apart, [&](int64_t n) { return keys.row(a, b, h, n, values, dtype); });
+        };
+        find(few_keys, false);
+        find(few_values, true);
     }
 
     // Row i of this example in a contiguous tensor like q.
@@ -285,27 +280,7 @@ struct Work {
         const uint32_t pair = static_cast<uint32_t>(b * a.H + h);
         dropout.factors((i << 35) + first, last - first + 1, factors + first, pair);
     }
-
-    // Inlined into the forward pass, its one caller there, it takes a third longer.
-    __attribute__((noinline)) void score_few(int64_t chunk, int64_t width, float* to) const;
 };
-
-// The scores of a few queries: a product of each query with each key, which is read where it lies.
-void Work::score_few(int64_t chunk, int64_t width, float* to) const {
-    with_type(dtype, [&](auto type) {
-        for (int64_t n = 0; n < width; ++n) {
-            keys.fetch_later(a, b, h, chunk + n, false, dtype);
-            const auto* row = keys.row<decltype(type)>(a, b, h, chunk + n, false);
-            for (int64_t i = 0; i < T; ++i) {
-                vfloat sum{};
-                for (int64_t d = 0; d < a.K; d += kLanes) {
-                    sum = fused_multiply_add(load(q + i * a.K + d), load(row + d), sum);
-                }
-                to[i * kScoreRow + n] = sum_lanes(sum);
-            }
-        }
-    });
-}
 
 // Calls run(pass, part, parts) for every example and head, cut into parts where a pass allows that and there are too
 // few for all threads. A Pass is a Work that cuts its own memory.

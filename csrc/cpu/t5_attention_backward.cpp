@@ -17,7 +17,9 @@ struct Backward : Work {
     Products::Queries dout_factor;
     float* dweights = nullptr;  // [chunks][kQueries][kScoreRow]; the scores' gradients take their place
     Products::KeySums dkeys, dvalues;
-    float *starved_dk = nullptr, *starved_dv = nullptr;  // [own][K], of rows that may attend to nothing
+    float *few_dk = nullptr, *few_dv = nullptr;          // [keys][K], of few queries
+    float *starved_dk = nullptr, *starved_dv = nullptr;  // [own][K], of rows that may attend to nothing,
+    bool starved = false;                                // if there are any
     float* delta = nullptr;                              // [kQueries]
 
     void cut(Arena& arena, const Limits& most) {
@@ -31,6 +33,8 @@ struct Backward : Work {
         dweights = arena.take<float>(chunks * kQueries * kScoreRow);
         dkeys.cut(arena, panelled(most), a.K);
         dvalues.cut(arena, panelled(most), a.K);
+        few_dk = arena.take<float>(keys_elements);
+        few_dv = arena.take<float>(keys_elements);
         starved_dk = arena.take<float>(keys_elements);
         starved_dv = arena.take<float>(keys_elements);
         delta = arena.take<float>(kQueries);
@@ -38,15 +42,22 @@ struct Backward : Work {
 
     void run(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows, float* share_k,
              float* share_v);
+    void run_blocks(const void* dout_rows, const float* stats, void* dq_rows);
     void run_block(int64_t first, int64_t count);
+    void run_few(const void* dout_rows, const float* stats, void* dq_rows);
+    template <class Run>
+    void each_chunk(int64_t most, const Run& run) const;
     void weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw);
+    template <class Weight>
     void differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const;
     bool is_silent(const void* dout_rows, const float* stats, int64_t i) const;
     bool keys_are_finite() const;
     void clear_queries(void* dq_rows, int64_t first, int64_t end) const;
     void load_gradients(const void* dout_rows, const float* stats, int64_t first, int64_t count);
+    void starve_rows(int64_t first, int64_t count);
     void starve(int64_t i, int64_t row);
-    void store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const;
+    void store_keys(const float* dkey_rows, const float* dvalue_rows, void* dk_rows, void* dv_rows, float* share_k,
+                    float* share_v) const;
 };
 
 // s [width] of row `row`: scores become weights, negative where dropped. dw: gradients of the weights, with dropout.
@@ -79,9 +90,10 @@ void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width,
 }
 
 // Of what weigh_again left, s becomes weights times dropout's factors, dw the gradient of the scores, both as factors.
+template <class Weight>
 void Backward::differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const {
     const int64_t allowed = allowed_in(row, chunk, width);
-    auto *weights = reinterpret_cast<Factor*>(s), *dscores = reinterpret_cast<Factor*>(dw);
+    auto *weights = reinterpret_cast<Weight*>(s), *dscores = reinterpret_cast<Weight*>(dw);
     const bool drops = dropout.active();
     const float mean = delta[row], scale = dropout.scale();
     for (int64_t n = 0; n < allowed; n += kLanes) {
@@ -95,32 +107,69 @@ void Backward::differentiate(int64_t row, int64_t chunk, int64_t width, float* s
     clear_weights(dscores, allowed, width);
 }
 
+// run(chunk, width, scores, dweights) for the keys [0, most).
+template <class Run>
+void Backward::each_chunk(int64_t most, const Run& run) const {
+    for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
+        const int64_t block = chunk / kKeys * kQueries * kScoreRow;
+        run(chunk, most - chunk < kKeys ? most - chunk : kKeys, scores + block, dweights + block);
+    }
+}
+
 void Backward::run_block(int64_t first, int64_t count) {
     const int64_t most = limit[count - 1], D = Products::depth(a.K);
-    const auto each_chunk = [&](auto run) {
-        for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
-            const int64_t block = chunk / kKeys * kQueries * kScoreRow;
-            run(chunk, most - chunk < kKeys ? most - chunk : kKeys, scores + block, dweights + block);
-        }
-    };
-    each_chunk([&](int64_t chunk, int64_t width, float* s, float* dw) {
-        if (T <= kFewQueries) {
-            score_few(chunk, width, s);  // as in the forward pass: a weight must not depend on the order of a sum
-        } else {
-            Products::score(q_factor, count, key_panels + chunk * D, width, a.K, s);
-        }
+    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+        Products::score(q_factor, count, key_panels + chunk * D, width, a.K, s);
         Products::score(dout_factor, count, value_panels + chunk * D, width, a.K, dw);
         for (int64_t i = 0; i < count; ++i) {
             weigh_again(first + i, i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
         }
     });
-    each_chunk([&](int64_t chunk, int64_t width, float* s, float* dw) {
-        for (int64_t i = 0; i < count; ++i) differentiate(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+        for (int64_t i = 0; i < count; ++i) {
+            differentiate<Factor>(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+        }
         const auto *weights = reinterpret_cast<Factor*>(s), *dscores = reinterpret_cast<Factor*>(dw);
         dvalues.add(weights, count, dout_factor, chunk, width, a.K);
         dkeys.add(dscores, count, q_factor, chunk, width, a.K);
         Products::sum_rows(dscores, count, key_rows + chunk * a.K, width, a.K, dq);
     });
+}
+
+// A few queries: keys and values are read where they lie, with the forward pass's sums, whose order a weight must not
+// depend on.
+void Backward::run_few(const void* dout_rows, const float* stats, void* dq_rows) {
+    find_rows();
+    load_gradients(dout_rows, stats, 0, T);
+    clear(dq, T * a.K);
+    const int64_t most = limit[T - 1];  // all keys
+    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+        few_keys.score(q, T, chunk, width, s);
+        few_values.score(dout, T, chunk, width, dw);
+        for (int64_t i = 0; i < T; ++i) weigh_again(i, i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+    });
+    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+        for (int64_t i = 0; i < T; ++i) {
+            differentiate<float>(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
+        }
+        few_keys.add(dw, T, chunk, width, dq);
+        multiply({s, 1, kScoreRow}, width, dout, a.K, a.K, few_dv + chunk * a.K, a.K, T, false);
+        multiply({dw, 1, kScoreRow}, width, q, a.K, a.K, few_dk + chunk * a.K, a.K, T, false);
+    });
+    starve_rows(0, T);
+    store_rows(dq, dq_rows, rows_from(0), dtype, T, a.K);
+}
+
+void Backward::starve_rows(int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (limit[i] > 0 || keys.own == 0) continue;
+        if (!starved) {
+            clear(starved_dk, keys.own * a.K);
+            clear(starved_dv, keys.own * a.K);
+            starved = true;
+        }
+        starve(first + i, i);
+    }
 }
 
 // The gradient of a row that took the mean of all own values.
@@ -187,13 +236,12 @@ void Backward::load_gradients(const void* dout_rows, const float* stats, int64_t
         top[i] = stats[stats_offset(first + i)];
         total[i] = stats[a.H * a.N + stats_offset(first + i)];
     }
-    q_factor.lay_out(q, count, a.K, true);
-    dout_factor.lay_out(dout, count, a.K, true);
 }
 
 // Gradients of keys and values to where these came from; zero for keys that nothing may attend to.
-void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* share_v, bool starved) const {
-    const float zeros[256] = {}, *dkey_rows = dkeys.rows(a.K), *dvalue_rows = dvalues.rows(a.K);
+void Backward::store_keys(const float* dkey_rows, const float* dvalue_rows, void* dk_rows, void* dv_rows,
+                          float* share_k, float* share_v) const {
+    const float zeros[256] = {};
     for (int64_t p = 0; p < a.P; ++p) {
         const int64_t to = ((b * a.P + p) * a.H + h) * a.K;
         store_row(p < keys.prompt ? dkey_rows + p * a.K : zeros, share_k, to, fp::kFloat32, a.K);
@@ -219,8 +267,7 @@ void Backward::store_keys(void* dk_rows, void* dv_rows, float* share_k, float* s
     });
 }
 
-void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows,
-                   float* share_k, float* share_v) {
+void Backward::run_blocks(const void* dout_rows, const float* stats, void* dq_rows) {
     Products::pack_panels(keys.count, a.K, gathered(false), key_panels);
     Products::pack_panels(keys.count, a.K, gathered(true), value_panels);
     Products::pack_rows(keys.count, a.K, gathered(false), key_rows);
@@ -229,27 +276,31 @@ void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, voi
     int64_t begin = 0, end = T;
     while (begin < end && is_silent(dout_rows, stats, begin)) ++begin;
     while (begin < end && is_silent(dout_rows, stats, end - 1)) --end;
-    if (T <= kFewQueries || (end - begin < T && !keys_are_finite())) begin = 0, end = T;
+    if (end - begin < T && !keys_are_finite()) begin = 0, end = T;
     clear_queries(dq_rows, 0, begin);
     clear_queries(dq_rows, end, T);
-    bool starved = false;
     for (int64_t first = begin; first < end; first += kQueries) {
         const int64_t count = end - first < kQueries ? end - first : kQueries;
-        clear(dq, count * a.K);
         load_gradients(dout_rows, stats, first, count);
+        q_factor.lay_out(q, count, a.K, true);
+        dout_factor.lay_out(dout, count, a.K, true);
+        clear(dq, count * a.K);
         run_block(first, count);
-        for (int64_t i = 0; i < count; ++i) {
-            if (limit[i] > 0 || keys.own == 0) continue;
-            if (!starved) {
-                clear(starved_dk, keys.own * a.K);
-                clear(starved_dv, keys.own * a.K);
-                starved = true;
-            }
-            starve(first + i, i);
-        }
+        starve_rows(first, count);
         store_rows(dq, dq_rows, rows_from(first), dtype, count, a.K);
     }
-    store_keys(dk_rows, dv_rows, share_k, share_v, starved);
+}
+
+void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, void* dk_rows, void* dv_rows,
+                   float* share_k, float* share_v) {
+    starved = false;
+    if (T > 0 && T <= kFewQueries) {
+        run_few(dout_rows, stats, dq_rows);
+        store_keys(few_dk, few_dv, dk_rows, dv_rows, share_k, share_v);
+    } else {
+        run_blocks(dout_rows, stats, dq_rows);
+        store_keys(dkeys.rows(a.K), dvalues.rows(a.K), dk_rows, dv_rows, share_k, share_v);
+    }
 }
 
 int64_t t5_attention_backward(const void* dout, const float* stats, const void* q, const void* k, const void* v,

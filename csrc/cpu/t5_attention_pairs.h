@@ -44,6 +44,7 @@ struct PairProducts {
     static bool serves(int64_t dtype) { return dtype == fp::kBFloat16; }
     static constexpr int64_t kFilled = 32;   // factors are laid out, with zeros, for so many products of a sum
     static constexpr int64_t kQueries = 96;  // a multiple of kFilled
+    static constexpr int64_t kFewQueries = 16;
     static constexpr int64_t kWeights = kFilled;
     static int64_t depth(int64_t K) { return round_up(K, kFilled); }
     using Unit = ::Unit;

@@ -32,6 +32,12 @@ def _the_cuda_kernel_itself(monkeypatch):
     monkeypatch.setattr(page, "FLOAT32_DECODE_ROWS", page.DECODE_ROWS)
 
 
+@pytest.fixture(params=[7, 40], ids=["few queries", "blocks"])
+def T(request, slow):
+    """So few queries that a CPU's kernel reads keys and values where they lie, or more, which it packs them for."""
+    return min(request.param, 12) if slow else request.param
+
+
 class Case:
     """Tensors of one call: q, k, v, prompt_k, prompt_v in ``dtype``, and what else the op takes."""
 
@@ -158,25 +164,25 @@ def key_mask(kind, B, S, device):
 @pytest.mark.falls_back("t5_attention_backward", backend="triton")  # on a GPU, float32 with wide heads
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("K", [16, 32, 64, 128, 256])
-def test_head_widths(backend, device, dtype, K):
-    Case(device, dtype, B=1, T=7, S=19, H=2, K=K, P=3).check()
+def test_head_widths(backend, device, dtype, K, T):
+    Case(device, dtype, B=1, T=T, S=19, H=2, K=K, P=3).check()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_masks(backend, device, dtype, causal, mask):
+def test_masks(backend, device, dtype, causal, mask, T):
     """Rows that may attend to nothing included: without a prompt, "left" with causal has some, "nothing" many."""
     for P in (0, 3):
-        Case(device, dtype, P=P, causal=causal, key_mask=key_mask(mask, 2, 11, device)).check()
+        Case(device, dtype, T=T, P=P, causal=causal, key_mask=key_mask(mask, 2, 11, device)).check()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("mask", MASKS)
-def test_dropout(backend, device, mask, p):
+def test_dropout(backend, device, mask, p, T):
     """The mask is that of keep_keys, padding or not, so results can be compared with dropout on."""
     for P in (0, 6):
-        Case(device, P=P, dropout_p=p, key_mask=key_mask(mask, 2, 11, device)).check()
+        Case(device, T=T, P=P, dropout_p=p, key_mask=key_mask(mask, 2, 11, device)).check()
 
 
 @pytest.mark.parametrize("T", [1, 6, 40])
@@ -200,10 +206,10 @@ def test_decoding(backend, device, T, as_tensor):
     Case(device, T=T, S=17, no_bias=True, key_mask=key_mask("right", 2, 17, device)).check()
 
 
-def test_prompts_of_different_lengths(backend, device):
+def test_prompts_of_different_lengths(backend, device, T):
     lens, ids = torch.tensor([0, 5, 3], device=device), torch.tensor([1, 0, 2, 1], device=device)
     for S in (6, 0):
-        Case(device, B=4, T=5, S=S, P=5, R=3, prompt_lens=lens, prompt_ids=ids).check()
+        Case(device, B=4, T=T, S=S, P=5, R=3, prompt_lens=lens, prompt_ids=ids).check()
 
 
 @pytest.mark.big
@@ -302,15 +308,15 @@ def packed(x, lengths):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
-def test_packed_equals_padded(backend, device, p):
+def test_packed_equals_padded(backend, device, p, T):
     """Outputs and gradients of the real rows, dropout included; an example without tokens too."""
-    queries, keys = [7, 0, 4], [9, 5, 2]
+    queries, keys = [T, 0, 4], [9, 5, 2]
     mask = torch.arange(9, device=device)[None] < torch.tensor(keys, device=device)[:, None]
-    padded = Case(device, B=3, T=7, S=9, P=4, dropout_p=p, causal=True, offset=2)
-    real = torch.arange(7, device=device)[None] < torch.tensor(queries, device=device)[:, None]
+    padded = Case(device, B=3, T=T, S=9, P=4, dropout_p=p, causal=True, offset=2)
+    real = torch.arange(T, device=device)[None] < torch.tensor(queries, device=device)[:, None]
     padded.dout = padded.dout * real[..., None, None]
     expected = run(padded, key_mask=mask)
-    case = Case(device, B=3, T=7, S=9, P=4, dropout_p=p, causal=True, offset=2)
+    case = Case(device, B=3, T=T, S=9, P=4, dropout_p=p, causal=True, offset=2)
     q, k, v, *prompts = case.tensors
     case.tensors = [packed(q, queries), packed(k, keys), packed(v, keys), *prompts]
     case.dout = packed(padded.dout, queries)
@@ -333,10 +339,11 @@ def test_lengths_are_a_mask(backend, device):
         assert torch.equal(value, other)
 
 
-@pytest.mark.parametrize("T", [2, 11])
+@pytest.mark.parametrize("T", [2, 11, 40])
 def test_strides_are_read_in_place(backend, device, T):
     """Views of a fused projection [B, T, 3, H, K] a cache [B, H, S, K], and a prompt that is both and expanded."""
-    case = Case(device, T=11, S=11, P=4, R=1, prompt_ids=None)
+    S = max(T, 11)
+    case = Case(device, T=S, S=S, P=4, R=1, prompt_ids=None)
     case.tensors[0], case.dout = case.tensors[0][:, :T], case.dout[:, :T]
     expected = run(case)
     fused = torch.stack((case.tensors[2], case.tensors[1], case.tensors[2]), 2)
@@ -400,10 +407,11 @@ def test_what_is_saved(backend, device):
 
 @pytest.mark.skipif(not CPU_TARGETS, reason="needs the compiled extension")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_what_the_cpu_saves_is_enough_for_every_backend(dropout_p):
+@pytest.mark.parametrize("T", [5, 40])
+def test_what_the_cpu_saves_is_enough_for_every_backend(dropout_p, T):
     """A pass forward on the CPU's kernel keeps no output; the pass backward may run under another backend."""
     device = torch.device("cpu")
-    case = Case(device, T=5, S=7, P=3, dropout_p=dropout_p, key_mask=key_mask("left", 2, 7, device))
+    case = Case(device, T=T, S=7, P=3, dropout_p=dropout_p, key_mask=key_mask("left", 2, 7, device))
     leaves = [x.requires_grad_() for x in case.tensors]
 
     def gradients(backend):
@@ -483,11 +491,11 @@ def assert_finite_where_hf_is(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_spread_as_in_hf(backend, device, value, p, dtype):
+def test_nan_and_infinity_spread_as_in_hf(backend, device, value, p, dtype, T):
     """Into the gradients, too. A weight or its gradient that is NaN is so in PyTorch where it is dropped, too."""
     for which in range(5):
         ids = torch.tensor([0, 1], device=device)
-        case = Case(device, dtype, B=2, T=5, S=7, P=3, prompt_ids=ids, dropout_p=p)
+        case = Case(device, dtype, B=2, T=T, S=7, P=3, prompt_ids=ids, dropout_p=p)
         case.tensors[which][0, 1, 0, 2] = value
         ours, stock = assert_finite_where_hf_is(case)
         if dtype == torch.float32:
@@ -495,15 +503,15 @@ def test_nan_and_infinity_spread_as_in_hf(backend, device, value, p, dtype):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_nan_spreads_in_rows_that_may_attend_to_nothing(backend, device, p):
+def test_nan_spreads_in_rows_that_may_attend_to_nothing(backend, device, p, T):
     """They read all values of their example."""
-    case = Case(device, T=5, key_mask=key_mask("nothing", 2, 11, device), dropout_p=p)
+    case = Case(device, T=T, key_mask=key_mask("nothing", 2, 11, device), dropout_p=p)
     case.v[1, 8, 0, 2] = float("nan")
     assert_finite_where_hf_is(case)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("T", [3, 9])
+@pytest.mark.parametrize("T", [3, 9, 40])
 def test_scores_that_are_all_minus_infinity(backend, device, T, p):
     """Keys are allowed, so the row takes no mean: its weights are NaN."""
     case = Case(device, T=T, S=4, dropout_p=p)
@@ -521,10 +529,10 @@ def test_keys_that_are_masked_are_not_read(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_keys_behind_all_queries_are_not_read(backend, device, p, dtype):
-    case = Case(device, dtype, T=5, S=9, causal=True, dropout_p=p)
+def test_keys_behind_all_queries_are_not_read(backend, device, p, dtype, T):
+    case = Case(device, dtype, T=T, S=T + 4, causal=True, dropout_p=p)
     expected = case.results(case.ours, case.tensors)
-    case.k[:, 5:], case.v[:, 5:] = float("nan"), float("nan")
+    case.k[:, T:], case.v[:, T:] = float("nan"), float("nan")
     for x, y in zip(case.results(case.ours, case.tensors), expected, strict=True):
         if backend == "triton":  # reads whole tiles: NaN may spread there as in HF
             x = x.where(~x.isnan(), y)
@@ -532,7 +540,7 @@ def test_keys_behind_all_queries_are_not_read(backend, device, p, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("T", [3, 9])
+@pytest.mark.parametrize("T", [3, 9, 40])
 def test_masked_keys_beside_infinite_scores(backend, device, T, dtype):
     """A row with such a score is NaN, and none that may attend to nothing: masked keys get nothing from it but NaN."""
     case = Case(device, dtype, T=T, key_mask=key_mask("right", 2, 11, device))

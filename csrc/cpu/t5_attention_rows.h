@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of a few queries of t5_attention with keys and values, which are read where they lie, in any dtype: packing
+// them would take longer than it brings.
+#pragma once
+#include "common/kernel.h"
+#include "cpu/simd.h"
+#include "cpu/t5_attention_products.h"
+
+namespace {
+
+// A head's rows lie H * K elements apart, nearly each in a page of its own, and no processor foresees the next. So rows
+// are asked for, those that are to be written, too, so many before their turn.
+constexpr int64_t kRowsAhead = 16;
+
+void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
+    const char* row = static_cast<const char*>(from) + offset * size_of(dtype);
+    for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch(row + byte);
+}
+
+// Sums of a tile of queries: as many as the registers hold beside the operands, as kTileVectors.
+constexpr int kFewRows = kTileVectors, kFewVectors = kTileVectors;
+
+// run(i, rows), rows a constant, for tiles of rows that cover [0, count).
+template <class Run>
+FP_INLINE void each_few(int64_t count, const Run& run) {
+    int64_t i = 0;
+    for (; i + kFewRows <= count; i += kFewRows) run(i, std::integral_constant<int, kFewRows>{});
+    if (kFewRows > 2 && i + 2 <= count) run(i, std::integral_constant<int, 2>{}), i += 2;
+    if (i < count) run(i, std::integral_constant<int, 1>{});
+}
+
+// The gathered keys or values of an example and head.
+class Rows {
+public:
+    void cut(Arena& arena, int64_t rows) { at_ = arena.take<const void*>(rows); }
+
+    // at(n): where row n lies. apart: not side by side.
+    template <class At>
+    void find(int64_t count, int64_t K, int64_t dtype, bool apart, const At& at) {
+        count_ = count, K_ = K, dtype_ = dtype, ahead_ = apart ? kRowsAhead : count;
+        for (int64_t n = 0; n < count; ++n) at_[n] = at(n);
+    }
+
+    // to[queries][kScoreRow] = q[queries][K] times rows [chunk, chunk + width); up to three more of each are undefined.
+    void score(const float* q, int64_t queries, int64_t chunk, int64_t width, float* to) const {
+        with_type(dtype_, [&](auto type) {
+            for (int64_t n = 0; n < width; n += kAbreast) {
+                const decltype(type)* row[kAbreast];
+                for (int64_t j = 0; j < kAbreast; ++j) row[j] = next<decltype(type)>(chunk + n + j);
+                each_few(queries,
+                         [&](int64_t i, auto rows) { score_tile<rows>(q + i * K_, row, to + i * kScoreRow + n); });
+            }
+        });
+    }
+
+    // to[queries][K] += weights[queries][kScoreRow] times rows [chunk, chunk + width)
+    void add(const float* weights, int64_t queries, int64_t chunk, int64_t width, float* to) const {
+        with_type(dtype_, [&](auto type) {
+            each_few(queries, [&](int64_t i, auto rows) {
+                const float* left = weights + i * kScoreRow;
+                int64_t d = 0;
+                for (; d + kFewVectors * kLanes <= K_; d += kFewVectors * kLanes) {
+                    add_tile<rows, kFewVectors, decltype(type)>(left, chunk, width, d, to + i * K_ + d);
+                }
+                for (; d < K_; d += kLanes) {
+                    add_tile<rows, 1, decltype(type)>(left, chunk, width, d, to + i * K_ + d);
+                }
+            });
+        });
+    }
+
+private:
+    static constexpr int64_t kAbreast = 4;  // rows
+
+    // Row n, or the last; asks for a later one.
+    template <class T>
+    FP_INLINE const T* next(int64_t n) const {
+        if (n + ahead_ < count_) fetch_row(at_[n + ahead_], 0, dtype_, K_);
+        return static_cast<const T*>(at_[n < count_ ? n : count_ - 1]);
+    }
+
+    template <int ROWS, class T>
+    FP_INLINE void score_tile(const float* q, const T* const* row, float* to) const {
+        vfloat sum[ROWS][kAbreast] = {};
+        // Unrolled, so that an instruction reads one place of each row: a processor reads ahead by such strides.
+#pragma GCC unroll 4
+        for (int64_t d = 0; d < K_; d += kLanes) {
+            vfloat right[kAbreast];
+#pragma GCC unroll 8
+            for (int64_t j = 0; j < kAbreast; ++j) right[j] = load(row[j] + d);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; ++i) {
+                const vfloat left = load(q + i * K_ + d);
+#pragma GCC unroll 8
+                for (int64_t j = 0; j < kAbreast; ++j) sum[i][j] = fused_multiply_add(left, right[j], sum[i][j]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) sum_lanes_of_four(sum[i], to + i * kScoreRow);
+    }
+
+    template <int ROWS, int VECTORS, class T>
+    FP_INLINE void add_tile(const float* weights, int64_t chunk, int64_t width, int64_t column, float* to) const {
+        vfloat sum[ROWS][VECTORS];
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) sum[i][v] = load(to + i * K_ + v * kLanes);
+        }
+        for (int64_t n = 0; n < width; ++n) {
+            const T* row = next<T>(chunk + n) + column;
+            vfloat right[VECTORS];
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) right[v] = load(row + v * kLanes);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; ++i) {
+                const vfloat weight = splat(weights[i * kScoreRow + n]);
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; ++v) sum[i][v] = fused_multiply_add(weight, right[v], sum[i][v]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) store(to + i * K_ + v * kLanes, sum[i][v]);
+        }
+    }
+
+    const void** at_ = nullptr;
+    int64_t count_ = 0, K_ = 0, dtype_ = 0, ahead_ = 0;
+};
+
+}  // namespace
