@@ -33,11 +33,12 @@ private:
 struct FloatProducts {
     using Factor = float;
     static bool serves(int64_t dtype) { return is_dtype(dtype); }
-    static constexpr int64_t kQueries = 72;                         // of a block; a multiple of kTileRows
-    static constexpr int64_t kFewQueries = kLanes == 16 ? 32 : 16;  // for which packing takes longer than it brings
-    static constexpr int64_t kWeights = kLanes;                     // a row of weights is filled up to a multiple of it
-    static int64_t depth(int64_t K) { return K; }                   // of a query or key as a factor
-    struct Unit {};                                                 // what a thread needs to multiply
+    static constexpr int64_t kQueries = 72;  // of a block; a multiple of kTileRows
+    // For so many packing takes longer than it brings. Lanes of one add up long chains there, and small blocks do not.
+    static constexpr int64_t kFewQueries = kLanes == 16 ? 32 : kLanes > 1 ? 16 : 4;
+    static constexpr int64_t kWeights = kLanes;    // a row of weights is filled up to a multiple of it
+    static int64_t depth(int64_t K) { return K; }  // of a query or key as a factor
+    struct Unit {};                                // what a thread needs to multiply
 
     // Rows of queries, or of their outputs' gradients: the left factor of scores, the right one of the keys' gradients.
     class Queries {
