@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from io import TextIOWrapper
 
 import fastprompt
 
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         redirect_stdout(sys.stdout or nowhere),
         redirect_stderr(sys.stderr or nowhere),
     ):
+        if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+            # Names of files, and what is in them, may have characters that the terminal's encoding has not.
+            sys.stdout.reconfigure(errors="backslashreplace")
         return _guarded(argv)
 
 

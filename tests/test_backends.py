@@ -57,6 +57,16 @@ def test_scope_nests_and_ends():
 
 
 @compiled
+def test_what_is_tried_first_is_the_innermost_scopes():
+    op = OPS["rms_norm"]
+    with use_backend("rms_norm", "reference"):
+        assert op.first_backend("rms_norm", "cpu") == "reference"
+        with use_backend("rms_norm", "cpu:scalar"):
+            assert op.first_backend("rms_norm", "cpu") == "cpu:scalar"
+    assert op.first_backend("rms_norm", "cpu") == backends("rms_norm")[0]
+
+
+@compiled
 def test_scope_ends_with_an_exception():
     with pytest.raises(KeyError), use_backend("rms_norm", "reference"):
         raise KeyError

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line. The installed script: tests/packaging; the demo: tests/demo."""
 
+import os
 import subprocess
 import sys
 
@@ -49,6 +50,24 @@ def test_inspect_tells_the_norms_of_all_rows(tmp_path, capsys):
     }
     write_prompt(tmp_path / "p.safetensors", PromptFile(tensors, "prefix", parameterization="rows"))
     assert "row norms: least 1, median 2, greatest 9" in inspect(capsys, tmp_path / "p.safetensors")[1]
+
+
+def test_what_a_file_says_steers_no_terminal(tmp_path, capsys):
+    write_prompt(tmp_path / "p", PromptFile(torch.ones(2, 4), name="\x1b[2J", init="a\nb"))
+    status, text = inspect(capsys, tmp_path / "p")
+    assert (status, text.splitlines()[2:]) == (0, [r"name: '\x1b[2J'", r"initialiser: 'a\nb'"])
+
+
+def test_names_may_have_characters_that_the_terminal_has_not(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff\xd0.npy"
+    write_prompt(os.fsdecode(path), PromptFile(torch.ones(2, 4)))
+    run = subprocess.run(
+        [sys.executable, "-m", "fastprompt", "inspect", path],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert rb"\udcff\udcd0.npy: prepend prompt" in run.stdout
 
 
 def test_unknown_arguments_are_refused(capsys):

@@ -34,5 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"row norms: least {norms.min():.3g}, median {norms.median():.3g}, greatest {norms.max():.3g}")
     for what, value in (("name", prompt.name), ("initialiser", prompt.init), ("model", prompt.model)):
         if value is not None:
-            print(f"{what}: {value}")
+            said = str(value)
+            # A stranger's file may say what steers a terminal.
+            print(f"{what}: {said if said.isprintable() else ascii(said)}")
     return 0

@@ -145,7 +145,7 @@ def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
     B = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     if offset.numel() not in (1, B) or offset.dim() > 1:
         fail("t5_attention", f"offset must have shape [B]=[{B}] or [1], got {list(offset.shape)}")
-    return offset.to(torch.int64).reshape(-1).expand(B).contiguous()
+    return offset.to(torch.int64).reshape(-1).expand(B)
 
 
 def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:

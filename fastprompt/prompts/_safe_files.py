@@ -4,7 +4,7 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +33,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with partial.open("xb") as stream:
             yield stream
         os.replace(partial, target)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk names no file
+            error.filename = os.fspath(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -50,10 +54,30 @@ def write_safetensors(
 def opened(who: str, source: Path) -> Iterator[Any]:
     """The open safetensors file; whatever goes wrong with its bytes in the block is a ValueError."""
     try:
-        with safe_open(source, framework="pt", device="cpu") as handle:
+        with open_once(source, lambda: safe_open(source, framework="pt", device="cpu")) as handle:
             yield handle
     except (SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map a file of that size
         raise ValueError(f"{who}: {source} is no readable safetensors file: {error}") from error
+
+
+def open_once(source: Path, opening: Callable[[], Any]) -> Any:
+    """What ``opening`` makes of one file. It opens the name twice, as safetensors and numpy do for header and data, and
+    between them another file may be moved there, as by :func:`replacing`. Then it is called again.
+    """
+    while True:
+        with source.open("rb") as stream:  # open, so that no other file gets its number
+            try:
+                found = opening()
+            except Exception:
+                if _is_there(stream, source):
+                    raise
+                continue
+            if _is_there(stream, source):
+                return found
+
+
+def _is_there(stream: BinaryIO, source: Path) -> bool:
+    return os.path.samestat(os.fstat(stream.fileno()), source.stat())
 
 
 def float_shapes(what: str, handle: Any) -> dict[str, Shape]:

@@ -5,6 +5,7 @@ Files come from strangers. Nothing here unpickles, a declared shape is checked b
 and whatever is wrong inside a file ends as an error that names it.
 """
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 import fastprompt
-from fastprompt.prompts._safe_files import float_shapes, opened, replacing, write_safetensors
+from fastprompt.prompts._safe_files import float_shapes, open_once, opened, replacing, write_safetensors
 from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.layout import ModelShape, check_layout
 from fastprompt.prompts.peft_files import read_peft, write_peft, write_peft_tasks
@@ -74,8 +75,10 @@ def write_prompt(
                 f"write_prompt: a .npy file says nothing of its kind and is read as 'prepend', got {prompt.kind!r}. "
                 "Use format='safetensors'"
             )
+        array = io.BytesIO()
+        np.save(array, checked.rows.numpy())  # in a file itself, numpy overlooks that a disk is full
         with replacing(path) as stream:
-            np.save(stream, checked.rows.numpy())
+            stream.write(array.getbuffer())
     else:
         write_safetensors(path, checked.tensors, prompt_metadata(checked) | {"format": FORMAT})
 
@@ -124,6 +127,11 @@ def read_prompt(
         return read_peft(source, sizes, task)
     if task is not None:
         raise ValueError(f"read_prompt: task is read only with a PEFT adapter's folder, and {source} is none")
+    if source.exists() and not source.is_file():
+        raise ValueError(
+            f"read_prompt: {source} is a pipe or a device, and a prompt is read from more than one place of its file. "
+            "Copy it to a file"
+        )
     with source.open("rb") as stream:
         head = stream.read(9)
     if head.startswith(b"\x93NUMPY"):
@@ -157,7 +165,7 @@ def _read_safetensors(source: Path, sizes: Mapping[str, int]) -> PromptFile:
             )
         if metadata.get("version") != VERSION:
             raise ValueError(
-                f"read_prompt: {source} must have version {VERSION}, got {metadata.get('version')}. "
+                f"read_prompt: {source} must have version {VERSION}, got {metadata.get('version')!r}. "
                 "It may come from a newer release"
             )
         what = f"read_prompt: {source}"
@@ -190,7 +198,7 @@ def _read_npy(source: Path, width: int | None) -> Tensor:
     try:
         # Mapped, not loaded: whatever shape the header declares, the file's own length bounds it.
         with np.errstate(over="ignore"):  # numpy multiplies the declared shape before it doubts it
-            array = np.lib.format.open_memmap(source, mode="r")
+            array = open_once(source, lambda: np.lib.format.open_memmap(source, mode="r"))
     except Exception as error:  # numpy's header parser lets SyntaxError, tokenize and overflow errors out
         raise ValueError(f"read_prompt: {source} is no readable .npy file: {error}") from error
     return checked_rows(f"read_prompt: the array in {source}", array, None, width)

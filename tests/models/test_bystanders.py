@@ -117,6 +117,17 @@ def test_modules_of_ones_own_run(make, batch, labels, change):
     assert any(" is a " in (row.reason or "") for row in explain(model))
 
 
+def test_a_linear_layers_bias_may_be_a_buffer(make, batch, labels):
+    def add_bias(model):
+        layer = model.encoder.block[0].layer[1].DenseReluDense.wo
+        del layer.bias
+        layer.register_buffer("bias", torch.ones(len(layer.weight), device=model.device))
+        return model
+
+    model = same_step(make, batch, labels, add_bias)
+    assert "wo has a bias" in [row.reason for row in explain(model)]
+
+
 def test_a_bias_that_is_replaced_after_patching_and_trained(make, batch, labels):
     grads = []
     for change in (lambda model: model, patch):
@@ -129,11 +140,13 @@ def test_a_bias_that_is_replaced_after_patching_and_trained(make, batch, labels)
     close(*reversed(grads))
 
 
-def test_hooks_on_all_modules_see_them_all(make, batch, labels):
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_all_modules_see_them_all(make, batch, labels, kind):
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
     counts = []
     for change in (lambda model: model, patch):
         model, seen = change(make()), []
-        handle = nn.modules.module.register_module_forward_hook(lambda *_, seen=seen: seen.append(1))
+        handle = register(lambda *_, seen=seen: seen.append(1))
         try:
             step(model, batch(), labels)
         finally:
@@ -324,6 +337,14 @@ def test_a_wrapped_forward_outlives_the_patch(make, batch, labels, path, lm_loss
         assert calls
         close(found.loss, expected.loss)
         close(found.logits, expected.logits)
+
+
+def test_a_forward_that_was_wrapped_before_patching_is_told(make):
+    model = make()
+    norm = model.encoder.final_layer_norm
+    norm.forward = norm.forward
+    with pytest.raises(ValueError, match=r"encoder\.final_layer_norm: its forward is wrapped"):
+        patch(model, on_unsupported="error")
 
 
 def test_patched_is_of_modules():

@@ -27,6 +27,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 import fastprompt
 from fastprompt import PromptConfig, PromptModel, backend_used, explain, hf_attention, patch, patched, unpatch
 from fastprompt._cache_name import CACHE, cache_of
+from fastprompt.modules._made import made_of
 from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 from fastprompt.ops.t5_attention import keeps_out
@@ -303,6 +304,37 @@ def test_saved_bytes(make, batch, labels, memory):
     table, seeds, mask = H * (2 * 12 + 1) * 4, layers * 4 * 8 + 16, N
     assert 4 * floats <= saved.bytes <= 4 * floats + table + seeds + 8 * mask
     assert saved.bytes < stock.bytes
+
+
+def test_balanced_is_lean_in_a_decoder(make, labels):
+    sizes = []
+    for memory in ("speed", "balanced", "lean"):
+        decoder = patch(make(num_decoder_layers=1).decoder, memory=memory)
+        embeds = decoder.embed_tokens(labels.clamp(min=0)).detach().requires_grad_()
+        with saved_bytes(exclude=decoder.parameters()) as saved:
+            decoder(inputs_embeds=embeds, use_cache=False)
+        sizes.append(saved.bytes)
+    assert sizes[0] > sizes[1] == sizes[2]
+
+
+@each_memory
+def test_the_encoders_output_is_made_again_but_for_speed(make, batch, labels, memory):
+    model, saved = patch(make(dropout_rate=0.1).train(), memory=memory), set()
+    embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
+
+    def pack(tensor):
+        saved.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(inputs_embeds=embeds, labels=labels, use_cache=False)
+    assert (output.encoder_last_hidden_state.data_ptr() in saved) == (memory == "speed")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_encoding_that_nobody_differentiates_keeps_nothing_else(make, batch, grad):
+    with torch.set_grad_enabled(grad):
+        assert made_of(patch(make()).encoder(**batch()).last_hidden_state) is None
 
 
 def test_saves_nothing_without_a_gradient(make, batch, labels):

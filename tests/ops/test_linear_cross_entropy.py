@@ -231,6 +231,15 @@ def test_not_a_number_and_infinities_as_in_hf(backend, device, what, where):
         assert torch.equal(got[1].isfinite(), expected[1].isfinite())
 
 
+def test_the_infinite_logit_of_a_label_is_no_certainty(backend, device):
+    """Whether the product overflowed, nobody can tell; PyTorch's loss is NaN then."""
+    hidden, weight, labels = inputs(1, 12, 4, torch.float32, device)
+    hidden.abs_()
+    weight[labels[0]] = torch.inf
+    for function in (ours, hf):
+        assert value_and_gradient(function, hidden, weight, labels, 1.0, None, 5)[0].isnan()
+
+
 @pytest.mark.parametrize("bad", [-1, 12, 2**40, -(2**62)])
 def test_labels_outside_the_vocabulary_make_nan_where_nobody_looks(backend, device, monkeypatch, bad):
     monkeypatch.setattr(PAGE, "values_are_at_hand", lambda device: False)

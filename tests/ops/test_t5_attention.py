@@ -32,8 +32,8 @@ def _the_cuda_kernel_itself(monkeypatch):
     monkeypatch.setattr(page, "FLOAT32_DECODE_ROWS", page.DECODE_ROWS)
 
 
-@pytest.fixture(params=[7, 40], ids=["few queries", "blocks"])
-def T(request, slow):
+@pytest.fixture(name="T", params=[7, 40], ids=["few queries", "blocks"])
+def queries(request, slow):
     """So few queries that a CPU's kernel reads keys and values where they lie, or more, which it packs them for."""
     return min(request.param, 12) if slow else request.param
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastprompt.ops import t5_attention, t5_bias_table
+from fastprompt.ops._t5_attention_reference import Inputs
 
 B, T, S, H, K, P, R = 2, 3, 5, 2, 16, 4, 3
 
@@ -204,3 +205,8 @@ def test_the_bare_sum_over_a_prompts_examples_refuses(message, share, ids, count
         (ValueError, TypeError), match="^" + re.escape(f"fastprompt::t5_attention_prompt_sum: {message}")
     ):
         torch.ops.fastprompt.t5_attention_prompt_sum(share, torch.tensor(ids), count, dtype)
+
+
+def test_the_op_itself_trains_no_bias_either():
+    with pytest.raises(ValueError, match="bias must be frozen, got requires_grad=True"):
+        torch.ops.fastprompt.t5_attention(*Inputs(**arguments(bias=random(H, 9).requires_grad_())))

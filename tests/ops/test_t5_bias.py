@@ -50,6 +50,16 @@ def layer(attention_class, config_class, decoder, **changes):
     return attention
 
 
+def test_buckets_are_made_once(monkeypatch):
+    attention, made = layer(T5Attention, T5Config, False, relative_attention_max_distance=127), []
+    make = T5Attention._relative_position_bucket
+    monkeypatch.setattr(
+        T5Attention, "_relative_position_bucket", lambda *a, **how: made.append(1) or make(*a, **how)
+    )
+    assert torch.equal(table_of(attention), table_of(attention))
+    assert made == [1]
+
+
 def table_of(attention):
     return t5_bias_table(
         attention.relative_attention_bias.weight,

@@ -135,6 +135,8 @@ def change(prompted, how):
         parametrize.register_parametrization(attention.k, "weight", Half())
     elif how == "inner tensor":
         attention.k.weight.half.half.mul_(1.5)
+    elif how == "one more":  # behind all others
+        prompted.model.lm_head.bias = nn.Parameter(torch.ones(64, device=prompted.device))
 
 
 class Half(nn.Module):
@@ -168,7 +170,7 @@ class Scaled(nn.Linear):
     [
         *("step", "optimizer", "fused", "step before others", "load", "replace"),
         *("model", "weight", "buffer", "float64", "rounded", "child"),
-        *("class", "parametrization", "inner tensor"),
+        *("class", "parametrization", "inner tensor", "one more"),
     ],
 )
 def test_a_stale_cache_is_made_again(how, served, make_batch):

@@ -145,6 +145,7 @@ def test_keys_of_a_shared_encoding_are_computed_once(memory, rows_per_pass, make
         {"use_cache": False},
         {"cache_implementation": "static"},
         {"prompt_lookup_num_tokens": 2},
+        {"cache": None},
         {
             "generation_config": GenerationConfig(
                 num_beams=2, max_new_tokens=4, eos_token_id=1, pad_token_id=0
@@ -285,6 +286,17 @@ def test_keywords_that_speak_of_the_inputs(tuned, inputs):
         max_new_tokens=2,
     )
     assert found.members[:, :, 1].tolist() == [[20] * 3, [21] * 3, [22] * 3]
+
+
+def test_a_mask_of_each_inputs_own_start(tuned, inputs):
+    names = ["outside", "prepend", "rows"]
+    start = torch.tensor([[0, 11, 7], [0, 12, 8], [0, 13, 9]], device=inputs["input_ids"].device)
+    how = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start), "max_new_tokens": 4}
+    how["decoder_attention_mask"][1, 1] = 0
+    found = tuned.ensemble_generate(**inputs, prompts=names, rows_per_pass=2, **how)
+    for number, name in enumerate(names):
+        alone = tuned.generate(**inputs, prompts=name, **how)
+        assert torch.equal(found.members[:, number, : alone.shape[1]], alone)
 
 
 def test_cached_prompts_and_those_of_a_store(make_tuned, inputs, tmp_path):

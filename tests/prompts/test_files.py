@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import resource
 import struct
 
 import numpy as np
@@ -170,6 +171,50 @@ def test_a_failed_write_leaves_the_old_file(rows, tmp_path, monkeypatch):
         write_prompt(path, PromptFile(rows * 2))
     assert torch.equal(read_prompt(path).rows, rows)
     assert os.listdir(tmp_path) == ["prompt.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["p.safetensors", "p.npy"])
+def test_a_full_disk_is_told_and_leaves_the_old_file(name, rows, tmp_path):
+    path = tmp_path / name
+    write_prompt(path, PromptFile(rows[:2]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))  # less than a stream's buffer
+    try:
+        with pytest.raises(OSError, match=name):
+            write_prompt(path, PromptFile(rows))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(read_prompt(path).rows, rows[:2])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("length", [2, 5, 9])
+@pytest.mark.parametrize(
+    ("name", "owner", "mapping"),
+    [("p.safetensors", torch.UntypedStorage, "from_file"), ("p.npy", np, "memmap")],
+)
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_whole(
+    name, owner, mapping, length, rows, tmp_path, monkeypatch
+):
+    path, new, map_file = tmp_path / name, torch.ones(length, D), getattr(owner, mapping)
+    write_prompt(path, PromptFile(rows, name="old"))
+
+    def replaced(*args, **how):  # the header is read, and the file is opened again for the data
+        monkeypatch.undo()
+        write_prompt(path, PromptFile(new, name="new"))
+        return map_file(*args, **how)
+
+    monkeypatch.setattr(owner, mapping, replaced)
+    found = read_prompt(path)
+    assert map_file is getattr(owner, mapping)
+    assert torch.equal(found.rows, new)
+    assert found.name == (None if name == "p.npy" else "new")
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"is a pipe or a device.*Copy it to a file"):
+        read_prompt(tmp_path / "p")
 
 
 def test_a_written_file_has_ordinary_permissions(rows, tmp_path):

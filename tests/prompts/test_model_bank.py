@@ -224,6 +224,7 @@ def test_rename_keeps_the_parameters_the_place_and_the_cache_true(tuned, make_ba
     tuned.rename_prompt("prepend", "first")
     tuned.rename_prompt("cached", "second")
     assert list(tuned.prompts) == ["first", "second", "rows", "kv", "mlp"]
+    assert tuned._caches.names == {"rows", "kv", "mlp"}, "nothing is kept of a name that is gone"
     assert tuned.prompts["first"] is parameter
     assert tuned.configs["second"] == KINDS["cached"]
     same(logits(tuned, batch, None), before["prepend"])  # still the first

@@ -268,6 +268,15 @@ def test_hostile_peft_folders(config, tensors, message, tmp_path):
         read_prompt(tmp_path, width=D)
 
 
+def test_a_product_that_overflows_is_refused(tmp_path):
+    """Each factor is finite."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(MULTI))
+    values = {name: torch.full(shape, 1e20) for name, shape in FACTORS.items()}
+    save_file(values, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="the prompt of task 1 has NaN or infinity in 2 of its 2 rows"):
+        read_prompt(tmp_path, task=1)
+
+
 def test_a_decoder_deeper_than_the_prefix_is_refused(make_model, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(PREFIX))
     save_file({"prompt_embeddings": torch.zeros(2, 4 * D)}, tmp_path / "adapter_model.safetensors")

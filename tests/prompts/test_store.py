@@ -75,6 +75,15 @@ def test_other_programs_read_it_as_safetensors(path):
     assert torch.equal(tensors["prefix.kv/KV/decoder_v"], PROMPTS["KV"].tensors["decoder_v"])
 
 
+def test_the_header_may_have_another_order_than_the_data(tmp_path):
+    """JSON's objects have none."""
+    entries = {B: entry(begin=16), A: entry()}
+    (tmp_path / "x").write_bytes(store_file(header(**entries), ONE + struct.pack("<4f", 5, 6, 7, 8)))
+    store = PromptStore(tmp_path / "x")
+    assert store["a"].rows.tolist() == [[1, 2], [3, 4]]
+    assert store["b"].rows.tolist() == [[5, 6], [7, 8]]
+
+
 def test_a_folder_of_prompt_files_is_a_store(tmp_path):
     for name, prompt in PROMPTS.items():
         write_prompt(tmp_path / f"{name}.safetensors", prompt)

@@ -92,6 +92,16 @@ def test_what_has_no_gradient_stays():
     assert torch.equal(unused, start())
 
 
+def test_a_row_that_has_had_no_gradient_yet_stays():
+    parameter = start()
+    optimizer = Adafactor([parameter], weight_decay=0.0)
+    parameter.grad = torch.ones(SHAPE)
+    parameter.grad[2] = 0.0
+    optimizer.step()
+    assert torch.equal(parameter[2], start()[2])
+    assert parameter.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_of_few_bits_are_refused(dtype):
     with pytest.raises(ValueError, match=f"must be float32 or float64, got {dtype}"):

@@ -111,6 +111,15 @@ def test_tune_by_choice_goes_on_from_a_prompt(files, capsys):
     assert after > before
 
 
+def test_tune_goes_on_in_the_file_that_it_began_from(files, capsys):
+    data, out, common = files
+    where = ["--train", data, "--out", out, "--steps", 1, "--weight-decay", 0.0]
+    assert run(capsys, "tune", *common, *where, "--num-tokens", 3, "--lr", 0.0)[0] == 0
+    before = read_prompt(out).rows
+    assert run(capsys, "tune", *common, *where, "--start", out)[0] == 0
+    assert not torch.equal(read_prompt(out).rows, before)
+
+
 @pytest.mark.parametrize(("kind", "rate"), [("prepend", 0.3), ("cached", 0.3), ("prefix", 0.01)])
 def test_the_recipe_reaches_what_it_is_for(files, capsys, monkeypatch, kind, rate):
     data, out, common = files
@@ -144,7 +153,15 @@ def test_rows_begin_as_the_choices(files, capsys, tokenizer, model, choices):
     torch.testing.assert_close(read_prompt(out).rows, torch.stack(expected))
 
 
-def test_equal_seeds_give_equal_prompts(files, capsys):
+def test_equal_seeds_give_equal_prompts(files, capsys, monkeypatch):
+    def load(arguments):
+        model, tokenizer = _model.load(arguments)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        return model, tokenizer
+
+    monkeypatch.setattr(tune, "load", load)
     data, out, common = files
     paths = [out.with_name(f"{number}.npy") for number in range(3)]
     for path, seed in zip(paths, (1, 1, 2), strict=True):

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -71,6 +72,23 @@ def test_the_first_of_the_best_scores_is_kept(scores, best):
     model, curve = run(4, scores)
     assert model.steps.item() == curve.best_step == best
     assert list(curve.scores.values()) == scores
+
+
+class Mark:
+    """Something that a graph may hold."""
+
+
+def test_a_steps_graph_ends_with_the_step():
+    model, left = Counter(), []
+
+    def loss(batch):
+        found = model.loss(batch)
+        left.append(weakref.ref(found.grad_fn.metadata.setdefault("mark", Mark())))
+        assert all(mark() is None for mark in left[:-1])
+        return found
+
+    tune(model, [torch.ones(())] * 3, loss, torch.optim.SGD([model.steps], lr=1.0), 3, progress=False)
+    assert len(left) == 3
 
 
 def test_a_score_may_leave_the_model_as_it_likes():
