@@ -20,6 +20,7 @@ trained, attention weights as output, a mask of the user's own, another scale or
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -240,8 +241,10 @@ def _fused(
     cross = bool(module.is_decoder) and not allowed.causal
     bias, cu = None if cross else position_bias, allowed.cu
     # A table that comes with the keys is of a bias known to be frozen; a reentrant checkpoint marks it as trained.
-    frozen = allowed.brings_bias() or (cu is None and _frozen(module, bias, dropout, query, key))
-    if not frozen or is_transformed() or not _covered(query, key, value, allowed):
+    known = allowed.brings_bias() or (
+        cu is None and _frozen(module, bias, dropout, query, key) and _is_by_distance(module, bias)
+    )
+    if not known or is_transformed() or not _covered(query, key, value, allowed):
         return None
     rows = [x.transpose(1, 2) for x in (query, key, value)]
     q, k, v = rows if cu is None else [x.flatten(0, 1) for x in rows]
@@ -317,6 +320,33 @@ def _frozen(module: nn.Module, bias: Tensor | None, dropout: float, query: Tenso
     trained = bias.requires_grad or (dropout > 0.0 and weight is not None and weight.requires_grad)
     dense = (1, query.shape[1], query.shape[2], key.shape[2])
     return not trained and (bias.dim() == 2 or bias.shape == dense)
+
+
+def _is_by_distance(module: nn.Module, bias: Tensor | None) -> bool:
+    """Does a row and a column say all of the bias? The layer that made it tells the others, which are handed it."""
+    if bias is None or bias.dim() == 2:
+        return True
+    if getattr(module, "has_relative_attention_bias", False) and not makes_t5s_bias(module):
+        if torch.compiler.is_compiling() or bias.is_inference():
+            raise ValueError(
+                f'attn_implementation="{NAME}" needs transformers\' own compute_bias in torch.compile and'
+                f' torch.inference_mode, got a {type(module).__name__} with another. Use "sdpa"'
+            )
+        leave_note(bias, "fastprompt_other_bias", True)
+    return note_on(bias, "fastprompt_other_bias") is None
+
+
+def makes_t5s_bias(attention: nn.Module) -> bool:
+    """By transformers' own methods, as a function of distance?"""
+    return _has_t5s_bias(type(attention)) and not any(name in attention.__dict__ for name in _BIAS_METHODS)
+
+
+_BIAS_METHODS = ("compute_bias", "_relative_position_bucket")
+
+
+@cache
+def _has_t5s_bias(cls: type) -> bool:
+    return all(getattr(cls, name).__module__.startswith("transformers.models.") for name in _BIAS_METHODS)
 
 
 def table(bias: Tensor, allowed: Allowed, layer: Any) -> Tensor | None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastprompt._hooks import is_hooked
 from fastprompt._plain import PLAIN_TYPES
+from fastprompt.hf_attention import makes_t5s_bias
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
 
@@ -31,10 +32,13 @@ def has_bias_table(attention: Any) -> bool:
 
 
 def is_plain_bias(attention: Any) -> bool:
-    """Is the bias its embedding's weight and no more, as with LoRA, quantised weights, a norm of the rows, or hooks?"""
+    """Is the bias its embedding's weight by T5's formula and no more, as with methods of its own, LoRA, quantised
+    weights, a norm of the rows, or hooks?
+    """
     embedding = attention._modules.get("relative_attention_bias")
     return (
-        type(embedding) is nn.Embedding
+        makes_t5s_bias(attention)
+        and type(embedding) is nn.Embedding
         and type(embedding.weight) in PLAIN_TYPES
         and embedding.max_norm is None
         and not is_hooked(embedding)

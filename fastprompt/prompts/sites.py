@@ -72,8 +72,9 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
                 )
             if not is_plain_bias(attention):
                 raise ValueError(
-                    f"PromptModel: the {site}'s relative_attention_bias must be its weight and no more, got a"
-                    f" {type(attention.relative_attention_bias).__name__} that is adapted, hooked or has a max_norm"
+                    f"PromptModel: the {site}'s bias must be that of relative_attention_bias.weight and no more, got a"
+                    f" {type(attention.relative_attention_bias).__name__} that is adapted, hooked or has a max_norm, or"
+                    f" a {type(attention).__name__} with a compute_bias of its own. Use kind='prepend'"
                 )
             tables.append(bias_table(attention))
     return tables[0] if len(tables) == 1 else tuple(tables)

@@ -2,6 +2,7 @@
 """attn_implementation="fastprompt" gives what "eager" gives, and runs t5_attention to do it."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -455,6 +456,38 @@ def test_trained_bias(pair, batch, labels, ran):
     with torch.no_grad():  # evaluation in between trains nothing
         ours(**batch(), labels=labels)
     assert len(ran) == 2 + LAYERS["v1_1"]
+
+
+def skewed(bias):
+    return bias * torch.linspace(0.5, 1.5, bias.shape[-1], device=bias.device)
+
+
+class OwnBias(modeling_t5.T5Attention):
+    def compute_bias(self, *args, **how):
+        return skewed(super().compute_bias(*args, **how))
+
+
+@pytest.mark.parametrize("place", ["class", "instance"])
+def test_a_bias_of_ones_own_is_read_in_full(place, pair, batch, labels, ran):
+    """By all layers, which are handed what the first one made: no distance alone tells it."""
+    eager, ours = pair()
+    for model in (eager, ours):
+        first = model.encoder.block[0].layer[0].SelfAttention
+        if place == "class":
+            first.__class__ = OwnBias
+        else:
+            make = first.compute_bias
+            first.compute_bias = lambda *args, make=make, **how: skewed(make(*args, **how))
+    for change in (nullcontext, patched):
+        ran.clear()
+        with change(ours):
+            for our, their in zip(step(ours, batch(), labels), step(eager, batch(), labels), strict=True):
+                close(our, their)
+        assert len(ran) == (2 * len(ours.decoder.block) if change is nullcontext else 0)
+    with torch.inference_mode(), pytest.raises(ValueError, match='own compute_bias .* Use "sdpa"'):
+        ours(**batch(), labels=labels)
+    with pytest.raises(ValueError, match=r"encoder's bias .* with a compute_bias of its own"):
+        PromptModel(ours, PromptConfig(num_tokens=2, kind="cached"))(**batch(), labels=labels)
 
 
 @pytest.mark.parametrize("padding", [None, "right"])
