@@ -255,6 +255,25 @@ def test_an_adapter_that_is_switched_makes_it_stale(how, served, make_batch):
     torch.testing.assert_close(logits(prompted, batch, "c5"), after)
 
 
+def test_a_module_to_save_that_is_switched_makes_it_stale(served, make_batch):
+    """PEFT's copy of a whole module says so in attributes of its own, not its class's."""
+    peft = pytest.importorskip("peft")
+    prompted, batch = served({"c5": CONFIGS["c5"]}), make_batch()
+    config = peft.LoraConfig(r=2, target_modules=["wi_0"], modules_to_save=["layer_norm"])
+    tuned = peft.get_peft_model(prompted.model, config)
+    saved = [each for each in tuned.modules() if isinstance(each, peft.utils.ModulesToSaveWrapper)]
+    for each in saved:
+        each.modules_to_save["default"].weight.data *= 1.5
+    prompted.model.requires_grad_(False)
+    prompted.cache_prompts()
+    before = logits(prompted, batch, "c5")
+    for each in saved:
+        each.enable_adapters(False)
+    after = logits(prompted, batch, "c5")
+    assert prompted.passes == [1, 3]
+    assert not torch.allclose(after, before, atol=1e-4)
+
+
 def test_in_inference_mode_too(make_keyed, make_batch, tmp_path):
     expected = make_keyed(CONFIGS)
     expected.save_prompt("c5", tmp_path / "c5")
