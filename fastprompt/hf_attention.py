@@ -338,7 +338,8 @@ def _is_by_distance(module: nn.Module, bias: Tensor | None) -> bool:
 
 def makes_t5s_bias(attention: nn.Module) -> bool:
     """By transformers' own methods, as a function of distance?"""
-    return _has_t5s_bias(type(attention)) and not any(name in attention.__dict__ for name in _BIAS_METHODS)
+    cls: Any = type(attention)
+    return _has_t5s_bias(cls) and not any(name in attention.__dict__ for name in _BIAS_METHODS)
 
 
 _BIAS_METHODS = ("compute_bias", "_relative_position_bucket")

@@ -42,6 +42,28 @@ def test_native_backends_are_listed_best_first():
         assert backends(op)[: 2 + len(isas)] == ["cpu", *(f"cpu:{isa}" for isa in isas), "reference"]
 
 
+@pytest.mark.parametrize("isa", CPU_TARGETS)
+def test_a_kernel_refuses_a_dtype_that_it_does_not_know(isa):
+    """Before it reads or writes anything."""
+    memory = torch.zeros(4096)
+    for name, kernel in vars(_native.TARGETS[isa]).items():
+        for code in (9, -1, *([0, 2] if isa in _native.BF16_ISAS else [])):
+            values = {"p": memory.data_ptr(), "i": code, "d": 0.0}
+            with pytest.raises(ValueError, match=f"^fastprompt::{name}: the kernel does not know this dtype"):
+                kernel(*[values[letter] for letter in kernel.signature])
+    assert not memory.any()
+
+
+@compiled
+def test_a_kernel_counts_its_arguments():
+    for kernel in vars(_native.TARGETS[CPU_TARGETS[0]]).values():
+        for count in (0, len(kernel.signature) - 1, len(kernel.signature) + 1):
+            with pytest.raises(
+                TypeError, match=f"{kernel.name}: takes {len(kernel.signature)} arguments, got {count}"
+            ):
+                kernel(*[0] * count)
+
+
 @compiled
 def test_scope_nests_and_ends():
     default = backends("rms_norm")[0]

@@ -50,7 +50,7 @@ void Forward::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat weight = exp(load(s + n) - base);
         sum += weight;
-        if (drops) weight = drop(weight, keys.at(factors, chunk + n));
+        if (drops) weight *= keys.at(factors, chunk + n);
         store_weight(weights + n, weight);
     }
     clear_weights(weights, allowed, width);

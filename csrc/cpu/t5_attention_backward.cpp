@@ -162,7 +162,7 @@ void Backward::run_few(const void* dout_rows, const float* stats, void* dq_rows)
 
 void Backward::starve_rows(int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        if (limit[i] > 0 || keys.own == 0) continue;
+        if (limit[i] > 0) continue;
         if (!starved) {
             clear(starved_dk, keys.own * a.K);
             clear(starved_dv, keys.own * a.K);
@@ -210,7 +210,7 @@ bool Backward::is_silent(const void* dout_rows, const float* stats, int64_t i) c
     for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
     const float most = stats[stats_offset(i)], sum = stats[a.H * a.N + stats_offset(i)];
     const bool finite = std::isfinite(most) && std::isfinite(sum);  // NaN and infinity among scores must spread
-    return sum_lanes(size) == 0.0f && (finite || keys.allowed(a, offset + i) == 0);
+    return finite && sum_lanes(size) == 0.0f;
 }
 
 // Zero times one that is not is NaN, in a silent query's gradients, too.

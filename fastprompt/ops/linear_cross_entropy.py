@@ -178,7 +178,9 @@ def linear_cross_entropy_reference(
         picked = logits.gather(1, index).masked_fill(index != row_labels[:, None], torch.nan)
         picked = picked.masked_fill(picked == torch.inf, torch.nan)  # certainty is not meant: as in PyTorch
         others = logits.scatter(1, index, -torch.inf)
-        d = (others - picked).logsumexp(-1)
+        top = others.amax(-1, keepdim=True)  # not logsumexp, which passes over infinities
+        total = (others - top.masked_fill(top == -torch.inf, 0.0)).exp().sum(-1)
+        d = (top - picked)[:, 0] + total.log()
         count = counts.sum() if num_items is None else _beside(num_items, d)
         loss = torch.where(counts.any(), softplus(d).where(counts, 0.0).sum() / count, 0.0).to(hidden.dtype)
         share = torch.where(counts.any(), scale / count, 0.0).to(d.dtype).reshape(1)

@@ -484,7 +484,7 @@ def test_a_bias_of_ones_own_is_read_in_full(place, pair, batch, labels, ran):
             for our, their in zip(step(ours, batch(), labels), step(eager, batch(), labels), strict=True):
                 close(our, their)
         assert len(ran) == (2 * len(ours.decoder.block) if change is nullcontext else 0)
-    with torch.inference_mode(), pytest.raises(ValueError, match='own compute_bias .* Use "sdpa"'):
+    with torch.inference_mode(), pytest.raises(ValueError, match=r'own compute_bias .* Use "sdpa"'):
         ours(**batch(), labels=labels)
     with pytest.raises(ValueError, match=r"encoder's bias .* with a compute_bias of its own"):
         PromptModel(ours, PromptConfig(num_tokens=2, kind="cached"))(**batch(), labels=labels)

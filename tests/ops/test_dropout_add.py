@@ -87,6 +87,23 @@ def test_every_number_of_two_bytes_is_read_and_written(backend, device, dtype):
     torch.testing.assert_close(h, x, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_dropped_leaves_nothing_behind(backend, device, dtype):
+    """Zero, where F.dropout would make NaN of a dropped infinity: 0 * inf."""
+    x = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0] * 8, device=device, dtype=dtype)
+    kept = keep_mask((32,), 0.5, SEED.to(device))
+    h = dropout_add(x, dropout_p=0.5, seed=SEED.to(device))
+    torch.testing.assert_close(h, torch.where(kept, 2 * x, 0.0), equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_no_residual_brings_an_infinity_back(backend, device, dtype):
+    """Nor one of its sign, read as a number of the next binade."""
+    x = torch.tensor([float("inf"), float("-inf")], device=device, dtype=dtype).repeat(20)
+    residual = torch.where(x > 0, -6e4, 6e4).to(dtype)
+    assert torch.equal(dropout_add(x, residual, dropout_p=0.0), x)
+
+
 def test_output_never_shares_memory_with_the_input(backend, device):
     x = torch.randn(4, 4, device=device)
     h = dropout_add(x)

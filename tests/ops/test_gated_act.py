@@ -87,7 +87,7 @@ def test_any_shape(backend, device, examples):
 @pytest.mark.parametrize("act", ACTS)
 def test_far_from_zero(backend, device, act):
     """Saturated, huge, infinite and not a number: as torch has it where HF's own formula is finite."""
-    far = [30.0, -30.0, 90.0, -90.0, 1e19, -1e19, 1e25, -1e25]
+    far = [30.0, -30.0, 70.0, -70.0, 90.0, -90.0, 1e19, -1e19, 1e25, -1e25]
     a = torch.tensor([0.0, -0.0, *far, float("nan")], device=device)
     y, da, db = results(ours, a, torch.ones_like(a), act, 0.0, None, torch.ones_like(a))
     exact = {"gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu}.get(
@@ -115,8 +115,9 @@ def test_empty(backend, device):
 
 
 def test_everything_dropped(backend, device):
-    a = torch.full((3, 9), float("inf"), device=device)
-    assert not gated_act(a, a, dropout_p=1.0).any()
+    inf, one = torch.full((3, 9), float("inf"), device=device), torch.ones(3, 9, device=device)
+    assert not gated_act(inf, inf, dropout_p=1.0).any()
+    assert not any(x.any() for x in results(ours, one, one, "gelu_new", 1.0, SEED.to(device), inf))
 
 
 def test_saves_its_inputs_and_the_seed(backend, device):

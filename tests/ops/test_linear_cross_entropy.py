@@ -213,10 +213,14 @@ def test_another_ignore_index(backend, device):
 
 @pytest.mark.parametrize("what", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["hidden", "label", "other"])
-def test_not_a_number_and_infinities_as_in_hf(backend, device, what, where):
-    """The weight's row of a label, or of another class, or a row of hidden."""
-    hidden, weight, labels = inputs(3, 12, 4, torch.float32, device)
+@pytest.mark.parametrize("signs", ["any", "positive"])
+def test_not_a_number_and_infinities_as_in_hf(backend, device, what, where, signs):
+    """The weight's row of a label, or of another class, or a row of hidden. Where the other factors have one sign a
+    logit is infinite, and of every row the label's or another; else NaN."""
+    hidden, weight, _ = inputs(3, 12, 4, torch.float32, device)
     labels = torch.tensor([5, 7, 1], device=device)
+    if signs == "positive":
+        hidden, weight, labels = hidden.abs(), weight.abs(), torch.full_like(labels, 5)
     if where == "hidden":
         hidden[1] = float(what)
     else:
@@ -409,6 +413,24 @@ def test_kernel_at_every_alignment(kernels, device, dtype, C, needs_grad):
         assert torch.equal(results[0][3].isfinite(), other[3].isfinite())
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPE_CODES], ids=str)
+def test_the_first_chunk_takes_nothing_from_the_statistics(kernels, device, dtype):
+    """Whatever their memory held: a label that is in no chunk must not find the one of an earlier call there."""
+    N, C = 4, 37
+    logits = torch.randn(N, C).to(device, dtype)
+    labels = torch.tensor([3, C, -1, C - 1], device=device)
+    here = (labels >= 0) & (labels < C)
+    picked = logits.float().gather(1, labels.clamp(0, C - 1)[:, None])[:, 0].where(here, torch.nan)
+    others = logits.double().where(torch.arange(C, device=device) != labels[:, None], -torch.inf)
+    top = others.amax(1)
+    stats = torch.full((3, N), 5.0, device=device)
+    pointers = [x.data_ptr() for x in (logits, labels, *stats)]
+    assert kernels.linear_cross_entropy(*pointers, 0, N, C, 0, 0, False, DTYPE_CODES[dtype], 0) == 0
+    assert torch.equal(stats[0].double(), top)
+    torch.testing.assert_close(stats[1].double(), (others - top[:, None]).exp().sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats[2], picked, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("D", [5, 37, 64])

@@ -151,11 +151,12 @@ def test_nothing_at_all(backend, device, B, P, S, D):
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.999, 1.0])
-def test_dropout_is_the_same_on_every_backend_and_in_backward(backend, device, p):
-    weight, prompt = torch.ones(3, 33, device=device), torch.ones(5, 33, device=device, requires_grad=True)
+@pytest.mark.parametrize("D", [33, 1100])  # the CPU's kernels take long rows in parts
+def test_dropout_is_the_same_on_every_backend_and_in_backward(backend, device, p, D):
+    weight, prompt = torch.ones(3, D, device=device), torch.ones(5, D, device=device, requires_grad=True)
     input_ids = torch.randint(3, (4, 6), device=device)
     seed = torch.tensor([2**62 + 999], device=device)
-    factors = keep_mask((4, 11, 33), p, seed) * keep_scale(p)
+    factors = keep_mask((4, 11, D), p, seed) * keep_scale(p)
     out = prompt_embed(input_ids, weight, prompt, dropout_p=p, seed=seed)
     assert torch.equal(out.detach(), factors.float())
     out.sum().backward()
@@ -165,9 +166,22 @@ def test_dropout_is_the_same_on_every_backend_and_in_backward(backend, device, p
 def test_what_is_dropped_leaves_nothing_behind(backend, device):
     prompt = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0] * 8, device=device)[None]
     seed, ids = torch.tensor([4], device=device), torch.zeros(1, 0, dtype=torch.int64, device=device)
-    out = prompt_embed(ids, torch.ones(1, 32, device=device), prompt, dropout_p=0.5, seed=seed)
-    kept = keep_mask((1, 1, 32), 0.5, seed)
-    torch.testing.assert_close(out, torch.where(kept, 2 * prompt, 0.0), equal_nan=True, rtol=0, atol=0)
+    leaf = prompt.clone().requires_grad_()
+    out = prompt_embed(ids, torch.ones(1, 32, device=device), leaf, dropout_p=0.5, seed=seed)
+    expected = torch.where(keep_mask((1, 1, 32), 0.5, seed), 2 * prompt, 0.0)
+    torch.testing.assert_close(out.detach(), expected, equal_nan=True, rtol=0, atol=0)
+    out.backward(prompt[None])
+    torch.testing.assert_close(leaf.grad, expected[0], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("D", [1024, 1000])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_an_output_larger_than_the_caches(backend, device, dtype, D):
+    """A CPU writes it past them where rows are whole lines of 64 bytes, as 1024 numbers are and 1000 not."""
+    weight, prompt = torch.randn(50, D).to(device, dtype), torch.randn(20, D).to(device, dtype)
+    input_ids = torch.randint(50, (2**24 // (D * 100 * weight.element_size()) + 1, 80), device=device)
+    assert torch.equal(prompt_embed(input_ids, weight, prompt), peft(input_ids, weight, prompt))
 
 
 def test_seed_is_drawn_from_torchs_generator(backend, device):

@@ -141,6 +141,7 @@ ARGUMENTS = {
     "seed": SEED, "rows": 7, "dropout_p": 0.5,
 }  # fmt: skip
 PACKED = {"input_ids": IDS.reshape(-1), "cu_tokens": ENDS, "cu_rows": torch.tensor([0, 6, 13]), "rows": 13}
+INSIDE = torch.ones(10, dtype=torch.int64)[2:8]  # there are ids in front of it and behind
 HUGE = 2**63 - 1
 NUMBERS = ("starts", "lens", "cu_tokens", "cu_rows")
 
@@ -180,13 +181,17 @@ HOSTILE = [
     PACKED | {"cu_tokens": torch.tensor([0, 9, 6])},
     PACKED | {"cu_tokens": torch.tensor([0, 7, 7])},
     PACKED | {"cu_tokens": torch.tensor([-1, 2, 6])},
+    PACKED | {"cu_tokens": torch.tensor([-1, 1, 5]), "input_ids": INSIDE},
+    PACKED | {"cu_tokens": torch.tensor([2, 4, 8]), "input_ids": INSIDE},
     PACKED | {"cu_tokens": torch.tensor([0, HUGE, 6])},
     PACKED | {"cu_tokens": None},
     PACKED | {"cu_rows": torch.tensor([0, 6, 14])},
     PACKED | {"cu_rows": torch.tensor([1, 7, 13])},
     PACKED | {"cu_rows": torch.tensor([0, 14, 13])},
     PACKED | {"cu_rows": torch.tensor([0, -6, 13])},
+    PACKED | {"cu_rows": torch.tensor([1, 7, 14]), "rows": 14},
     PACKED | {"rows": 12},
+    PACKED | {"rows": 14},
 ]
 # Differences of these wrap around to positive numbers.
 WRAPPING = {"starts": torch.zeros(4).long(), "lens": torch.zeros(4).long()}
@@ -234,6 +239,8 @@ HOSTILE_BACKWARD = [
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 6, 14])},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, HUGE, 13])},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, -6, 13])},
+    PACKED_BACKWARD | {"cu_rows": torch.tensor([1, 7, 14]), "dout": torch.ones(14, 40)},
+    PACKED_BACKWARD | {"dout": torch.ones(14, 40)},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 13])},
     PACKED_BACKWARD | {"cu_rows": torch.tensor([0, 6, 13], dtype=torch.int32)},
     PACKED_BACKWARD | WRAPPING,

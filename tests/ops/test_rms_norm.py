@@ -144,6 +144,30 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.big
+@pytest.mark.parametrize("D", [1024, 1000])
+@pytest.mark.parametrize(("x_dtype", "w_dtype"), [MIXES[0], MIXES[1], MIXES[4]], ids=str)
+def test_a_row_is_the_same_alone_and_among_many(backend, device, x_dtype, w_dtype, D):
+    """Results larger than its caches a CPU writes past them where rows are whole lines of 64 bytes, as 1024 numbers are
+    and 1000 not."""
+    size = min(x_dtype.itemsize, w_dtype.itemsize)
+    x, dy = (random_rows((11, D), dtype, device, seed=dtype.itemsize) for dtype in (x_dtype, w_dtype))
+    residual, w = random_rows((11, D), w_dtype, device, seed=5), weight(D, w_dtype, device)
+    times = 2**24 // (11 * D * size) + 1
+
+    def run(x, residual, dy):
+        y, dx = value_and_gradient(rms_norm, x, w, dy)
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        fused, h = rms_norm(leaves[0], w, residual=leaves[1])
+        torch.autograd.backward((fused, h), (dy, torch.ones_like(h)))
+        return y, dx, fused.detach(), h.detach(), *(leaf.grad for leaf in leaves)
+
+    few, many = run(x, residual, dy), run(*(t.repeat(times, 1) for t in (x, residual, dy)))
+    for one, all_of_them in zip(few, many, strict=True):
+        one = one if device.type == "cpu" else all_of_them[:11]  # a GPU's order of addition may depend on N
+        assert torch.equal(all_of_them, one.repeat(times, 1))
+
+
 @pytest.mark.skipif(len(CPU_TARGETS) < 2, reason="needs two instruction sets")
 def test_same_bits_with_every_instruction_set():
     x, residual = (random_rows((5, 1001), torch.float32, torch.device("cpu"), seed) for seed in (0, 1))

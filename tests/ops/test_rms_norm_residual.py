@@ -54,7 +54,8 @@ def values_and_gradients(function, x, residual, w, p, seed, dy, dh):
 def check(shape, dtypes, p, device, number):
     x, residual = (random_rows(shape, dtypes[i], device, number + i) for i in (0, 1))
     w, seed = weight(shape[-1], dtypes[2], device), seed_of(number, device)
-    dy, dh = random_rows(shape, dtypes[2], device, number + 2), torch.ones(shape, device=device)
+    dy = random_rows(shape, dtypes[2], device, number + 2)
+    dh = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(number)).to(device)
     results = values_and_gradients(ours, x, residual, w, p, seed, dy, dh)
     stock = values_and_gradients(hf, x, residual, w, p, seed, dy, dh)
     truth = values_and_gradients(exact, x.double(), residual.double(), w, p, seed, dy, dh)
@@ -124,12 +125,14 @@ def test_mask_is_the_same_on_every_backend_and_in_backward(backend, device, p):
 
 
 def test_what_is_dropped_leaves_nothing_behind(backend, device):
-    """Zero, where F.dropout would make NaN of a dropped infinity: 0 * inf."""
+    """Zero, where F.dropout would make NaN of a dropped infinity: 0 * inf. Nor in the gradient."""
     x = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0] * 8, device=device)[None]
     seed, w, zero = seed_of(4, device), torch.ones(32, device=device), torch.zeros(1, 32, device=device)
     _, h = ours(x, zero, w, 0.5, seed)
-    kept = keep_mask((1, 32), 0.5, seed)
-    torch.testing.assert_close(h, torch.where(kept, 2 * x, 0.0), equal_nan=True, rtol=0, atol=0)
+    expected = torch.where(keep_mask((1, 32), 0.5, seed), 2 * x, 0.0)
+    torch.testing.assert_close(h, expected, equal_nan=True, rtol=0, atol=0)
+    dx = values_and_gradients(ours, zero, zero + 1, w, 0.5, seed, zero, x)[2]
+    torch.testing.assert_close(dx, expected, equal_nan=True, rtol=0, atol=0)
 
 
 def test_seed_is_drawn_from_torchs_generator(backend, device):

@@ -220,6 +220,7 @@ def test_many_blocks(backend, device, dtype):
         device, dtype, B=2, T=150, S=612, H=2, K=64, P=100, key_mask=key_mask("right", 2, 612, device)
     ).check()
     Case(device, dtype, B=1, T=300, S=300, H=1, K=32, causal=True, dropout_p=0.1).check()
+    Case(device, dtype, B=1, T=200, S=30, H=1, dropout_p=0.1).check()
 
 
 @pytest.mark.parametrize("T", [3, 9, 90])
@@ -331,6 +332,29 @@ def test_packed_equals_padded(backend, device, p, T):
             torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
 
 
+def test_an_example_without_queries_behind_a_long_one(backend, device, slow):
+    """Packed, it adds nothing and is in nobody's way."""
+    T = 20 if slow else 130
+    case = Case(device, torch.bfloat16, B=1, T=T, S=40)
+    case.tensors, case.dout = [x[0] for x in case.tensors], case.dout[0]
+    cu_q, cu_k = torch.tensor([[0, T, T, T], [0, 30, 35, 40]], device=device)
+    out, dq, dk, dv = run(case, cu_q=cu_q, cu_k=cu_k)
+    case.tensors[1:] = [x[:30] for x in case.tensors[1:]]
+    alone = run(case, cu_q=cu_q[:2], cu_k=cu_k[:2])
+    assert all(map(torch.equal, (out, dq, dk[:30], dv[:30]), alone))
+    assert not dk[30:].any()
+    assert not dv[30:].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_rounding_leans_to_no_side(backend, device, dtype):
+    """Weights cut off to the dtype, in place of rounded, would make all outputs small by a sixth of eps."""
+    case = Case(device, dtype, T=20, S=40, K=32)
+    case.v.uniform_(1, 2, generator=torch.Generator(device).manual_seed(0))
+    out, truth = case.ours(*case.tensors), case.hf(*[x.double() for x in case.tensors])
+    assert abs(float((out.double() / truth - 1.0).mean())) < torch.finfo(dtype).eps / 16
+
+
 def test_lengths_are_a_mask(backend, device):
     case = Case(device, B=3, S=9)
     lengths = torch.tensor([9, 4, 0], device=device)
@@ -371,6 +395,19 @@ def test_same_bits_every_run(backend, device):
     first = run(case)
     for _ in range(3):
         assert all(map(torch.equal, run(case), first))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_shares_of_a_prompts_gradient_are_added_in_order_and_rounded_once(backend, device, dtype):
+    """More examples and columns than a kernel takes at once."""
+    B, R = 37, 3
+    share = torch.randn(B, 5, 4, 16, device=device)
+    ids = torch.randint(R, (B,), generator=torch.Generator().manual_seed(0)).to(device)
+    expected = torch.zeros(R, 5, 4, 16, device=device)
+    for b, r in enumerate(ids.tolist()):
+        expected[r] += share[b]
+    found = torch.ops.fastprompt.t5_attention_prompt_sum(share, ids, R, dtype)
+    assert torch.equal(found, expected.to(dtype))
 
 
 def test_shifting_all_positions_changes_nothing(backend, device):
@@ -517,6 +554,29 @@ def test_scores_that_are_all_minus_infinity(backend, device, T, p):
     case = Case(device, T=T, S=4, dropout_p=p)
     case.q[0, 1, 0], case.k[0, :, 0] = -float("inf"), 1.0
     assert_finite_where_hf_is(case)
+
+
+@pytest.mark.parametrize("T", [3, 9, 40])
+@pytest.mark.parametrize("what", ["scores", "bias"])
+def test_rows_that_nothing_reads_and_whose_weights_are_nan(backend, device, T, what):
+    """All scores of a row are -infinity, or the table has a NaN for one of its distances."""
+    case = Case(device, T=T, S=4)
+    case.dout[:, :2] = 0.0
+    if what == "scores":
+        case.q[0, 1, 0], case.k[0, :, 0] = -float("inf"), 1.0
+    elif backend != "triton":  # whose tiles reach past the last key and query, where NaN may come from, too
+        case.bias[0, case.bias.shape[1] // 2 + 3] = float("nan")  # of the last key and the first query alone
+    assert_finite_where_hf_is(case)
+
+
+@pytest.mark.parametrize("T", [3, 9, 40])
+def test_scores_of_minus_infinity_before_all_others(backend, device, slow, T):
+    """Keys with a weight of zero, as many as a kernel takes at once: there is no largest score yet."""
+    many = 20 if slow else 300
+    case = Case(device, T=T, S=many + 10)
+    case.q[..., 0], case.k[:, :many, :, 0] = 1.0, -float("inf")
+    ours, _ = assert_finite_where_hf_is(case)
+    assert ours[0].isfinite().all()
 
 
 def test_keys_that_are_masked_are_not_read(backend, device):
