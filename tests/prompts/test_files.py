@@ -32,6 +32,8 @@ def test_round_trip(rows, tmp_path):
     again = read_prompt(path, width=D)
     assert torch.equal(again.rows, rows)
     assert (again.kind, again.init, again.name, again.model) == ("prepend", "labels", "sst2", None)
+    write_prompt(path, PromptFile(rows.T))  # columns follow each other there
+    assert torch.equal(read_prompt(path).rows, rows.T)
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", "<f8"])
