@@ -57,5 +57,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except (OSError, TypeError, ValueError, FloatingPointError, OverflowError, IndexError) as error:
-        print(error, file=sys.stderr)
+        # It may quote a stranger's file, which may say what steers a terminal.
+        lines = (line if line.isprintable() else ascii(line) for line in str(error).splitlines())
+        print(*lines, sep="\n", file=sys.stderr)
         return 1

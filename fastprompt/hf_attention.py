@@ -20,7 +20,6 @@ trained, attention weights as output, a mask of the user's own, another scale or
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -338,16 +337,12 @@ def _is_by_distance(module: nn.Module, bias: Tensor | None) -> bool:
 
 def makes_t5s_bias(attention: nn.Module) -> bool:
     """By transformers' own methods, as a function of distance?"""
-    cls: Any = type(attention)
-    return _has_t5s_bias(cls) and not any(name in attention.__dict__ for name in _BIAS_METHODS)
-
-
-_BIAS_METHODS = ("compute_bias", "_relative_position_bucket")
-
-
-@cache
-def _has_t5s_bias(cls: type) -> bool:
-    return all(getattr(cls, name).__module__.startswith("transformers.models.") for name in _BIAS_METHODS)
+    for name in ("compute_bias", "_relative_position_bucket"):
+        # Where its code is from, which functools.wraps does not copy.
+        home = getattr(getattr(attention, name, None), "__globals__", {}).get("__name__", "")
+        if not home.startswith("transformers."):
+            return False
+    return True
 
 
 def table(bias: Tensor, allowed: Allowed, layer: Any) -> Tensor | None:

@@ -58,6 +58,15 @@ def test_what_a_file_says_steers_no_terminal(tmp_path, capsys):
     assert (status, text.splitlines()[2:]) == (0, [r"name: '\x1b[2J'", r"initialiser: 'a\nb'"])
 
 
+def test_an_error_that_quotes_a_file_steers_no_terminal(tmp_path, capsys):
+    header = b'{"prompt": {"dtype": "\\u001b[2J", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "p").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert main(["inspect", str(tmp_path / "p")]) == 1
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert r"\x1b[2J" in said
+
+
 def test_names_may_have_characters_that_the_terminal_has_not(tmp_path):
     path = os.fsencode(tmp_path) + b"/\xff\xd0.npy"
     write_prompt(os.fsdecode(path), PromptFile(torch.ones(2, 4)))

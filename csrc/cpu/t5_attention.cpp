@@ -108,7 +108,7 @@ void Forward::finish_rows(int64_t first, int64_t count, void* to, float* stats) 
     store_rows(out, to, rows_from(first), dtype, count, a.K);
 }
 
-// A few queries (decoding): keys and values are read where they lie.
+// A few queries: keys and values are read where they lie.
 void Forward::run_few(void* to, float* stats) {
     find_rows();
     load_queries(0, T);

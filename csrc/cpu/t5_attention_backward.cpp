@@ -46,7 +46,7 @@ struct Backward : Work {
     void run_block(int64_t first, int64_t count);
     void run_few(const void* dout_rows, const float* stats, void* dq_rows);
     template <class Run>
-    void each_chunk(int64_t most, const Run& run) const;
+    void each_chunk_of_keys(int64_t most, const Run& run) const;
     void weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width, float* s, float* dw);
     template <class Weight>
     void differentiate(int64_t row, int64_t chunk, int64_t width, float* s, float* dw) const;
@@ -109,7 +109,7 @@ void Backward::differentiate(int64_t row, int64_t chunk, int64_t width, float* s
 
 // run(chunk, width, scores, dweights) for the keys [0, most).
 template <class Run>
-void Backward::each_chunk(int64_t most, const Run& run) const {
+void Backward::each_chunk_of_keys(int64_t most, const Run& run) const {
     for (int64_t chunk = 0; chunk < most; chunk += kKeys) {
         const int64_t block = chunk / kKeys * kQueries * kScoreRow;
         run(chunk, most - chunk < kKeys ? most - chunk : kKeys, scores + block, dweights + block);
@@ -118,14 +118,14 @@ void Backward::each_chunk(int64_t most, const Run& run) const {
 
 void Backward::run_block(int64_t first, int64_t count) {
     const int64_t most = limit[count - 1], D = Products::depth(a.K);
-    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+    each_chunk_of_keys(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
         Products::score(q_factor, count, key_panels + chunk * D, width, a.K, s);
         Products::score(dout_factor, count, value_panels + chunk * D, width, a.K, dw);
         for (int64_t i = 0; i < count; ++i) {
             weigh_again(first + i, i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
         }
     });
-    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+    each_chunk_of_keys(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
         for (int64_t i = 0; i < count; ++i) {
             differentiate<Factor>(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
         }
@@ -142,13 +142,13 @@ void Backward::run_few(const void* dout_rows, const float* stats, void* dq_rows)
     find_rows();
     load_gradients(dout_rows, stats, 0, T);
     clear(dq, T * a.K);
-    const int64_t most = limit[T - 1];  // all keys
-    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+    const int64_t most = limit[T - 1];  // all keys: those behind the last query were left out
+    each_chunk_of_keys(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
         few_keys.score(q, T, chunk, width, s);
         few_values.score(dout, T, chunk, width, dw);
         for (int64_t i = 0; i < T; ++i) weigh_again(i, i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
     });
-    each_chunk(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
+    each_chunk_of_keys(most, [&](int64_t chunk, int64_t width, float* s, float* dw) {
         for (int64_t i = 0; i < T; ++i) {
             differentiate<float>(i, chunk, width, s + i * kScoreRow, dw + i * kScoreRow);
         }

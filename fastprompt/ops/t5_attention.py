@@ -25,8 +25,8 @@ exponentials, or the log of the sum and 1: the pair loses less to rounding. With
 dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
 prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias has none.
 
-What is between loads and stores is fp32. But bf16 on a CPU with AMX or AVX512_BF16 is multiplied as such, with fp32
-sums: weights and dscore are rounded to bf16 there (docs/decisions/0016).
+What is between loads and stores is fp32. But bf16 of more than 16 queries on a CPU with AMX or AVX512_BF16 is
+multiplied as such, with fp32 sums: weights and dscore are rounded to bf16 there (docs/decisions/0016).
 
 No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it. In fp32 with K > 64
 they would spill; the reference runs then. The forward pass is CUDA C++ up to 16 queries, which in fp32 would be other

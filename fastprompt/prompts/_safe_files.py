@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastprompt.prompts.layout import Shape
 
+MOVES = 100  # so often another file may take a name while it is opened
 JSON_LIMIT = 1 << 20  # an adapter_config.json has about a thousand bytes
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -64,7 +65,7 @@ def open_once(source: Path, opening: Callable[[], Any]) -> Any:
     """What ``opening`` makes of one file. It opens the name twice, as safetensors and numpy do for header and data, and
     between them another file may be moved there, as by :func:`replacing`. Then it is called again.
     """
-    while True:
+    for _ in range(MOVES):
         with source.open("rb") as stream:  # open, so that no other file gets its number
             try:
                 found = opening()
@@ -74,6 +75,7 @@ def open_once(source: Path, opening: Callable[[], Any]) -> Any:
                 continue
             if _is_there(stream, source):
                 return found
+    raise OSError(f"{source} is another file each time it is opened")
 
 
 def _is_there(stream: BinaryIO, source: Path) -> bool:

@@ -171,7 +171,7 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
                 got = "it offloaded" if weight.is_meta else "it sharded" if sharded else "requires_grad=True"
                 return f"needs a frozen relative_attention_bias.weight, got {got}"
             if not is_plain_bias(attention):
-                return "needs a relative_attention_bias that is its weight and no more"
+                return "needs the bias of relative_attention_bias.weight and no more"
             if not has_bias_table(attention):
                 buckets, distance = (
                     attention.relative_attention_num_buckets,

@@ -3,6 +3,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import wraps
 
 import pytest
 import torch
@@ -469,14 +470,20 @@ class OwnBias(modeling_t5.T5Attention):
         return skewed(super().compute_bias(*args, **how))
 
 
-@pytest.mark.parametrize("place", ["class", "instance"])
+class WrappedBias(modeling_t5.T5Attention):
+    @wraps(modeling_t5.T5Attention.compute_bias)
+    def compute_bias(self, *args, **how):
+        return skewed(super().compute_bias(*args, **how))
+
+
+@pytest.mark.parametrize("place", [OwnBias, WrappedBias, "instance"])
 def test_a_bias_of_ones_own_is_read_in_full(place, pair, batch, labels, ran):
     """By all layers, which are handed what the first one made: no distance alone tells it."""
     eager, ours = pair()
     for model in (eager, ours):
         first = model.encoder.block[0].layer[0].SelfAttention
-        if place == "class":
-            first.__class__ = OwnBias
+        if place != "instance":
+            first.__class__ = place
         else:
             make = first.compute_bias
             first.compute_bias = lambda *args, make=make, **how: skewed(make(*args, **how))

@@ -32,9 +32,11 @@ def _the_cuda_kernel_itself(monkeypatch):
     monkeypatch.setattr(page, "FLOAT32_DECODE_ROWS", page.DECODE_ROWS)
 
 
-@pytest.fixture(name="T", params=[7, 40], ids=["few queries", "blocks"])
+@pytest.fixture(name="T", params=[3, 7, 40])
 def queries(request, slow):
-    """So few queries that a CPU's kernel reads keys and values where they lie, or more, which it packs them for."""
+    """So few queries that a CPU's kernel reads keys and values where they lie, or more, which it packs them for (for 7
+    of them without vectors only).
+    """
     return min(request.param, 12) if slow else request.param
 
 
@@ -223,6 +225,15 @@ def test_many_blocks(backend, device, dtype):
     Case(device, dtype, B=1, T=200, S=30, H=1, dropout_p=0.1).check()
 
 
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("T", [3, 7, 16])
+def test_few_queries_over_many_keys(backend, device, dtype, T):
+    """More keys than a CPU's kernel takes at once."""
+    Case(device, dtype, T=T, S=560, K=32, P=100, key_mask=key_mask("any", 2, 560, device)).check()
+    Case(device, dtype, T=T, S=300, causal=True, offset=300 - T, dropout_p=0.1).check()
+
+
 @pytest.mark.parametrize("T", [3, 9, 90])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_outputs_that_nothing_reads(backend, device, slow, T, p):
@@ -311,7 +322,7 @@ def packed(x, lengths):
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_packed_equals_padded(backend, device, p, T):
     """Outputs and gradients of the real rows, dropout included; an example without tokens too."""
-    queries, keys = [T, 0, 4], [9, 5, 2]
+    queries, keys = [T, 0, 2], [9, 5, 2]
     mask = torch.arange(9, device=device)[None] < torch.tensor(keys, device=device)[:, None]
     padded = Case(device, B=3, T=T, S=9, P=4, dropout_p=p, causal=True, offset=2)
     real = torch.arange(T, device=device)[None] < torch.tensor(queries, device=device)[:, None]

@@ -320,8 +320,8 @@ def with_a_norm(encoder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lora_on_the_bias, "needs a relative_attention_bias that is its weight and no more"),
-        (with_a_norm, "needs a relative_attention_bias that is its weight and no more"),
+        (lora_on_the_bias, "needs the bias of relative_attention_bias.weight and no more"),
+        (with_a_norm, "needs the bias of relative_attention_bias.weight and no more"),
         (scaled, "needs scores as they are, got scaling=0.25 in block.1"),
         (reversed_blocks, "needs the blocks that transformers made, in that order"),
         (repeated_blocks, "needs the blocks that transformers made, in that order"),
