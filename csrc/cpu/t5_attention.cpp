@@ -46,15 +46,16 @@ void Forward::weigh(int64_t i, int64_t row, int64_t chunk, int64_t width) {
     const float base = high == -INFINITY ? 0.0f : high;  // all scores so far are -inf: weights of 0, not NaN
     const bool drops = dropout.active();
     if (drops) draw(i, chunk, allowed);
-    vfloat sum{};
+    RowTotal sum;
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat weight = exp(load(s + n) - base);
-        sum += weight;
+        sum.part += weight;
+        sum.end_vector(n);
         if (drops) weight *= keys.at(factors, chunk + n);
         store_weight(weights + n, weight);
     }
     clear_weights(weights, allowed, width);
-    const float added = sum_lanes(sum);
+    const float added = sum.total();
     const vfloat rescale = exp(splat(top[row] - base));
     if (chunk > 0) {
         for (int64_t d = 0; d < a.K; d += kLanes) store(out + row * a.K + d, load(out + row * a.K + d) * rescale);

@@ -168,6 +168,19 @@ FP_INLINE void clear_weights(Weight* row, int64_t allowed, int64_t width) {
     }
 }
 
+// A sum over a row, whose chains are short with one lane, too.
+struct RowTotal {
+    vfloat part = {};
+
+    FP_INLINE void end_vector(int64_t n) {
+        if (kLanes == 1 && n % 16 == 15) sum_ += part, part = vfloat{};
+    }
+    FP_INLINE float total() const { return sum_lanes(kLanes == 1 ? sum_ + part : part); }
+
+private:
+    vfloat sum_ = {};
+};
+
 // One example and head, as both passes see it.
 struct Work {
     using Factor = Products::Factor;

@@ -68,7 +68,7 @@ void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width,
     const bool drops = dropout.active();
     if (drops && allowed > 0) draw(i, chunk, allowed);
     const float high = top[row], inverse = 1.0f / total[row];
-    vfloat sum{};
+    RowTotal sum;
     for (int64_t n = 0; n < allowed; n += kLanes) {
         vfloat value = load(s + n);
         if (bias_row != nullptr) value += keys.at(bias_row, chunk + n);
@@ -82,11 +82,12 @@ void Backward::weigh_again(int64_t i, int64_t row, int64_t chunk, int64_t width,
             dweight *= factor;  // of what is not finite NaN, also where it is dropped, as in PyTorch
             dropped = bit_cast<vuint>(factor == 0.0f) & kSign;
         }
-        sum = fused_multiply_add(weight, dweight, sum);
+        sum.part = fused_multiply_add(weight, dweight, sum.part);
+        sum.end_vector(n);
         store(s + n, bit_cast<vfloat>(bit_cast<vuint>(weight) | dropped));
         store(dw + n, dweight);
     }
-    delta[row] += sum_lanes(sum);
+    delta[row] += sum.total();
 }
 
 // Of what weigh_again left, s becomes weights times dropout's factors, dw the gradient of the scores, both as factors.

@@ -19,6 +19,7 @@ void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
 
 // Sums of a tile of queries: as many as the registers hold beside the operands, as kTileVectors.
 constexpr int kFewRows = kTileVectors, kFewVectors = kTileVectors;
+constexpr int64_t kFewDepth = 64;  // products of a sum in registers: short chains keep the error small
 
 // run(i, rows), rows a constant, for tiles of rows that cover [0, count).
 template <class Run>
@@ -57,13 +58,16 @@ public:
     void add(const float* weights, int64_t queries, int64_t chunk, int64_t width, float* to) const {
         with_type(dtype_, [&](auto type) {
             each_few(queries, [&](int64_t i, auto rows) {
-                const float* left = weights + i * kScoreRow;
-                int64_t d = 0;
-                for (; d + kFewVectors * kLanes <= K_; d += kFewVectors * kLanes) {
-                    add_tile<rows, kFewVectors, decltype(type)>(left, chunk, width, d, to + i * K_ + d);
-                }
-                for (; d < K_; d += kLanes) {
-                    add_tile<rows, 1, decltype(type)>(left, chunk, width, d, to + i * K_ + d);
+                for (int64_t n = 0; n < width; n += kFewDepth) {
+                    const int64_t first = chunk + n, count = width - n < kFewDepth ? width - n : kFewDepth;
+                    const float* left = weights + i * kScoreRow + n;
+                    int64_t d = 0;
+                    for (; d + kFewVectors * kLanes <= K_; d += kFewVectors * kLanes) {
+                        add_tile<rows, kFewVectors, decltype(type)>(left, first, count, d, to + i * K_ + d);
+                    }
+                    for (; d < K_; d += kLanes) {
+                        add_tile<rows, 1, decltype(type)>(left, first, count, d, to + i * K_ + d);
+                    }
                 }
             });
         });
@@ -100,15 +104,10 @@ private:
     }
 
     template <int ROWS, int VECTORS, class T>
-    FP_INLINE void add_tile(const float* weights, int64_t chunk, int64_t width, int64_t column, float* to) const {
-        vfloat sum[ROWS][VECTORS];
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) sum[i][v] = load(to + i * K_ + v * kLanes);
-        }
-        for (int64_t n = 0; n < width; ++n) {
-            const T* row = next<T>(chunk + n) + column;
+    FP_INLINE void add_tile(const float* weights, int64_t first, int64_t count, int64_t column, float* to) const {
+        vfloat sum[ROWS][VECTORS] = {};
+        for (int64_t n = 0; n < count; ++n) {
+            const T* row = next<T>(first + n) + column;
             vfloat right[VECTORS];
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) right[v] = load(row + v * kLanes);
@@ -122,7 +121,10 @@ private:
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) store(to + i * K_ + v * kLanes, sum[i][v]);
+            for (int v = 0; v < VECTORS; ++v) {
+                float* total = to + i * K_ + v * kLanes;
+                store(total, load(total) + sum[i][v]);
+            }
         }
     }
 
