@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import TextIOWrapper
 
 import fastprompt
+from fastprompt.commands._terminal import printable
 
 COMMANDS = ("demo", "tune", "eval", "bench", "inspect", "doctor")
 
@@ -57,7 +58,5 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except (OSError, TypeError, ValueError, FloatingPointError, OverflowError, IndexError) as error:
-        # It may quote a stranger's file, which may say what steers a terminal.
-        lines = (line if line.isprintable() else ascii(line) for line in str(error).splitlines())
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*map(printable, str(error).splitlines()), sep="\n", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ import argparse
 
 import torch
 
+from fastprompt.commands._terminal import printable
 from fastprompt.prompts.files import read_prompt
 
 HELP = "show what a prompt file holds"
@@ -34,7 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"row norms: least {norms.min():.3g}, median {norms.median():.3g}, greatest {norms.max():.3g}")
     for what, value in (("name", prompt.name), ("initialiser", prompt.init), ("model", prompt.model)):
         if value is not None:
-            said = str(value)
-            # A stranger's file may say what steers a terminal.
-            print(f"{what}: {said if said.isprintable() else ascii(said)}")
+            print(f"{what}: {printable(str(value))}")
     return 0
