@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds fastprompt._C with ninja: each csrc/cpu/*.cpp once per instruction set, each csrc/cuda/*.cu if nvcc is here.
 
+Kernels are built on Linux; elsewhere the package is Python alone, whose ops run on their PyTorch references.
 Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a;75+PTX", FASTPROMPT_SANITIZE=address,undefined,
 CXX, MAX_JOBS. Of an architecture with +PTX, drivers compile for all GPUs from that one on that have no code here.
 """
@@ -180,7 +181,7 @@ setup(
     # A top-level package named triton_kernels would collide with another project's.
     package_dir={"fastprompt": "fastprompt", "fastprompt.triton_kernels": "triton_kernels"},
     package_data={"fastprompt": ["py.typed"], "fastprompt.demo": ["tiny_t5/*"]},
-    ext_modules=[Extension("fastprompt._C", sources=[])],
+    ext_modules=[Extension("fastprompt._C", sources=[])] if platform.system() == "Linux" else [],
     cmdclass={"build_ext": NinjaBuild},
     zip_safe=False,
 )

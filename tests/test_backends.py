@@ -320,6 +320,15 @@ def test_without_the_extension_it_warns_and_computes_the_same(usual):
     torch.testing.assert_close(torch.tensor(hidden["y"]), torch.tensor(usual["y"]))
 
 
+def test_without_the_extension_nobody_is_told_to_build_what_does_not_build_here():
+    elsewhere = (
+        "import platform, sys, torch; platform.system = lambda: 'Darwin'; sys.modules['fastprompt._C'] = None"
+    )
+    [warning] = answer(elsewhere, TRITON_INTERPRET="0")["warnings"]
+    assert "They are for Linux" in warning
+    assert "pip install" not in warning
+
+
 @pytest.mark.parametrize("missing", ["triton", "fastprompt.triton_kernels"])
 def test_without_triton_nothing_is_missed(usual, missing):
     """Or without our kernels, which a source tree on the path does not have."""

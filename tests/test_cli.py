@@ -117,6 +117,14 @@ def test_a_reader_may_leave():
     assert "BrokenPipe" not in run.stderr
 
 
+def test_doctor_tells_what_is_installed_and_broken(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ", but import peft fails: import of peft halted" in next(x for x in lines if x.startswith("peft"))
+    assert "fails" not in next(line for line in lines if line.startswith("torch"))
+
+
 def test_nothing_has_to_be_open_for_what_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)

@@ -2,6 +2,7 @@
 """`fastprompt doctor`."""
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -10,6 +11,7 @@ import torch
 
 import fastprompt
 from fastprompt import _native, _op
+from fastprompt.commands._terminal import printable
 
 HELP = "say what is installed and which backend each op uses on this machine"
 
@@ -38,8 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def version(package: str) -> str:
-    """Of an installed package."""
+    """Of an installed package, and why it cannot be used if it cannot."""
     try:
-        return importlib.metadata.version(package)
+        found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # whatever another package's modules raise
+        return f"{found}, but import {package} fails: {printable(str(error))}"
+    return found

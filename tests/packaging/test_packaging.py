@@ -98,6 +98,16 @@ def test_wheel_is_complete_and_has_one_top_level_package(wheel):
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastprompt"}
 
 
+def test_elsewhere_than_on_linux_the_wheel_is_python_alone(source, tmp_path):
+    build = "import platform, runpy; platform.system = lambda: 'Darwin'; runpy.run_path('setup.py')"
+    run(sys.executable, "-c", build, "-q", "bdist_wheel", "-b", tmp_path / "b", "-d", tmp_path, cwd=source)
+    [wheel] = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert tracked("fastprompt", "**/*.py") <= set(names)
+    assert not [name for name in names if "/_C." in name]
+
+
 def test_the_installed_package_runs_its_own_kernels(site, tmp_path):
     program = """
 import pathlib, sys
