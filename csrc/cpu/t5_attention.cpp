@@ -87,7 +87,7 @@ void Forward::starve(int64_t i, float* row) const {
         dropout.factors(i << 35, keys.own, factors, static_cast<uint32_t>(b * a.H + h));
     }
     for (int64_t s = 0; s < keys.own; ++s) {
-        keys.load_key(a, b, h, s, true, dtype, value);
+        load_key(s, true, value);
         const float factor = dropout.active() ? factors[s] : 1.0f;
         for (int64_t d = 0; d < a.K; ++d) row[d] += factor * value[d];
     }

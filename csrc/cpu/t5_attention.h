@@ -108,33 +108,6 @@ struct Keys {
         for (int64_t pad = 0; pad < kPanel; ++pad) index[count + pad] = static_cast<int32_t>(prompt + own + pad);
     }
 
-    const void* base(const fp::Attention& a, int64_t i, bool values) const {
-        return i < prompt ? (values ? a.prompt_v : a.prompt_k) : (values ? a.v : a.k);
-    }
-
-    int64_t source(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values) const {
-        if (i < prompt) {
-            const fp::Strides& s = values ? a.prompt_v_strides : a.prompt_k_strides;
-            return a.prompt(b) * s.example + i * s.row + h * s.head;
-        }
-        return a.own(values ? a.v_strides : a.k_strides, b, a.key_begin(b), i - prompt, h);
-    }
-
-    void load_key(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values, int64_t dtype,
-                  float* to) const {
-        load_row(base(a, i, values), source(a, b, h, i, values), dtype, to, a.K);
-    }
-
-    void fetch_key(const fp::Attention& a, int64_t b, int64_t h, int64_t i, bool values, int64_t dtype) const {
-        fetch_row(base(a, i, values), source(a, b, h, i, values), dtype, a.K);
-    }
-
-    // Row n of the gathered keys or values, where it lies.
-    const void* row(const fp::Attention& a, int64_t b, int64_t h, int64_t n, bool values, int64_t dtype) const {
-        const int64_t i = index[n];
-        return static_cast<const char*>(base(a, i, values)) + source(a, b, h, i, values) * size_of(dtype);
-    }
-
     // How many of them a query at `position` may attend to: they are sorted.
     int64_t allowed(const fp::Attention& a, int64_t position) const {
         if (a.causal == 0) return count;
@@ -248,19 +221,30 @@ struct Work {
     // Entry [index] of the result is for a key of that index and query i.
     const float* bias_of(int64_t i) const { return bias + (T - 1) - i; }
 
-    // The n-th of the gathered keys or values, as a factor.
-    void load_gathered(int64_t n, bool values, float* to) const {
-        keys.load_key(a, b, h, keys.index[n], values, dtype, to);
+    // Where key i of the example, or its value, lies.
+    const void* key_row(int64_t i, bool values) const {
+        const auto row = [&](const void* rows, int64_t at) {
+            return static_cast<const char*>(rows) + at * size_of(dtype);
+        };
+        if (i < keys.prompt) {
+            const fp::Strides& s = values ? a.prompt_v_strides : a.prompt_k_strides;
+            return row(values ? a.prompt_v : a.prompt_k, a.prompt(b) * s.example + i * s.row + h * s.head);
+        }
+        const fp::Strides& s = values ? a.v_strides : a.k_strides;
+        return row(values ? a.v : a.k, a.own(s, b, a.key_begin(b), i - keys.prompt, h));
     }
-    void load_gathered(int64_t n, bool values, fp::bf16* to) const {
-        const auto* row = static_cast<const fp::bf16*>(keys.row(a, b, h, n, values, dtype));
+    void load_key(int64_t i, bool values, float* to) const { load_row(key_row(i, values), 0, dtype, to, a.K); }
+    void load_key(int64_t i, bool values, fp::bf16* to) const {
+        const auto* row = static_cast<const fp::bf16*>(key_row(i, values));
         for (int64_t d = 0; d < a.K; d += kLanes) memcpy(to + d, row + d, kLanes * sizeof(fp::bf16));
     }
+
+    // Loads the n-th of the gathered keys or values as a factor, and asks for a later one.
     auto gathered(bool values) const {
         return [this, values](int64_t n, Factor* to) {
             const int64_t later = n + kRowsAhead;
-            if (later < keys.count) keys.fetch_key(a, b, h, keys.index[later], values, dtype);
-            load_gathered(n, values, to);
+            if (later < keys.count) fetch_row(key_row(keys.index[later], values), 0, dtype, a.K);
+            load_key(keys.index[n], values, to);
         };
     }
 
@@ -268,7 +252,7 @@ struct Work {
     void find_rows() {
         const auto find = [&](Rows& rows, bool values) {
             const bool apart = (values ? a.v_strides : a.k_strides).row != a.K;
-            rows.find(keys.count, a.K, dtype, apart, [&](int64_t n) { return keys.row(a, b, h, n, values, dtype); });
+            rows.find(keys.count, a.K, dtype, apart, [&](int64_t n) { return key_row(keys.index[n], values); });
         };
         find(few_keys, false);
         find(few_values, true);

@@ -183,7 +183,7 @@ void Backward::starve(int64_t i, int64_t row) {
     }
     const float weight = 1.0f / static_cast<float>(keys.own);
     for (int64_t s = 0; s < keys.own; ++s) {
-        keys.load_key(a, b, h, s, true, dtype, value);
+        load_key(s, true, value);
         const float factor = dropout.active() ? factors[s] : 1.0f;
         float dweight = 0.0f;
         for (int64_t d = 0; d < a.K; ++d) dweight += row_dout[d] * value[d];
@@ -191,7 +191,7 @@ void Backward::starve(int64_t i, int64_t row) {
         delta[row] += weight * dweights_of_row[s];
     }
     for (int64_t s = 0; s < keys.own; ++s) {
-        keys.load_key(a, b, h, s, false, dtype, key);
+        load_key(s, false, key);
         const float factor = dropout.active() ? factors[s] : 1.0f;
         const float dscore = weight * (dweights_of_row[s] - delta[row]);
         for (int64_t d = 0; d < a.K; ++d) {
