@@ -19,7 +19,7 @@ help:
 	@echo "make bench   benchmarks beside what a user has today"
 	@echo "make lint | unit | compat | hf-quick | bench-quick | triton | triton-aot | sanitize | packaging   the parts of make test"
 	@echo "make hf-tests  all of transformers' own model tests on patched models (about 3 minutes)"
-	@echo "make wheel   build a wheel into dist/"
+	@echo "make wheel   build a manylinux wheel into dist/"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: build, test and benchmark there"
 
 setup: $(VENV)/installed
@@ -115,8 +115,11 @@ bench: setup
 bench-quick: setup
 	$(PYTEST) benchmarks/bench_*.py --quick
 
+# For other machines with this Python and a C library as new as here.
 wheel: setup
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	rm -rf build/wheel
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PYTHON=$(BIN)/python bash tools/manylinux.sh build/wheel/*.whl dist
 
 # Uses the machine's own Python, torch and compiler; writes only under build/gpu and $(OUT).
 OUT ?= benchmarks/results/gpu

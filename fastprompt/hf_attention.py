@@ -20,6 +20,7 @@ trained, attention weights as output, a mask of the user's own, another scale or
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from types import MethodType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -338,9 +339,11 @@ def _is_by_distance(module: nn.Module, bias: Tensor | None) -> bool:
 def makes_t5s_bias(attention: nn.Module) -> bool:
     """By transformers' own methods, as a function of distance?"""
     for name in ("compute_bias", "_relative_position_bucket"):
+        method = getattr(attention, name, None)
+        if isinstance(method, MethodType):  # torch.compile asks no method for its function's attributes
+            method = method.__func__
         # Where its code is from, which functools.wraps does not copy.
-        home = getattr(getattr(attention, name, None), "__globals__", {}).get("__name__", "")
-        if not home.startswith("transformers."):
+        if not getattr(method, "__globals__", {}).get("__name__", "").startswith("transformers."):
             return False
     return True
 

@@ -67,9 +67,18 @@ def wheel(sdist, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def site(wheel, tmp_path_factory):
+def manylinux(wheel, tmp_path_factory):
+    """As others get it."""
+    out = tmp_path_factory.mktemp("manylinux")
+    run("bash", ROOT / "tools/manylinux.sh", wheel, out, cwd=out, PYTHON=sys.executable)
+    [found] = out.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="session")
+def site(manylinux, tmp_path_factory):
     target = tmp_path_factory.mktemp("site")
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=target)
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, manylinux, cwd=target)
     return target
 
 
@@ -96,6 +105,12 @@ def test_wheel_is_complete_and_has_one_top_level_package(wheel):
     assert any(re.fullmatch(r"fastprompt/_C\..*\.so", name) for name in names)
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastprompt"}
+
+
+def test_the_wheel_runs_on_other_machines_and_brings_no_library(manylinux, wheel):
+    assert re.search(r"-manylinux_2_\d+_\w+\.whl$", manylinux.name), manylinux.name
+    added = set(zipfile.ZipFile(manylinux).namelist()) - set(zipfile.ZipFile(wheel).namelist())
+    assert all(name.endswith("/") for name in added), added
 
 
 def test_elsewhere_than_on_linux_the_wheel_is_python_alone(source, tmp_path):
