@@ -191,7 +191,8 @@ class PromptHolder(nn.Module):
         shape = ModelShape.of(self.model)
         file = path if isinstance(path, PromptFile) else read_prompt(path, shape=shape, task=task)
         source = (file.name or name) if isinstance(path, PromptFile) else os.fspath(path)
-        check_fits(f"PromptModel: {source}", file, shape, self._identity() if strict and file.model else None)
+        identity = self._identity(file.model) if strict and file.model else None
+        check_fits(f"PromptModel: {source}", file, shape, identity)
         if name in self.prompts:
             assign(f"PromptModel: {source}", name, self.prompts[name], self.kind(name), file)
         else:
@@ -284,8 +285,9 @@ class PromptHolder(nn.Module):
         device = self._table().device
         return torch.device("cpu") if device.type == "meta" else device
 
-    def _identity(self) -> ModelIdentity:
-        return ModelIdentity.of(self.model.config, self._table())
+    def _identity(self, beside: ModelIdentity | None = None) -> ModelIdentity:
+        """The model's. ``beside``: the only one that it will be compared with, if that is known."""
+        return ModelIdentity.of(self.model.config, self._table(), beside)
 
 
 def _after_loading(module: PromptHolder, incompatible: Any) -> None:

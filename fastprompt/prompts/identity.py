@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastprompt.prompts.stamp import adapters_of
 from fastprompt.prompts.tensors import is_sharded, parts_of
@@ -51,8 +52,12 @@ class ModelIdentity:
                 raise TypeError(f"{each.name} must be {each.type}, got {getattr(self, each.name)!r}")
 
     @classmethod
-    def of(cls, config: Any, weight: Tensor) -> Self:
-        """Of a model with this HF config and this embedding table [V, D]. Reads the whole table."""
+    def of(cls, config: Any, weight: Tensor, beside: "ModelIdentity | None" = None) -> Self:
+        """Of a model with this HF config and this embedding table [V, D]. Reads the whole table.
+
+        beside: the only one that it will be compared with, if that is known.
+        """
+        half = weight.dtype == torch.float32 and (beside is None or beside.embedding_dtype == "float16")
         return cls(
             name_or_path=str(getattr(config, "_name_or_path", "")),
             model_type=str(config.model_type),
@@ -60,7 +65,7 @@ class ModelIdentity:
             d_model=weight.shape[1],
             embedding_dtype=str(weight.dtype).removeprefix("torch."),
             embedding_sha256=embedding_sha256(weight),
-            float16_sha256=embedding_sha256(weight, torch.float16) if weight.dtype == torch.float32 else "",
+            float16_sha256=embedding_sha256(weight, torch.float16) if half else "",
         )
 
     def difference(self, other: "ModelIdentity") -> str | None:
@@ -99,10 +104,27 @@ def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
         )
     if parts_of(weight):
         return _weight_sha256(("", weight))
-    digest = hashlib.sha256(f"{list(weight.shape)}".encode())
-    for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
-        digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
-    return digest.hexdigest()
+    known, content = _known.setdefault(weight, {}), _content(weight)
+    if content is None or known.get(dtype, (None, ""))[0] != content:
+        digest = hashlib.sha256(f"{list(weight.shape)}".encode())
+        for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
+            digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+        known[dtype] = (content, digest.hexdigest())
+    return known[dtype][1]
+
+
+# The hashes of tables, by the dtype of the load, with the table's content: prompts are loaded one by one, and sha256
+# takes up to seconds, fifty times as long as the sums that tell whether a table is still as it was.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _content(weight: Tensor) -> tuple[Any, ...] | None:
+    """Shape, dtype and a sum of all bits of a table [V, D], in order, at the speed of memory; None: it has no such."""
+    if weight.shape[1] * weight.element_size() % 8 != 0:
+        return None
+    rows = weight.detach().contiguous().view(torch.int64).sum(1)
+    total = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
+    return weight.shape, weight.dtype, int(total)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """save_prompt and load_prompt: a prompt comes back exactly, and only into the model it was trained for."""
 
+from hashlib import sha256
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastprompt.model import PromptModel
-from fastprompt.prompts import PromptConfig
+from fastprompt.prompts import PromptConfig, identity
 from fastprompt.prompts.identity import embedding_sha256
 
 
@@ -109,6 +112,29 @@ def test_the_hash_sees_every_row_and_the_shape():
         changed = table.clone()
         changed[row, 0] += 1
         assert embedding_sha256(changed) != first
+
+
+def test_a_table_is_hashed_anew_once_any_of_it_has_changed(monkeypatch):
+    """Through .data, too, which leaves no other trace."""
+    hashed = []
+    monkeypatch.setattr(identity, "hashlib", SimpleNamespace(sha256=lambda x: hashed.append(x) or sha256(x)))
+    table = torch.randn(50, 8)
+    for change in (
+        lambda data: data,
+        lambda data: data[3, 2].mul_(2) and data,
+        lambda data: data.roll(1, 0),  # the same numbers in another order
+        lambda data: data.half(),
+        lambda data: data.view(torch.bfloat16),  # the same bits
+        lambda data: data.zero_(),
+        lambda data: data.view(25, 16),
+        lambda data: data[:, :7].clone(),  # an odd width
+    ):
+        table.data = change(table.data)
+        fresh = embedding_sha256(table.clone())
+        hashed.clear()
+        assert embedding_sha256(table) == embedding_sha256(table) == fresh
+        assert len(hashed) == 1 or table.shape[1] % 2
+        assert embedding_sha256(table, torch.float16) == embedding_sha256(table.clone(), torch.float16)
 
 
 def test_a_name_is_checked_before_a_file_is_written(make_prompted, tmp_path):
