@@ -243,6 +243,7 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError: choices that cannot be; and as in ``forward``.
         """
         ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
+        self._batch_size(input_ids, encoder_outputs)  # checks them
         with self.keeping(prompts):
             scores = choice_scores(
                 self,
@@ -373,7 +374,7 @@ class PromptModel(KeyKeeper):
 
     def _batch_size(self, input_ids: Tensor | None, encoder_outputs: Any) -> int:
         if encoder_outputs is not None:
-            return len(encoder_outputs[0])
+            return len(checks.check_encoder_outputs(encoder_outputs, self._table().shape[1]))
         return len(checks.check_input_ids(input_ids, self._table()))
 
     def _batch(

@@ -54,6 +54,10 @@ class Doubled(torch.Tensor):
         return ["half"], None
 
     @classmethod
+    def __tensor_unflatten__(cls, inner, _context, _size, _stride):
+        return cls(inner["half"])
+
+    @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is aten.detach.default:
             return cls(args[0].half)

@@ -42,6 +42,9 @@ class PromptBank(nn.ParameterDict):
 
     _stored: StoredPrompts | None = None
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(name)  # a list is no key to look for
+
     def attach(self, stored: StoredPrompts | None) -> None:
         """Let batches name these prompts too; None: no more."""
         self._stored = stored

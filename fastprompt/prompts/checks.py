@@ -63,6 +63,21 @@ def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
     return input_ids
 
 
+def check_encoder_outputs(encoder_outputs: Any, width: int) -> Tensor:
+    """Their hidden states [B, L, D]. Which L they must have is for the kinds of prompts to say."""
+    try:
+        hidden = encoder_outputs[0]
+    except (TypeError, LookupError):  # of nothing, or of a dict
+        hidden = None
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != width:
+        got = f" with {list(hidden.shape)}" if isinstance(hidden, Tensor) else ""
+        raise TypeError(
+            "PromptModel: encoder_outputs must be what encode() returns, or a tuple that begins with hidden states "
+            f"[B, L, D]=[B, L, {width}], got {type(encoder_outputs).__name__}{got}"
+        )
+    return hidden
+
+
 def check_ids(input_ids: Tensor, table: Tensor) -> None:
     """``input_ids`` [B, S >= 1] must be int32 or int64 within the table's rows. Values are checked on the CPU."""
     if not input_ids.shape[1]:

@@ -56,10 +56,13 @@ class PromptHolder(nn.Module):
         if not isinstance(config, PromptConfig):
             got = type(config).__name__
             raise TypeError(f"PromptModel: the config of {name!r} must be a PromptConfig, got {got}")
+        self.prompts.check_name(name)
         if name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
-        self._serve(config.kind)
-        self._add(name, self._initial(config))
+        checks.check_kind(config.kind, self.model)
+        prompt = self._initial(config)
+        self._serve(config.kind)  # not for a prompt that is refused
+        self._add(name, prompt)
         self.prompts.trim(self._caches)
         self.configs[name], self._inits[name] = config, config.init
 
@@ -188,6 +191,7 @@ class PromptHolder(nn.Module):
             FileNotFoundError: there is nothing at ``path``.
             ValueError: other sizes, kind or model than this one's or the existing prompt's, or a broken file.
         """
+        self.prompts.check_name(name)
         shape = ModelShape.of(self.model)
         file = path if isinstance(path, PromptFile) else read_prompt(path, shape=shape, task=task)
         source = (file.name or name) if isinstance(path, PromptFile) else os.fspath(path)
@@ -226,13 +230,14 @@ class PromptHolder(nn.Module):
         errors: Any,
     ) -> None:
         self._load_prefix = prefix
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name, kind in metadata.get("kinds", {}).items():
             if name in self.prompts and kind != self.kind(name):
-                errors.append(
+                # Not left to torch's list of errors, which it raises when it has loaded the rows.
+                raise RuntimeError(
                     f"PromptModel: prompt {name!r} must be of kind {self.kind(name)!r}, got {kind!r}. Give its "
                     "PromptConfig that kind"
                 )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _serve(self, kind: str) -> None:
         """Make the model ready for prompts of a kind, or raise ValueError."""

@@ -15,13 +15,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastprompt.prompts.stamp import adapters_of
 from fastprompt.prompts.tensors import is_sharded, parts_of
 
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
 _HASHING_THREADS = 8
+# Hashes of the last tables, by the dtype of the load and their content. Prompts are loaded one by one, and sha256
+# takes up to seconds, fifty times as long as the sums that tell a table.
+_KNOWN = 8
+_known: dict[Any, str] = {}
 # What T5's modules read of their config beside the shapes of their weights and the dropout.
 _COMPUTING = (
     "num_heads",
@@ -104,18 +107,18 @@ def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
         )
     if parts_of(weight):
         return _weight_sha256(("", weight))
-    known, content = _known.setdefault(weight, {}), _content(weight)
-    if content is None or known.get(dtype, (None, ""))[0] != content:
+    key = dtype, _content(weight)
+    found = _known.get(key)
+    if found is None:
         digest = hashlib.sha256(f"{list(weight.shape)}".encode())
         for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
             digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
-        known[dtype] = (content, digest.hexdigest())
-    return known[dtype][1]
-
-
-# The hashes of tables, by the dtype of the load, with the table's content: prompts are loaded one by one, and sha256
-# takes up to seconds, fifty times as long as the sums that tell whether a table is still as it was.
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        found = digest.hexdigest()
+        if key[1] is not None:
+            if len(_known) >= _KNOWN:
+                _known.clear()
+            _known[key] = found
+    return found
 
 
 def _content(weight: Tensor) -> tuple[Any, ...] | None:

@@ -7,7 +7,6 @@ These leave no trace: writing through ``tensor.data`` or to tensors made under `
 tensor, such as another activation function, epsilon, hook or ``forward``.
 """
 
-import weakref
 from collections.abc import Container
 from typing import Any, NamedTuple, Self
 
@@ -34,46 +33,29 @@ class State(NamedTuple):
         return cls(_tensors_of(modules), list(map(type, modules)), _adapters_of(modules))
 
 
-class Trace(NamedTuple):
-    """What a tensor was. The weak references keep addresses from being given to others."""
-
-    tensor: Any
-    storage: Any
-    version: int | None
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Self:
-        storage = StorageWeakRef(tensor.untyped_storage())
-        return cls(weakref.ref(tensor), storage, _version(tensor), tensor.dtype)
-
-    def fits(self, tensor: Tensor) -> bool:
-        return (
-            self.tensor() is tensor
-            and self.version == _version(tensor)
-            and self.dtype == tensor.dtype
-            and self.storage.cdata == tensor.untyped_storage()._cdata
-        )
-
-
 class Stamp:
-    """A state and that of autocast at one moment."""
+    """A state and that of autocast at one moment.
+
+    It refers to no tensor, which torch would not swap then, as ``.to()`` does with quantised weights. So another may be
+    given a tensor's id, and is as good where it sees the same storage in the same way.
+    """
 
     def __init__(self, state: State) -> None:
-        self.traces = [Trace.of(tensor) for tensor in state.tensors]
+        self.traces = _traces(state.tensors)
+        # They keep the addresses of storages from being given to others.
+        self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in state.tensors]
         self.classes, self.adapters = state.classes, state.adapters
         self.autocast = _autocast()
         self.stepped = False
 
     def note_step(self, parameters: Container[int]) -> None:
         """An optimiser wrote to the tensors with these ids."""
-        self.stepped = self.stepped or any(id(trace.tensor()) in parameters for trace in self.traces)
+        self.stepped = self.stepped or any(trace[0] in parameters for trace in self.traces)
 
     def fits(self, state: State) -> bool:
         return (
             not self.stepped
-            and len(state.tensors) == len(self.traces)
-            and all(trace.fits(tensor) for trace, tensor in zip(self.traces, state.tensors, strict=True))
+            and self.traces == _traces(state.tensors)
             and self.classes == state.classes
             and self.adapters == state.adapters
             and self.autocast == _autocast()
@@ -119,8 +101,20 @@ def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     return tensors
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _traces(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """What tensors are: which ones, how often written to, of which storage, and how they see it."""
+    return [
+        (
+            id(each),
+            None if each.is_inference() else each._version,
+            each.untyped_storage()._cdata,
+            each.dtype,
+            each.shape,
+            each.stride(),
+            each.storage_offset(),
+        )
+        for each in tensors
+    ]
 
 
 def _autocast() -> tuple[torch.dtype | None, ...]:

@@ -95,7 +95,7 @@ class PromptStore(Mapping[str, PromptFile]):
         )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._files
+        return isinstance(name, str) and (name in self._entries or name in self._files)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files or self._entries)
@@ -124,6 +124,10 @@ class PromptStore(Mapping[str, PromptFile]):
         values = torch.empty(place.shape, dtype=torch.float32, device="cpu")
         left = memoryview(values.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         assert self._stream is not None
+        if self._stream.closed:
+            raise ValueError(
+                f"PromptStore: {self.path} is closed, and {name!r} has to be read from it. Open it again"
+            )
         at = self._data + place.begin
         while left:
             count = os.preadv(self._stream.fileno(), [left], at)

@@ -4,6 +4,7 @@
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -398,15 +399,31 @@ def test_refusals(served):
     assert prompted._caches.names == {"c"}
 
 
-def test_a_trace_holds_no_tensor_alive():
+def test_a_stamp_holds_no_tensor_alive():
     tensor = torch.ones(3)
-    trace = stamp.Trace.of(tensor)
-    assert trace.fits(tensor)
-    assert not trace.fits(tensor.clone())
-    assert not trace.fits(tensor.view(3))
+    state = stamp.State.of
+    kept, alive = stamp.Stamp(state(tensor)), weakref.ref(tensor)
+    assert kept.fits(state(tensor))
+    assert not kept.fits(state(tensor.clone()))
+    assert not kept.fits(state(tensor.view(3)))
     del tensor
     gc.collect()
-    assert trace.tensor() is None
+    assert alive() is None
+
+
+@pytest.mark.parametrize("how", ["all", "quantised"])
+def test_what_is_kept_lets_torch_swap_the_weights(how, served, make_batch, monkeypatch):
+    """It refuses to where there is a weak reference."""
+    prompted, batch = served({"c5": CONFIGS["c5"]}), make_batch()
+    if how == "all":
+        monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    else:
+        k = prompted.model.get_encoder().block[1].layer[0].SelfAttention.k
+        k.weight = nn.Parameter(Doubled(k.weight.detach() / 2), requires_grad=False)
+    prompted.cache_prompts()
+    expected = logits(prompted, batch, "c5")
+    prompted.to(prompted.device)
+    assert torch.equal(logits(prompted, batch, "c5"), expected)
 
 
 def test_kept_beside_others_a_prompt_has_no_keys_where_it_had_none(served, make_batch):

@@ -146,6 +146,7 @@ def test_slips(make_keyed, make_batch, tmp_path):
     )
     del batch["labels"]
     refused(ValueError, "Give labels or decoder_input_ids, or call generate", prompted, **batch)
+    refused(TypeError, "encoder_outputs must be", prompted.rank, **batch, choices=[[3]], encoder_outputs=())
 
 
 def test_configs_and_names(make_model, make_prompted):
@@ -156,6 +157,8 @@ def test_configs_and_names(make_model, make_prompted):
     for name in ("", "a.b", "train", "keys", "_keys", "find", "trim", "choose", "_stored", 3):
         refused(ValueError, "a prompt's name must be a str", prompted.add_prompt, name, PromptConfig(3))
         refused(ValueError, "a prompt's name must be a str", prompted.rename_prompt, "p5", name)
+    for call in (prompted.kind, prompted.remove_prompt, prompted.freeze_prompt):
+        refused(ValueError, r"there is no prompt \['p5'\]", call, ["p5"])
     for name in (None, 5):
         refused(TypeError, "name must be a prompt's name or a list of names", prompted.save_prompt, name, "x")
     refused(
@@ -185,6 +188,17 @@ def test_rows_do_not_begin_from_a_prefix_file(make_keyed, tmp_path):
         r"source .*prefix must hold rows \[P, D\], got a prefix. load_prompt reads it; with init='prompt'"
     )
     refused(ValueError, message, prompted.add_prompt, "q", config)
+
+
+def test_a_refused_prompt_leaves_the_attention_as_it_was(make_model, tmp_path):
+    prompted, config = PromptModel(make_model(d_kv=16), {}), PromptConfig(3, "cached", init="uniform")
+    PromptModel(make_model(d_kv=16), {"p": config}).save_prompt("p", tmp_path / "p")
+    unknown = PromptConfig(3, "cached", init="prompt", source="no")
+    refused(ValueError, "a prompt's name must be a str", prompted.add_prompt, "keys", config)
+    refused(ValueError, "a prompt's name must be a str", prompted.add_prompt, ["p"], config)
+    refused(ValueError, "a prompt's name must be a str", prompted.load_prompt, "keys", tmp_path / "p")
+    refused(ValueError, "there is no prompt", prompted.add_prompt, "p", unknown)
+    assert prompted.model.encoder.config._attn_implementation == "eager"
 
 
 @pytest.fixture(params=["forward", "generate"])
@@ -230,6 +244,14 @@ def call(request, make_prompted, make_batch):
             ValueError,
             "encoder_outputs must have 5 positions of the prompt and 7 of tokens, got 1",
         ),
+        (
+            {"encoder_outputs": torch.ones(3, 12, 32)},
+            TypeError,
+            r"a tuple that begins with hidden states \[B, L, D\]=\[B, L, 32\], got Tensor with \[12, 32\]",
+        ),
+        ({"encoder_outputs": (torch.ones(3, 12, 16),)}, TypeError, r"got tuple with \[3, 12, 16\]"),
+        ({"encoder_outputs": ()}, TypeError, "got tuple$"),
+        ({"encoder_outputs": {"last_hidden_state": torch.ones(3, 12, 32)}}, TypeError, "got dict$"),
     ],
 )
 def test_bad_input(changes, error, message, call):

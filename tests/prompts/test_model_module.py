@@ -92,8 +92,12 @@ def test_a_state_of_another_kind_is_refused(inside, saved, make_keyed, tmp_path)
         torch.save(state, tmp_path / "state.pt")
         state = torch.load(tmp_path / "state.pt", weights_only=True)
     models[0].load_state_dict(state)
+    prompts = [parameter for parameter in models[1].parameters() if parameter.requires_grad]
+    for prompt in prompts:
+        nn.init.zeros_(prompt)
     with pytest.raises(RuntimeError, match="prompt 'a' must be of kind 'cached', got 'prepend'"):
         models[1].load_state_dict(state)
+    assert not any(prompt.any() for prompt in prompts), "nothing of it is loaded"
     models[1].load_state_dict(dict(state))  # without what torch keeps beside the tensors
 
 

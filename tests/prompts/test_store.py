@@ -109,6 +109,13 @@ def test_a_store_can_be_written_from_a_store_and_from_a_generator(path, tmp_path
     assert list(PromptStore(path)) == []
 
 
+def test_a_closed_store_says_so(path):
+    with PromptStore(path) as store:
+        assert store["sst2"]
+    with pytest.raises(ValueError, match=r"prompts\.store is closed, and 'sst2' has to be read from it"):
+        store["sst2"]
+
+
 def test_copies_pickles_and_threads(path):
     store = PromptStore(path)
     for other in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
