@@ -172,7 +172,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients = iter(ctx.gradients)
         found = (next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
-        return None, *(None if each is None else (each * dloss).to(each.dtype) for each in found)
+        return None, *(None if each is None else each * dloss for each in found)
 
 
 def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:

@@ -93,7 +93,7 @@ class Allowed(NamedTuple):
 
     def fits(self, S: int) -> bool:
         """Has the mask a column per key? generate's chunked prefill leaves cross-attention fewer."""
-        return self.mask is None or self.cu is not None or self.mask.shape[1] == S
+        return self.mask is None or self.mask.shape[1] == S
 
     def brings_bias(self) -> bool:
         return self.prompt is not None or self.bias is not None

@@ -31,6 +31,15 @@ def test_direct_calls_run_the_backend_in_use(hidden):
         assert backend_used("rms_norm") == backends("rms_norm", x.device.type)[0]
 
 
+def test_a_backward_is_no_run_of_its_op(hidden):
+    x, w = hidden
+    with use_backend("rms_norm", "reference"):
+        y = rms_norm(x.requires_grad_(), w)
+    y.sum().backward()
+    assert backend_used("rms_norm") == "reference"
+    assert backend_used("rms_norm_backward") == backends("rms_norm", x.device.type)[0]
+
+
 def test_direct_calls_do_without_the_dispatcher_where_nothing_else_decides(hidden, monkeypatch):
     x, w = hidden
     with torch.no_grad():

@@ -60,7 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         model = PromptModel(model, {}, tokenizer=tokenizer)
         for name, path in zip(names, arguments.prompt, strict=True):
             model.load_prompt(name, path, task=arguments.task)
-        model.cache_prompts()
     found = training.evaluate(
         model,
         examples,

@@ -37,7 +37,7 @@ def _inputs(a: "Attend", qkv: list[Tensor]) -> Inputs:
         prompt_v=a.prompt_v,
         prompt_ids=a.prompt_ids,
         prompt_lens=a.prompt_lens,
-        key_mask=a.key_mask if a.cu is None else None,
+        key_mask=a.key_mask,
         cu_q=a.cu,
         cu_k=a.cu,
         seed=a.weight_seed,

@@ -60,3 +60,15 @@ def test_weights_in_half_precision_add_up_to_one(device, dtype, prompt):
     a, n, _ = attend(dtype, device, prompt)
     weights = _absorbed.forward(a, n)[1][1]
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("kernel", [_absorbed, _projected])
+@pytest.mark.parametrize("wanted", range(4))
+def test_one_gradient_alone_is_the_same(device, kernel, wanted):
+    """That of the input, of the states, or of a prompt's keys or values."""
+    a, n, dout = attend(torch.float64, device, prompt=True)
+    out, kept = kernel.forward(a, n)
+    expected = kernel.backward(a, dout, out, kept, (True,) * 4)[wanted]
+    found = kernel.backward(a, dout, out, kept, tuple(number == wanted for number in range(4)))
+    assert torch.equal(found[wanted], expected)
+    assert [x is None for x in found] == [number != wanted for number in range(4)]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """graphed: the model's own loss and gradients, from a CUDA graph where there is a GPU."""
 
+import itertools
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,23 +192,78 @@ def test_all_that_a_graph_has_fixed_is_in_its_key(prompted, batch, labels, monke
     assert len(set(seen)) == len(seen)
 
 
-def test_the_graph_that_was_not_used_for_longest_goes_first(monkeypatch):
-    """Told by tensors that say they are on a GPU, with nothing recorded."""
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
 
-    class OnGpu(torch.Tensor):
-        is_cuda = True
+    is_cuda = True
 
-    recorded = []
-    monkeypatch.setattr(
-        graphs, "_Recorded", lambda model, batch, *_: recorded.append(len(batch["x"])) or "graph"
-    )
+
+class Sum(torch.nn.Linear):
+    def forward(self, x, y=None):
+        output = BaseModelOutput()
+        output.loss = x.sum()
+        return output
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The length of each batch that would be recorded, and its pool; an empty one fails. Nothing is recorded."""
+    seen, handles = [], itertools.count(1)
+
+    def record(model, batch, tensors, leaves, pool):
+        seen.append((len(batch["x"]), pool))
+        if not len(batch["x"]):
+            raise RuntimeError
+        return "graph"
+
+    monkeypatch.setattr(graphs, "_Recorded", record)
     monkeypatch.setattr(graphs._Replay, "apply", lambda *_: torch.ones(()))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    step = graphed(torch.nn.Identity(), shapes=2)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    return seen
+
+
+def on_a_gpu(length):
+    return torch.ones(length).as_subclass(OnGpu)
+
+
+def test_the_graph_that_was_not_used_for_longest_goes_first(recorded):
+    step = graphed(Sum(1, 1).requires_grad_(False), shapes=2)
     for length in (1, 2, 1, 3, 1, 2):
-        step(x=torch.ones(length).as_subclass(OnGpu))
+        step(x=on_a_gpu(length))
         assert len(step) == min(2, len(recorded))
-    assert recorded == [1, 2, 3, 2]
+    assert [length for length, _ in recorded] == [1, 2, 3, 2]
+
+
+def test_graphs_share_a_pool_until_one_fails_or_they_are_forgotten(recorded):
+    step = graphed(Sum(1, 1).requires_grad_(False))
+    for length in (1, 2, 0, 3, 4):
+        with suppress(RuntimeError):
+            step(x=on_a_gpu(length))
+    step.reset()
+    step(x=on_a_gpu(1))
+    assert recorded == [(1, 1), (2, 1), (0, 1), (3, 2), (4, 2), (1, 3)]
+
+
+def test_what_is_not_all_on_a_gpu_is_not_recorded(recorded):
+    model = Sum(1, 1).requires_grad_(False)
+    step = graphed(model)
+    assert step(x=on_a_gpu(3), y=torch.ones(1)) == 3.0
+    with torch.no_grad():
+        assert step(x=on_a_gpu(3)) == 3.0
+    model.requires_grad_(True)
+    assert step(x=on_a_gpu(3)) == 3.0
+    assert not recorded
+
+
+def test_what_is_behind_the_loss_scales_its_gradients():
+    """Those recorded, of what requires one. This needs no GPU."""
+    mask, embeds, prompt, gradient = torch.ones(2), torch.ones(2), torch.ones(3), torch.arange(3.0)
+    fake = SimpleNamespace(inputs=("mask", "embeds"))
+    fake.replay = lambda inputs: (torch.ones(()), [torch.ones(2), gradient])
+    loss = graphs._Replay.apply(fake, mask, embeds.requires_grad_(), prompt.requires_grad_())
+    (loss / 4).backward()
+    assert torch.equal(embeds.grad, torch.ones(2) / 4)
+    assert torch.equal(prompt.grad, gradient / 4)
 
 
 def test_what_recording_changes_is_put_back(prompted):

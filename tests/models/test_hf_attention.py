@@ -476,7 +476,13 @@ class WrappedBias(modeling_t5.T5Attention):
         return skewed(super().compute_bias(*args, **how))
 
 
-@pytest.mark.parametrize("place", [OwnBias, WrappedBias, "instance"])
+class OwnBuckets(modeling_t5.T5Attention):
+    @staticmethod
+    def _relative_position_bucket(*args, **how):
+        return modeling_t5.T5Attention._relative_position_bucket(*args, **how).roll(1, -1)
+
+
+@pytest.mark.parametrize("place", [OwnBias, WrappedBias, OwnBuckets, "instance"])
 def test_a_bias_of_ones_own_is_read_in_full(place, pair, batch, labels, ran):
     """By all layers, which are handed what the first one made: no distance alone tells it."""
     eager, ours = pair()
@@ -579,6 +585,29 @@ def test_a_bias_that_is_no_table_of_distances(shape, pair, device, ran):
     assert not ran
 
 
+def test_keys_of_another_dtype_are_for_autocast(pair, device, ran):
+    """As a cache holds them that was filled outside of it."""
+    module = pair()[1].encoder.block[0].layer[0].SelfAttention
+    q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
+    everything = hf_attention.Allowed(None, 0, causal=False)
+    with torch.autocast(device.type, torch.bfloat16):
+        out, _ = hf_attention.attention(module, q.bfloat16(), k, v, everything, scaling=1.0)
+    expected = nn.functional.scaled_dot_product_attention(*(x.bfloat16() for x in (q, k, v)), scale=1.0)
+    assert torch.equal(out, expected.transpose(1, 2))
+    assert not ran
+
+
+def test_what_is_causal_is_for_the_mask_to_say(pair, device, ran):
+    """Not for the module, of which transformers' functions ask it."""
+    module = pair()[1].decoder.block[0].layer[0].SelfAttention
+    q, k, v = (torch.randn(3, 4, n, 16, device=device) for n in (5, 7, 7))
+    everything = hf_attention.Allowed(None, 0, causal=False)
+    scaling = 1.0 + 2**-20  # of which no kernel knows
+    out, _ = hf_attention.attention(module, q, k, v, everything, scaling=scaling)
+    close(out, eager_attention_forward(module, q, k, v, None, scaling=scaling)[0])
+    assert not ran
+
+
 def test_queries_behind_more_keys_than_there_are(pair, device, ran):
     """All of them may be attended to, at the distances that the bias was made for."""
     module = pair()[1].decoder.block[0].layer[0].SelfAttention
@@ -636,6 +665,30 @@ def test_prompts_are_read_by_their_own_model_alone(pair, batch):
         assert torch.equal(other.encoder(**batch())[0], expected)
         assert not torch.allclose(first.encoder(**batch())[0], before)
     assert torch.equal(first.encoder(**batch())[0], before)
+
+
+def test_no_mask_of_another_form_goes_with_prompts(pair):
+    _, model = pair("t5")
+    prompt = hf_attention.PromptKeys((), ())
+    given = {"config": model.decoder.config, "mask_function": causal_mask_function, "kv_offset": 2}
+    with (
+        hf_attention.prompt_keys(model, decoder=prompt),
+        pytest.raises(ValueError, match=r"do not go with a mask of another form than \[B, S\]"),
+    ):
+        hf_attention.allowed_keys(**given)
+
+
+def test_a_compiled_model_is_refused_while_prompts_are_read(pair, batch):
+    """The compiler cannot tell whose they are."""
+    _, model = pair("t5")
+    compiled = torch.compile(model.encoder, backend="eager", fullgraph=True)
+    with (
+        hf_attention.prompt_keys(model, decoder=hf_attention.PromptKeys((), ())),
+        pytest.raises(Exception, match=r"do not go with generation through torch\.compile"),
+    ):
+        compiled(**batch())
+    close(compiled(**batch())[0], model.encoder(**batch())[0])
+    torch._dynamo.reset()
 
 
 def test_keys_that_do_not_begin_at_the_first_have_transformers_mask(device):

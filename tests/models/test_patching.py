@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from contextlib import suppress
 
 import accelerate
 import pytest
@@ -27,6 +28,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 import fastprompt
 from fastprompt import PromptConfig, PromptModel, backend_used, explain, hf_attention, patch, patched, unpatch
 from fastprompt._cache_name import CACHE, cache_of
+from fastprompt.modules._attend import Attend
 from fastprompt.modules._made import made_of
 from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
@@ -146,10 +148,12 @@ def test_patch_and_unpatch_leave_the_model_as_it_was(make, batch, labels, layout
     assert model.encoder.config._attn_implementation == implementation
     for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
         assert torch.equal(ours, theirs)
-    with patched(model, memory="speed") as same:
+    with suppress(KeyError), patched(model, memory="speed") as same:
         assert same is model
         assert classes(model) != before
+        raise KeyError
     assert classes(model) == before
+    assert model.encoder.config._attn_implementation == implementation
 
 
 def test_patching_again_changes_the_options(make):
@@ -171,8 +175,10 @@ def test_only_what_is_asked_for(make):
         if option == "head" and model.device.type != "cpu":
             continue  # nn.Linear is as fast there
         chosen = dict.fromkeys(suffixes, False) | {option: True}
-        served = {row.cls for row in explain(patch(model, **chosen)) if row.reason is None}
+        rows = explain(patch(model, **chosen, on_unsupported="error"))
+        served = {row.cls for row in rows if row.reason is None}
         assert served
+        assert (model.encoder.config._attn_implementation == "fastprompt") == (option == "attention")
         assert all(cls.endswith(suffix) or (cls == "Dropout" and option == "norm") for cls in served)
 
 
@@ -315,6 +321,17 @@ def test_balanced_is_lean_in_a_decoder(make, labels):
             decoder(inputs_embeds=embeds, use_cache=False)
         sizes.append(saved.bytes)
     assert sizes[0] > sizes[1] == sizes[2]
+
+
+def test_minimal_computes_each_attention_again_once(make, batch, labels, monkeypatch):
+    """Though the layers behind it in its block need it, too."""
+    model, runs, run = patch(make(), memory="minimal"), [], Attend.run
+    monkeypatch.setattr(Attend, "run", lambda *given: runs.append(1) or run(*given))
+    model(**batch(), labels=labels)
+    once = len(runs)
+    runs.clear()
+    step(model, batch(), labels)
+    assert len(runs) == 2 * once - 1  # nobody differentiates what the decoder begins with
 
 
 @each_memory
@@ -543,6 +560,18 @@ def test_save_load_copy_and_pickle(make, batch, labels, tmp_path):
     assert classes(pickle.loads(pickle.dumps(model))) == classes(model)
 
 
+def test_a_pickle_may_be_read_before_anything_was_patched(make, batch, labels, monkeypatch):
+    """As in another process."""
+    model = patch(make(), lm_loss=True)
+    expected, stored = model(**batch(), labels=labels).loss, pickle.dumps(model)
+    for name, found in list(vars(fastprompt.modules).items()):
+        if "stock_class" in getattr(found, "__dict__", {}):
+            monkeypatch.delitem(vars(fastprompt.modules), name)
+    loaded = pickle.loads(stored)
+    assert str(explain(loaded)) == str(explain(model))
+    assert torch.equal(loaded(**batch(), labels=labels).loss, expected)
+
+
 def test_fullgraph_compile(make, batch, labels):
     stock, inputs = make(), batch()
     truth = step(copy.deepcopy(stock).double(), inputs, labels)
@@ -610,7 +639,7 @@ def test_half_precision_with_fp32_wo(make, batch, labels, tmp_path, ran):
     truth = step(copy.deepcopy(model).double(), inputs, labels)
     stock = step(model, inputs, labels)
     no_further(step(patch(model), inputs, labels), stock, truth)
-    assert ran["FrozenFF"] == 0
+    assert ran == {"FrozenFF": 0, "FrozenAttention": 3}, "those in front of the first wo"
     assert any("float32" in (row.reason or "") for row in explain(model))
 
 
@@ -629,8 +658,12 @@ def test_trained_weights_get_their_gradient(make, batch, labels, trained):
     assert any("is trained" in (row.reason or "") for row in explain(patched))
 
 
-def test_weights_that_could_train_take_no_kernel_from_an_evaluation(make, batch, labels, ran):
+def test_weights_that_could_train_take_no_kernel_from_an_evaluation(make, batch, labels, ran, monkeypatch):
     """from_pretrained leaves every weight to train; who generates has no need to freeze them."""
+    norms, rms_norm = [], fastprompt.modules.norm.rms_norm
+    monkeypatch.setattr(
+        fastprompt.modules.norm, "rms_norm", lambda *given: norms.append(1) or rms_norm(*given)
+    )
     model, inputs = make().requires_grad_(True).eval(), batch("right")
     generation = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     tokens, logits = model.generate(**inputs, **generation), model(**inputs, labels=labels).logits
@@ -638,6 +671,7 @@ def test_weights_that_could_train_take_no_kernel_from_an_evaluation(make, batch,
     assert torch.equal(model.generate(**inputs, **generation), tokens)
     assert ran["FrozenFF"]
     assert ran["FrozenAttention"]
+    assert norms
     ran.update(FrozenFF=0, FrozenAttention=0)
     with torch.no_grad():
         close(model(**inputs, labels=labels).logits, logits)
@@ -933,11 +967,12 @@ def test_errors(make):
     with pytest.raises(ValueError, match=r"fastprompt\.patch: model must contain a T5"):
         patch(nn.Linear(2, 2))
     model = make(d_kv=24)
-    with pytest.raises(ValueError, match=r"modules stay as in transformers\. .*heads are 24 wide"):
+    with pytest.raises(ValueError, match=r"patch: 7 modules stay as in transformers\. .*heads are 24 wide"):
         patch(model, on_unsupported="error")
     assert not any(hasattr(cls, "stock_class") for cls in classes(model))
-    with pytest.warns(UserWarning, match="heads are 24 wide"):
+    with pytest.warns(UserWarning, match="heads are 24 wide") as told:
         patch(model, on_unsupported="warn")
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("what", ["scaling", "cross scaling", "LoRA", "max_norm"])

@@ -40,12 +40,34 @@ def test_saved_bytes_are_those_that_hooks_count(memory, dtype, act, p):
     del output
 
 
+@pytest.mark.parametrize("memory", MEMORY[1:])
+def test_saved_bytes_of_few_queries_are_those_that_hooks_count(make, device, memory):
+    decoder = patch(make().decoder, memory=memory)
+    embeds = torch.randn(3, 4, 48, device=device, requires_grad=True)
+    states = torch.randn(3, 17, 48, device=device)
+    with saved_bytes(exclude=(*decoder.parameters(), states)) as saved:
+        output = decoder(inputs_embeds=embeds, encoder_hidden_states=states, use_cache=False)
+    counted = 3 * 4 * sum(row.saved for row in explain(decoder))
+    assert counted < saved.bytes <= counted + 4 * 257 * 4  # and the bias
+    del output
+
+
 def test_a_feed_forward_layer_behind_stock_attention_saves_its_input(make):
     def saved(**options):
         return {row.saved for row in explain(patch(make(), **options)) if row.cls == "T5LayerFF"}
 
     assert saved() == {4}
     assert saved(attention=False) == {4 + 4 * 48}
+
+
+def test_under_lean_one_block_in_four_keeps_its_attention(make):
+    rows = explain(patch(make(num_layers=5, num_decoder_layers=4), memory="lean"))
+    attention = {row.path: row.memory for row in rows if row.cls.endswith("Attention")}
+    keeps = {path for path, memory in attention.items() if memory == "lean"}
+    blocks = ("encoder.block.0", "encoder.block.4", "decoder.block.3")
+    assert keeps == {path for path in attention if path.rpartition(".layer.")[0] in blocks}
+    assert {memory for path, memory in attention.items() if path not in keeps} == {"minimal"}
+    assert {row.memory for row in rows if row.path not in attention} == {"lean"}
 
 
 def test_unpatched_rows_have_a_reason(make):
@@ -76,7 +98,10 @@ def test_the_backend_named_is_the_one_that_runs(make, batch, device):
 def test_what_falls_back_says_why(make):
     model = patch(make(d_kv=24))
     model.lm_head = nn.Linear(48, 64)
-    rows = {row.cls: row.reason for row in explain(patch(model, lm_loss=True))}
+    report = explain(patch(model, lm_loss=True))
+    served = sum(row.reason is None for row in report)
+    assert str(report).endswith(f"\n{served} of {len(report)} modules run fastprompt's kernels")
+    rows = {row.cls: row.reason for row in report}
     assert "its heads are 24 wide" in rows["T5LayerSelfAttention"]
     assert "lm_head has a bias" in rows["T5ForConditionalGeneration"]
     assert rows["T5LayerFF"] is None

@@ -32,20 +32,22 @@ def start(shape=SHAPE):
     return torch.nn.Parameter(values.reshape(shape))
 
 
-def truth(steps, lr, weight_decay, steps_before=0):
+def truth(steps, lr, weight_decay, steps_before=0, decay=0.8, clip=1.0):
     """In float64, with T5X's names."""
     param, v = start().detach().double().numpy(), np.zeros(SHAPE)
     for step, gradient in enumerate(gradients(steps)):
         grad = gradient.double().numpy()
-        decay_rate = 1.0 - (steps_before + step + 1.0) ** -0.8
+        decay_rate = 1.0 - (steps_before + step + 1.0) ** -decay
         v = decay_rate * v + (1.0 - decay_rate) * (grad * grad + 1e-30)
         y = grad * v**-0.5
-        y /= max(1.0, np.sqrt(np.mean(y * y)))
+        y /= max(1.0, np.sqrt(np.mean(y * y)) / clip)
         param = (1.0 - weight_decay) * param - lr * y
     return torch.from_numpy(param)
 
 
-@pytest.mark.parametrize("how", [{}, {"weight_decay": 1e-2}, {"steps_before": 1_100_000}])
+@pytest.mark.parametrize(
+    "how", [{}, {"weight_decay": 1e-2}, {"steps_before": 1_100_000}, {"decay": 0.5}, {"clip": 0.25}]
+)
 def test_it_is_t5xs(how):
     how = {"lr": 0.3, "weight_decay": 0.0, **how}
     parameter = start()
@@ -106,6 +108,13 @@ def test_a_row_that_has_had_no_gradient_yet_stays():
 def test_parameters_of_few_bits_are_refused(dtype):
     with pytest.raises(ValueError, match=f"must be float32 or float64, got {dtype}"):
         Adafactor([torch.nn.Parameter(torch.ones(3, dtype=dtype))])
+
+
+def test_sparse_gradients_are_refused():
+    embedding = torch.nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"a gradient is sparse\. Make the embedding with sparse=False"):
+        Adafactor(embedding.parameters()).step()
 
 
 @pytest.mark.parametrize(

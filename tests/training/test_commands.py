@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastprompt tune`, `eval` and `bench`, as a user types them."""
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy
 import pytest
@@ -17,6 +19,7 @@ from fastprompt.commands import _model, bench, tune
 from fastprompt.commands import eval as commands_eval
 from fastprompt.commands._model import check_outputs
 from fastprompt.demo.run import TINY_T5
+from fastprompt.modules.ff import FastFF
 from fastprompt.prompts import read_prompt
 from fastprompt.prompts._safe_files import replacing
 from fastprompt.prompts.files import write_prompt
@@ -37,6 +40,24 @@ def files(tmp_path, examples, choices):
     )
     fields = ["--input-field", "text", "--target-field", "area"]
     return data, tmp_path / "new" / "p.safetensors", [*MODEL, *fields, "--choices", *choices]
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """What functions, each of a module by its name, are called with last: (arguments, options) by name."""
+
+    def spied(*functions):
+        seen = {}
+
+        def spy(name, function, *arguments, **options):
+            seen[name] = (arguments, options)
+            return function(*arguments, **options)
+
+        for module, name in functions:
+            monkeypatch.setattr(module, name, partial(spy, name, getattr(module, name)))
+        return seen
+
+    return spied
 
 
 def run(capsys, *arguments):
@@ -121,27 +142,29 @@ def test_tune_goes_on_in_the_file_that_it_began_from(files, capsys):
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("prepend", 0.3), ("cached", 0.3), ("prefix", 0.01)])
-def test_the_recipe_reaches_what_it_is_for(files, capsys, monkeypatch, kind, rate):
+def test_the_recipe_reaches_what_it_is_for(files, capsys, spied, kind, rate):
     data, out, common = files
-    seen = {}
-
-    def spied(module, name):
-        function = getattr(module, name)
-
-        def spy(*arguments, **options):
-            seen[name] = (arguments, options)
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(module, name, spy)
-
-    spied(tune, "patch")
-    spied(training, "Adafactor")
-    spied(training, "shuffled")
+    names = ("Adafactor", "encode", "evaluate", "shuffled")
+    seen = spied((tune, "patch"), (tune, "PromptConfig"), *((training, name) for name in names))
     recipe = ["--steps", 1, "--batch-size", 3, "--memory", "lean", "--weight-decay", 0.5, "--seed", 7]
+    recipe += ["--micro-batch", 2, "--max-input", 5, "--dev", data]
     assert run(capsys, "tune", *common, "--train", data, "--out", out, "--kind", kind, *recipe)[0] == 0
     assert seen["patch"][1] == {"memory": "lean", "lm_loss": True}
+    assert seen["PromptConfig"][1]["seed"] == 7
     assert seen["Adafactor"][1] == {"lr": rate, "weight_decay": 0.5}
     assert seen["shuffled"][0][1:] == (3, 7)
+    assert seen["encode"][1] == {"max_input": 5}
+    asked = seen["evaluate"][1]
+    assert (asked["batch_size"], asked["max_input"]) == (2, 5)
+
+
+def test_evals_options_reach_what_they_are_for(files, capsys, spied):
+    data, _, common = files
+    seen = spied((training, "evaluate"))
+    assert run(capsys, "eval", *common, "--data", data, "--batch-size", 2, "--max-input", 5)[0] == 0
+    assert isinstance(seen["evaluate"][0][0].encoder.block[0].layer[1], FastFF)
+    asked = seen["evaluate"][1]
+    assert (asked["batch_size"], asked["max_input"]) == (2, 5)
 
 
 def test_rows_begin_as_the_choices(files, capsys, tokenizer, model, choices):
@@ -289,7 +312,7 @@ def test_a_log_may_be_a_pipe(files, capsys):
         assert len(json.loads(reader.stdout.read())["losses"]) == 1
 
 
-def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch, tokenizer, examples):
+def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch):
     seen, evaluate = [], training.evaluate
 
     def spied(*arguments, **options):
@@ -299,8 +322,9 @@ def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch, t
     monkeypatch.setattr(training, "evaluate", spied)
     data, out, common = files
     common = common[: common.index("--choices")]
-    how = ["--train", data, "--dev", data, "--out", out, "--steps", 1, "--num-tokens", 2]
-    longest = max(len(each.target) for each in examples)
+    dev, longest = data.with_name("dev.csv"), len("réseau".encode())
+    dev.write_text("text,area\na,réseau\nb,files\n", encoding="utf-8")
+    how = ["--train", data, "--dev", dev, "--out", out, "--steps", 1, "--num-tokens", 2]
     assert run(capsys, "tune", *common, *how)[0] == 0
     assert run(capsys, "tune", *common, *how, "--max-target", longest - 1)[0] == 0
     assert seen == [longest + 2] * 2 + [longest - 1] * 2
@@ -326,6 +350,19 @@ def test_tune_counts_a_targets_tokens_as_eval_does(tmp_path, capsys):
     status, _, said = run(capsys, "tune", *MODEL, *how, "--max-target", 1, "--train", dev)
     assert status == 1
     assert "dev.csv: 1 of 2 targets have more than --max-target=1 tokens. Allow as many" in said
+
+
+def test_choices_may_be_longer_than_an_answer(tmp_path, capsys):
+    """None is generated."""
+    train, dev = tmp_path / "train.csv", tmp_path / "dev.csv"
+    train.write_text("input,target\na,network\n")
+    dev.write_text("input,target\na,network files\n")
+    common = [*MODEL, "--choices", "network", "network files", "--max-target", 1]
+    how = ["--train", train, "--dev", dev, "--out", tmp_path / "p.npy", "--steps", 1, "--num-tokens", 2]
+    for command in (["eval", "--data", dev], ["tune", *how]):
+        status, _, said = run(capsys, *command, *common)
+        assert status == 0
+        assert "--max-target" not in said
 
 
 def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
@@ -531,6 +568,7 @@ def test_without_a_prompt_the_frozen_model_answers(files, capsys, model, example
         ),
         (["--model", "/nowhere/at/all"], "^--model /nowhere/at/all: there is no such folder$"),
         (["--model", "~/nowhere"], "^--model ~/nowhere: there is no such folder$"),
+        (["--model", "./nowhere"], r"^--model \./nowhere: there is no such folder$"),
         (["--device", "cuda"], "--device cuda: PyTorch cannot use it here"),
         (["--device", "foo"], "--device foo: PyTorch cannot use it here"),
         (["--device", "meta"], "--device meta: PyTorch cannot use it here"),
@@ -563,6 +601,10 @@ def test_slips_are_told_in_a_line(files, capsys, more, message):
         (["--lr", "-1"], "--lr must be a finite number of 0 or more, got -1.0"),
         (["--weight-decay", "nan"], "--weight-decay must be a finite number of 0 or more, got nan"),
         (["--start", "nowhere.npy"], "No such file.*nowhere.npy"),
+        *(
+            (["--start", "nowhere.npy", name, value], f"{name} is the --start prompt's. Leave it out")
+            for name, value in (("--kind", "cached"), ("--init", "vocab"), ("--text", "topic"))
+        ),
         (["--task", "0"], "--task needs --start"),
         (["--start", "data.jsonl"], "data.jsonl is no safetensors file"),
         (["--start", "data.jsonl", "--seed", str(1 << 70)], "--seed must be from 0 to"),
@@ -643,6 +685,47 @@ def test_bench_shows_no_speed_of_wrong_results(capsys, monkeypatch, what):
 
 def test_bench_needs_no_model(capsys):
     sizes = ["--batch-size", 1, "--input-tokens", 4, "--target-tokens", 2, "--num-tokens", 2]
-    status, said, _ = run(capsys, "bench", "--device", "cpu", *sizes, "--rounds", 1)
+    how = ["--dtype", "bfloat16", "--threads", 2, "--rounds", 1]
+    status, said, _ = run(capsys, "bench", "--device", "cpu", *sizes, *how)
     assert status == 0
-    assert said.startswith("v1.1-small's shape, random weights, float32")
+    assert said.startswith("v1.1-small's shape, random weights, bfloat16, 2 threads: B=1, P=2, S=4, T=2")
+
+
+def test_benchs_numbers(capsys, monkeypatch):
+    def measured(arguments, steps, stock, device):
+        names = [bench.EAGER, *(name for name in steps if name != bench.EAGER)]
+        times = dict.fromkeys(names, 0.0125) | {bench.EAGER: 0.025}
+        return times, dict.fromkeys(names, 3 * 2**19)
+
+    monkeypatch.setattr(bench, "_measure", measured)
+    _, said, _ = run(capsys, "bench", *MODEL, *SIZES)
+    eager, *others = (line[22:].split() for line in said.splitlines()[3:])
+    assert eager == ["25.0", "1.00x", "1.5", "MiB"]
+    assert others == [["12.5", "2.00x", "1.5", "MiB"]] * 5
+
+
+def test_bench_times_so_many_rounds_and_counts_no_weights():
+    stock, calls = torch.nn.Linear(3, 3).requires_grad_(False), []
+    x = torch.ones(2, 3, requires_grad=True)
+    steps = {name: lambda name=name: calls.append(name) or stock(x) for name in "ab"}
+    arguments = argparse.Namespace(rounds=3)
+    times, held = bench._measure(arguments, steps, stock, torch.device("cpu"))
+    assert "".join(calls) == "ab" * 4  # the first counts bytes
+    assert held == {"a": 0, "b": 0}
+    assert min(times.values()) > 0.0
+
+
+def test_bench_compares_without_dropout_and_times_with_it():
+    class Model(torch.nn.Module):
+        dtype = torch.float32
+
+    models = {name: Model() for name in (bench.EAGER, bench.SDPA)}
+    seen = []
+
+    def step(model):
+        seen.append(model.training)
+        return torch.ones(()), torch.ones(2)
+
+    bench._check({name: partial(step, model) for name, model in models.items()}, models)
+    assert seen == [False, False]
+    assert all(model.training for model in models.values())

@@ -2,6 +2,7 @@
 """Examples in files, and as batches."""
 
 import csv
+import itertools
 
 import pytest
 import torch
@@ -20,15 +21,16 @@ def written(tmp_path, text, name="examples.jsonl"):
 def test_json_lines(tmp_path):
     path = written(
         tmp_path,
-        '\ufeff{"input": "é a", "target": "b"}\r\n\n{"more": {"input": 1, "input": 2}, "input": 1.50, "target": 3}\n',
+        '\ufeff{"input": "é a", "target": "b"}\r\n\n{"more": {"input": 1, "input": 2}, "input": 1.50, "target": 3}\n'
+        '{"more": 1, "more": 2, "input": NaN, "target": -Infinity}\n',
     )
-    assert read_examples(path) == [Example("é a", "b"), Example("1.50", "3")]
+    assert read_examples(path) == [Example("é a", "b"), Example("1.50", "3"), Example("NaN", "-Infinity")]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("e.csv", 'label,text\npositive,"a, ""b""\nc"\n1.50,d\n', ['a, "b"\nc', "d"]),
+        ("e.csv", 'label,text\npositive,"a, ""b""\r\nc"\n1.50,d\n', ['a, "b"\r\nc', "d"]),
         ("e.csv", "label,text,,\npositive,a,,\n1.50,b,,\n", ["a", "b"]),  # as spreadsheets write it
         ("e.TSV", 'label\ttext\npositive\t"a, b\n1.50\t"c" d\n', ['"a, b', '"c" d']),
     ],
@@ -81,14 +83,17 @@ def test_another_encoding_is_named(tmp_path, encoding, name):
 
 
 def test_a_table_may_hold_long_documents(tmp_path):
-    limit = csv.field_size_limit()
-    [example] = read_examples(written(tmp_path, f"input,target\n{'a' * 200_000},b\n", "e.csv"))
-    assert len(example.input) == 200_000
-    assert csv.field_size_limit() == limit
+    """And the process's own limit is what it was, also while an error is looked at."""
+    before = csv.field_size_limit(5_000)
     try:
-        read_examples(written(tmp_path, "input,other\na,b\n", "e.csv"))
-    except ValueError:
-        assert csv.field_size_limit() == limit
+        [example] = read_examples(written(tmp_path, f"input,target\n{'a' * 200_000},b\n", "e.csv"))
+        assert len(example.input) == 200_000
+        assert csv.field_size_limit() == 5_000
+        with pytest.raises(ValueError, match="must have a field 'target'") as error:
+            read_examples(written(tmp_path, "input,other\na,b\n", "e.csv"))
+        assert csv.field_size_limit() == 5_000, error
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_batches_pad_and_shuffle():
@@ -96,6 +101,9 @@ def test_batches_pad_and_shuffle():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [9, 1, 0, 0], [12, 13, 1, 0]]
     assert batch["attention_mask"].sum(1).tolist() == [4, 2, 3]
     assert batch["labels"].tolist() == [[8, 1, -100], [10, 11, 1], [8, 1, -100]]
+    other = collate(PAIRS, pad=4)
+    assert other["input_ids"].tolist() == [[5, 6, 7, 1], [9, 1, 4, 4], [12, 13, 1, 4]]
+    assert all(torch.equal(other[name], batch[name]) for name in ("attention_mask", "labels"))
     first, again = shuffled(PAIRS, 2, seed=3), shuffled(PAIRS, 2, seed=3)
     assert all(torch.equal(next(first)["input_ids"], next(again)["input_ids"]) for _ in range(5))
 
@@ -114,6 +122,10 @@ def test_the_seed_and_the_epoch_make_the_order():
 
     seen = [tuple(order) for seed in (0, 1) for order in orders(seed)]
     assert len(set(seen)) == 6
+
+
+def test_every_batch_is_full():
+    assert [len(batch["labels"]) for batch in itertools.islice(shuffled(PAIRS, 2, seed=0), 4)] == [2] * 4
 
 
 def test_few_examples_are_one_batch():

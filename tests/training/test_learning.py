@@ -27,14 +27,14 @@ def test_the_models_loss_is_hugging_faces(prompted, model, batch):
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_a_step_fills_no_cache(prompted, model, batch, patched):
-    """Nothing would read it, and patched cross-attention of few queries makes no keys where none are kept."""
+def test_a_step_leaves_no_logits_and_no_cache(prompted, model, batch, patched):
+    """Nothing would read them, and patched cross-attention of few queries makes no keys where none are kept."""
     if patched:
         patch(model, lm_loss=True)
     seen = []
-    prompted.register_forward_hook(lambda *found: seen.append(cache_of(found[-1])))
+    prompted.register_forward_hook(lambda *found: seen.append((found[-1].logits, cache_of(found[-1]))))
     training.model_loss(prompted)(batch).backward()
-    assert seen == [None]
+    assert seen == [(None, None)]
 
 
 def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
@@ -57,7 +57,10 @@ def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
 
 @pytest.fixture
 def uneven(batch):
-    """Targets of several lengths, of which one counts for nothing, and columns that none of them fills."""
+    """Targets of several lengths, of which one counts for nothing, and columns that none of them fills. What is no
+    input is another token than T5's padding.
+    """
+    batch["input_ids"][batch["attention_mask"] == 0] = 7
     batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 3), value=-100)
     batch["labels"][0, -4:] = 5
     batch["labels"][3] = -100
@@ -79,8 +82,8 @@ def test_a_step_in_pieces_is_the_whole_batchs(prompted, batch, uneven, choices, 
     prompted.double()
     of = training.model_loss(prompted)
     if loss == "choice":
-        ids = choice_ids(choices, tokenizer, prompted.config.vocab_size)
-        batch["labels"] = torch.tensor([ids[number] for number in (0, 1, 2, 0, 1)])
+        ids = choice_ids([*choices[:2], "graphics files"], tokenizer, prompted.config.vocab_size)
+        batch["labels"] = training.collate([([1], ids[number]) for number in (0, 1, 2, 0, 1)])["labels"]
         of = training.choice_loss(prompted, ids)
     seen = []
     pieces = training.Loss(lambda piece: seen.append(piece) or of(piece), of.items)
@@ -102,13 +105,16 @@ def test_a_step_in_pieces_is_the_whole_batchs(prompted, batch, uneven, choices, 
 def test_pieces_of_a_patched_model_are_weighed_in_the_prompts_dtype(prompted, model, uneven, dtype):
     patch(model.to(dtype), lm_loss=True)
     loss = training.model_loss(prompted)
-    expected = torch.zeros_like(prompted.prompts["one"])
+    expected, expected_value = torch.zeros_like(prompted.prompts["one"]), 0.0
     total = loss.items(uneven)
     for piece in split(uneven, 2):
         prompted.zero_grad()
-        loss(piece).backward()
-        expected += prompted.prompts["one"].grad * (loss.items(piece) / total)
-    _, grad = step(prompted, loss, uneven, micro_batch=2)
+        found, share = loss(piece), loss.items(piece) / total
+        found.backward()
+        expected += prompted.prompts["one"].grad * share
+        expected_value += found.item() * share
+    value, grad = step(prompted, loss, uneven, micro_batch=2)
+    assert value == pytest.approx(expected_value, rel=1e-6)
     assert grad.dtype == torch.float32
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
@@ -202,7 +208,8 @@ def test_targets_that_are_too_long_are_refused(tokenizer, examples):
     training.encode(examples, tokenizer, max_target=1)  # the end marker is none
     with pytest.raises(ValueError, match=r"1 of 6 targets have more than max_target=1 tokens, up to 2\."):
         training.encode(longer, tokenizer, max_target=1)
-    assert all(source[-1] == 1 for source, _ in training.encode(examples, tokenizer, max_input=2))
+    sources = [source for source, _ in training.encode(examples, tokenizer, max_input=2)]
+    assert all(len(source) == 2 and source[-1] == 1 for source in sources)
 
 
 @pytest.mark.parametrize("name", ["max_input", "max_target"])
@@ -213,7 +220,7 @@ def test_limits_that_leave_nothing_are_refused(tokenizer, examples, name):
 
 
 @pytest.mark.parametrize("who", ["bare", "one", "two"])
-def test_evaluation_by_generation(prompted, model, examples, tokenizer, batch, who):
+def test_evaluation_by_generation(prompted, model, examples, tokenizer, batch, who, monkeypatch):
     asked, names = (model, {}) if who == "bare" else (prompted.eval(), {"prompts": who})
     ids = asked.generate(
         batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, **names
@@ -222,6 +229,9 @@ def test_evaluation_by_generation(prompted, model, examples, tokenizer, batch, w
     wanted = [example._replace(target=f" {text} ") for example, text in zip(examples, said, strict=True)]
     wanted[1] = wanted[1]._replace(target="something else")
     asked.generation_config.update(do_sample=True, num_beams=2)  # answers are greedy all the same
+    decode = tokenizer.batch_decode
+    spaced = lambda *given, **how: [f" {text}\n" for text in decode(*given, **how)]  # noqa: E731
+    monkeypatch.setattr(tokenizer, "batch_decode", spaced)  # others begin or end with a space
     found = training.evaluate(asked, wanted, tokenizer, max_new_tokens=4, **names)
     assert found.predictions == said
     assert found.score == 0.8
@@ -254,8 +264,9 @@ def test_what_cannot_be_evaluated(prompted, model, examples, tokenizer, choices)
     with pytest.raises(ValueError, match=r"among the choices \['files'\], got \['graphics', 'network'\]"):
         training.evaluate(prompted, examples, tokenizer, choices=choices[:1])
     many = [each._replace(target=str(number)) for number, each in enumerate(examples * 2)]
-    with pytest.raises(ValueError, match=r"got \['0', '1', '2', '3', '4'\] and 5 more$"):
-        training.evaluate(prompted, many, tokenizer, choices=choices)
+    for count, said in ((5, r"'4'\]$"), (10, r"got \['0', '1', '2', '3', '4'\] and 5 more$")):
+        with pytest.raises(ValueError, match=said):
+            training.evaluate(prompted, many[:count], tokenizer, choices=choices)
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got -1"):
         training.evaluate(model, examples, tokenizer, choices=choices, batch_size=-1)
     with pytest.raises(ValueError, match="needs a PromptModel, got T5ForConditionalGeneration"):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: which prompt is left, whatever happens."""
 
+import io
 import itertools
 import math
+import sys
 import weakref
 
 import pytest
@@ -14,21 +16,21 @@ NAN = float("nan")
 
 
 class Counter(torch.nn.Module):
-    """Its parameter counts the steps taken: the gradient is -1, the rate 1."""
+    """Its parameters count the steps taken: the gradient is -1, the rate 1."""
 
     def __init__(self):
         super().__init__()
-        self.steps = torch.nn.Parameter(torch.zeros(()))
+        self.steps, self.others = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
         self.modes = []
 
     def loss(self, batch):
         self.modes.append(self.training)
-        return batch - self.steps
+        return batch - self.steps - (self.others - self.others.detach())
 
 
 def run(steps, scores=None, every=1, batches=None, **more):
     model = Counter()
-    optimizer = torch.optim.SGD([model.steps], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": [each]} for each in model.parameters()], lr=1.0)
     queue = None if scores is None else iter(scores)
     curve = None
     try:
@@ -70,7 +72,7 @@ def interrupted(after):
 )
 def test_the_first_of_the_best_scores_is_kept(scores, best):
     model, curve = run(4, scores)
-    assert model.steps.item() == curve.best_step == best
+    assert model.steps.item() == model.others.item() == curve.best_step == best
     assert list(curve.scores.values()) == scores
 
 
@@ -134,6 +136,20 @@ def test_the_bar_shows_the_best_number():
     assert loop._postfix(Curve([1.0], {0: NAN, 1: 0.5, 2: 0.25}, 1)) == "loss 1, best 0.5 at 1"
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_terminal_is_told_of_progress_unless_it_is_not_wanted(monkeypatch, progress):
+    terminal, model = Terminal(), Counter()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    optimizer = torch.optim.SGD([model.steps], lr=1.0)
+    tune(model, [torch.ones(())], model.loss, optimizer, 1, progress=progress)
+    assert ("step 1 of 1" in terminal.getvalue()) == progress
+
+
 def test_modes():
     model, _ = run(3)
     assert model.modes == [True] * 3
@@ -156,6 +172,21 @@ def test_a_loss_that_is_no_number_stops(value, scores, left):
     with pytest.raises(FloatingPointError, match=f"the loss of step 7 is {value}"):
         run(10, scores, every=2, batches=batches)
     assert run.model.steps.item() == left
+
+
+def test_losses_are_looked_at_where_scores_are_rare():
+    batches = itertools.chain([torch.tensor(NAN)], itertools.repeat(torch.tensor(100.0)))
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        run(1000, batches=batches, every=1000)
+    assert len(run.model.modes) == loop.REPORT_EVERY
+
+
+def test_an_interruption_behind_a_loss_that_is_no_number_stays_one():
+    curve, batches = Curve(), itertools.chain([torch.tensor(NAN)], interrupted(1))
+    with pytest.raises(KeyboardInterrupt):
+        run(9, batches=batches, every=9, curve=curve)
+    assert run.model.steps.item() == curve.best_step == 0
+    assert len(curve.losses) == 2
 
 
 def test_batches_that_end_are_told():
@@ -219,10 +250,10 @@ def test_a_gradient_that_is_no_number_leaves_no_such_prompt(monkeypatch, scores,
     assert run.model.steps.item() == (0 if scores is None else 2)
 
 
-def test_a_curve_is_of_one_training():
-    _, curve = run(2, [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("used", [Curve(losses=[1.0]), Curve(scores={0: 0.1})])
+def test_a_curve_is_of_one_training(used):
     with pytest.raises(ValueError, match="curve must be empty"):
-        run(2, curve=curve)
+        run(2, curve=used)
 
 
 def test_a_model_is_left_in_its_mode_whatever_fails(monkeypatch):
