@@ -116,6 +116,14 @@ def test_a_closed_store_says_so(path):
         store["sst2"]
 
 
+def test_a_system_that_cannot_read_at_a_place(path, monkeypatch):
+    """Windows, for one. Folders are read there, too."""
+    monkeypatch.delattr(os, "preadv")
+    with pytest.raises(OSError, match=r"prompts\.store is one file, .*Use a folder"):
+        PromptStore(path)
+    assert list(PromptStore(path.parent)) == []
+
+
 def test_copies_pickles_and_threads(path):
     store = PromptStore(path)
     for other in (copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
