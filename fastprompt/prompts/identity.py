@@ -123,9 +123,10 @@ def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
 
 def _content(weight: Tensor) -> tuple[Any, ...] | None:
     """Shape, dtype and a sum of all bits of a table [V, D], in order, at the speed of memory; None: it has no such."""
-    if weight.shape[1] * weight.element_size() % 8 != 0:
+    table, size = weight.detach().contiguous(), weight.element_size()
+    if table.shape[1] * size % 8 != 0 or table.storage_offset() * size % 8 != 0:  # no whole words of 64 bits
         return None
-    rows = weight.detach().contiguous().view(torch.int64).sum(1)
+    rows = table.view(torch.int64).sum(1)
     total = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
     return weight.shape, weight.dtype, int(total)
 
