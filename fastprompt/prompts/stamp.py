@@ -68,17 +68,14 @@ def adapters_of(model: nn.Module) -> list[str]:
 
 
 def _modules_of(owner: nn.Module) -> list[nn.Module]:
-    """As ``owner.modules()`` gives them, whose nested generators take milliseconds over a large model."""
-    found: dict[nn.Module, None] = {}
-    waiting = [owner]
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found[module] = None
-            children = module.__dict__["_modules"]
-            if children:
-                waiting += [each for each in reversed(children.values()) if each is not None]
-    return list(found)
+    """Those of ``owner.modules()``, whose nested generators take milliseconds over a large model."""
+    found, seen = [owner], {owner}
+    for module in found:  # which grows meanwhile
+        for child in module.__dict__["_modules"].values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 def _adapters_of(modules: list[nn.Module]) -> list[str]:
@@ -93,8 +90,14 @@ def _adapters_of(modules: list[nn.Module]) -> list[str]:
 
 
 def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
-    groups = [each.__dict__[group] for each in modules for group in ("_parameters", "_buffers")]
-    tensors = [tensor for group in groups if group for tensor in group.values() if tensor is not None]
+    entries: list[Tensor | None] = []
+    for module in modules:
+        own = module.__dict__
+        if own["_parameters"]:
+            entries.extend(own["_parameters"].values())
+        if own["_buffers"]:
+            entries.extend(own["_buffers"].values())
+    tensors = [each for each in entries if each is not None]
     for each in tensors:  # and what quantised ones are made of, which may be written to by itself
         if type(each) is not nn.Parameter:
             tensors += parts_of(each).values()
