@@ -115,7 +115,7 @@ bench: setup
 bench-quick: setup
 	$(PYTEST) benchmarks/bench_*.py --quick
 
-# For other machines with this Python and a C library as new as here.
+# For other machines with this Python and a C library as new as the wheel's name says.
 wheel: setup
 	rm -rf build/wheel
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .

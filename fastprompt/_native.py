@@ -20,6 +20,11 @@ BF16_ISAS = ("amx", "avx512_bf16")  # they multiply bfloat16, and leave all else
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
+def builds_here() -> bool:
+    """Are there kernels for this system? setup.py has the same condition."""
+    return platform.system() == "Linux"
+
+
 def _load() -> tuple[dict[str, SimpleNamespace], bool]:
     """The kernels of each target, and whether the CPU is AMD's."""
     try:
@@ -27,7 +32,7 @@ def _load() -> tuple[dict[str, SimpleNamespace], bool]:
     except ImportError as error:
         remedy = (
             "For the fast path install a wheel, or build with `pip install .` (needs g++ and Python's headers)"
-            if platform.system() == "Linux"
+            if builds_here()
             else "They are for Linux"
         )
         warnings.warn(

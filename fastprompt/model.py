@@ -243,7 +243,8 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError: choices that cannot be; and as in ``forward``.
         """
         ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
-        self._batch_size(input_ids, encoder_outputs)  # checks them
+        if encoder_outputs is not None:
+            checks.check_encoder_outputs(encoder_outputs, self._table().shape[1])
         with self.keeping(prompts):
             scores = choice_scores(
                 self,

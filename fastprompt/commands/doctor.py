@@ -27,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for package in ("torch", "transformers", "triton", "peft"):
         print(f"{package:12} {version(package)}")
-    print(f"CPU kernels  {', '.join(_native.CPU_TARGETS) or 'none: build the extension for CPU speed'}")
+    missing = "build the extension for CPU speed" if _native.builds_here() else "they are for Linux"
+    print(f"CPU kernels  {', '.join(_native.CPU_TARGETS) or f'none: {missing}'}")
     print(f"CUDA kernels {'built' if 'cuda' in _native.TARGETS else 'not built'}")
     # A source tree has them elsewhere.
     there = importlib.util.find_spec("fastprompt.triton_kernels") is not None
@@ -40,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def version(package: str) -> str:
-    """Of an installed package, and why it cannot be used if it cannot."""
+    """Of an installed package, and why it cannot be imported if it cannot: triton and peft, as all needs the others."""
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
     try:
         importlib.import_module(package)
-    except Exception as error:  # whatever another package's modules raise
+    except (Exception, SystemExit) as error:  # whatever another package's modules raise
         return f"{found}, but import {package} fails: {printable(str(error))}"
     return found

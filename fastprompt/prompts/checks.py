@@ -66,14 +66,21 @@ def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
 def check_encoder_outputs(encoder_outputs: Any, width: int) -> Tensor:
     """Their hidden states [B, L, D]. Which L they must have is for the kinds of prompts to say."""
     try:
-        hidden = encoder_outputs[0]
+        hidden = None if isinstance(encoder_outputs, Tensor) else encoder_outputs[0]
     except (TypeError, LookupError):  # of nothing, or of a dict
         hidden = None
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != width:
-        got = f" with {list(hidden.shape)}" if isinstance(hidden, Tensor) else ""
+    if (
+        not isinstance(hidden, Tensor)
+        or hidden.ndim != 3
+        or hidden.shape[-1] != width
+        or not len(hidden)
+        or not hidden.is_floating_point()
+    ):
+        shown = encoder_outputs if hidden is None else hidden
+        got = f" of {shown.dtype} {list(shown.shape)}" if isinstance(shown, Tensor) else ""
         raise TypeError(
             "PromptModel: encoder_outputs must be what encode() returns, or a tuple that begins with hidden states "
-            f"[B, L, D]=[B, L, {width}], got {type(encoder_outputs).__name__}{got}"
+            f"[B, L, D]=[1 or more, L, {width}], got {type(encoder_outputs).__name__}{got}"
         )
     return hidden
 

@@ -15,16 +15,18 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastprompt.prompts.stamp import adapters_of
+from fastprompt.prompts.stamp import adapters_of, traces
 from fastprompt.prompts.tensors import is_sharded, parts_of
 
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
+_CHUNK_WORDS = 1 << 16  # half a MiB: of a core's own cache
 _HASHING_THREADS = 8
-# Hashes of the last tables, by the dtype of the load and their content. Prompts are loaded one by one, and sha256
-# takes up to seconds, fifty times as long as the sums that tell a table.
+# Hashes of the last tables. Prompts are loaded one by one, and sha256 takes several times as long as it takes to tell
+# that a table is as it was.
 _KNOWN = 8
-_known: dict[Any, str] = {}
+_known: dict[Any, tuple[str, StorageWeakRef]] = {}
 # What T5's modules read of their config beside the shapes of their weights and the dropout.
 _COMPUTING = (
     "num_heads",
@@ -107,28 +109,35 @@ def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
         )
     if parts_of(weight):
         return _weight_sha256(("", weight))
-    key = dtype, _content(weight)
-    found = _known.get(key)
-    if found is None:
-        digest = hashlib.sha256(f"{list(weight.shape)}".encode())
-        for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
-            digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
-        found = digest.hexdigest()
-        if key[1] is not None:
-            if len(_known) >= _KNOWN:
-                _known.clear()
-            _known[key] = found
+    content = _content(weight)
+    if (dtype, content) in _known:
+        return _known[dtype, content][0]
+    digest = hashlib.sha256(f"{list(weight.shape)}".encode())
+    for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
+        digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+    found = digest.hexdigest()
+    if content is not None:
+        if len(_known) >= _KNOWN:
+            _known.clear()
+        _known[dtype, content] = found, StorageWeakRef(weight.untyped_storage())
     return found
 
 
 def _content(weight: Tensor) -> tuple[Any, ...] | None:
-    """Shape, dtype and a sum of all bits of a table [V, D], in order, at the speed of memory; None: it has no such."""
-    table, size = weight.detach().contiguous(), weight.element_size()
-    if table.shape[1] * size % 8 != 0 or table.storage_offset() * size % 8 != 0:  # no whole words of 64 bits
+    """By what a table [V, D] is known again: which tensor it is, and a sum of its bits, which writing through .data
+    changes. None: it lies in no whole words of 64 bits.
+    """
+    size = weight.element_size()
+    width, rest = divmod(weight.shape[1] * size, 8)
+    if rest or weight.storage_offset() * size % 8 or not weight.is_contiguous():
         return None
-    rows = table.view(torch.int64).sum(1)
-    total = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
-    return weight.shape, weight.dtype, int(total)
+    words = weight.detach().reshape(-1).view(torch.int64).view(len(weight), width)
+    place = torch.arange(1, len(words) + 1, device=words.device)
+    rows, total = max(1, _CHUNK_WORDS // width), place.new_zeros(())
+    for some, by in zip(words.split(rows), place.split(rows), strict=True):
+        # The upper half is mixed into the lower one, as sums modulo 2^64 lose pairs of the uppermost bit.
+        total += ((some ^ (some >> 32)).sum(1) * by).sum()
+    return (*traces([weight]), int(total))
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

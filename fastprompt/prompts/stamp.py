@@ -3,8 +3,9 @@
 
 It did once a tensor of it was written to, replaced, cast or moved, once a module in it was replaced by one of another
 class, once an adapter in it (LoRA and others of PEFT) was switched, scaled or merged, and once autocast was switched.
-These leave no trace: writing through ``tensor.data`` or to tensors made under ``torch.inference_mode``, and what is no
-tensor, such as another activation function, epsilon, hook or ``forward``.
+These leave no trace: writing through ``tensor.data``, also where another Parameter then takes that, or to tensors made
+under ``torch.inference_mode``, and what is no tensor, such as another activation function, epsilon, hook or
+``forward``.
 """
 
 from collections.abc import Container
@@ -37,11 +38,11 @@ class Stamp:
     """A state and that of autocast at one moment.
 
     It refers to no tensor, which torch would not swap then, as ``.to()`` does with quantised weights. So another may be
-    given a tensor's id, and is as good where it sees the same storage in the same way.
+    given a tensor's id, and passes for it where it sees the same storage in the same way.
     """
 
     def __init__(self, state: State) -> None:
-        self.traces = _traces(state.tensors)
+        self.traces = traces(state.tensors)
         # They keep the addresses of storages from being given to others.
         self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in state.tensors]
         self.classes, self.adapters = state.classes, state.adapters
@@ -55,7 +56,7 @@ class Stamp:
     def fits(self, state: State) -> bool:
         return (
             not self.stepped
-            and self.traces == _traces(state.tensors)
+            and self.traces == traces(state.tensors)
             and self.classes == state.classes
             and self.adapters == state.adapters
             and self.autocast == _autocast()
@@ -64,7 +65,7 @@ class Stamp:
 
 def adapters_of(model: nn.Module) -> list[str]:
     """What decides, beside their weights, what PEFT's adapter layers in ``model`` compute: one entry for each."""
-    return _adapters_of(_modules_of(model))
+    return _adapters_of(list(model.modules()))  # in this order, which files stand on
 
 
 def _modules_of(owner: nn.Module) -> list[nn.Module]:
@@ -104,8 +105,11 @@ def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     return tensors
 
 
-def _traces(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    """What tensors are: which ones, how often written to, of which storage, and how they see it."""
+def traces(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """What tensors are: their ids, how often they were written to, of which storages they are, and how they see them.
+
+    Whoever keeps these keeps a weak reference to each storage, so that its address is given to no other.
+    """
     return [
         (
             id(each),

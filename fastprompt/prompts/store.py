@@ -62,6 +62,7 @@ class PromptStore(Mapping[str, PromptFile]):
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         ValueError: the file is no store, or is broken or cut short.
+        OSError: it is a file, and the system is Windows.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -75,13 +76,13 @@ class PromptStore(Mapping[str, PromptFile]):
             prompts = [n for n in names if n.endswith(_SUFFIX) and not n.endswith(_CACHE_SUFFIX)]
             self._files = {n.removesuffix(_SUFFIX): self.path / n for n in prompts if not n.startswith(".")}
             return
-        if not hasattr(os, "preadv"):  # threads and forked processes read at once
-            raise OSError(
-                f"PromptStore: {self.path} is one file, of which this system cannot read parts by their place. Use a "
-                "folder of prompt files"
-            )
         self._stream = self.path.open("rb", buffering=0)
         try:
+            if not hasattr(os, "preadv"):  # threads and forked processes read at once
+                raise OSError(
+                    f"PromptStore: {self.path} is one file, of which this system cannot read parts by their place. "
+                    "Use a folder of prompt files"
+                )
             self._data = self._read_header(self._stream)
         except BaseException:
             self.close()

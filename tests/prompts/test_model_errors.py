@@ -247,9 +247,23 @@ def call(request, make_prompted, make_batch):
         (
             {"encoder_outputs": torch.ones(3, 12, 32)},
             TypeError,
-            r"a tuple that begins with hidden states \[B, L, D\]=\[B, L, 32\], got Tensor with \[12, 32\]",
+            r"begins with hidden states \[B, L, D\]=\[1 or more, L, 32\], got Tensor of torch.float32 \[3, 12, 32\]",
         ),
-        ({"encoder_outputs": (torch.ones(3, 12, 16),)}, TypeError, r"got tuple with \[3, 12, 16\]"),
+        (
+            {"encoder_outputs": (torch.ones(3, 12, 16),)},
+            TypeError,
+            r"got tuple of torch.float32 \[3, 12, 16\]",
+        ),
+        (
+            {"encoder_outputs": (torch.ones(0, 12, 32),)},
+            TypeError,
+            r"got tuple of torch.float32 \[0, 12, 32\]",
+        ),
+        (
+            {"encoder_outputs": (torch.ones(3, 12, 32).int(),)},
+            TypeError,
+            r"got tuple of torch.int32 \[3, 12, 32\]",
+        ),
         ({"encoder_outputs": ()}, TypeError, "got tuple$"),
         ({"encoder_outputs": {"last_hidden_state": torch.ones(3, 12, 32)}}, TypeError, "got dict$"),
     ],

@@ -121,6 +121,8 @@ def test_a_system_that_cannot_read_at_a_place(path, monkeypatch):
     monkeypatch.delattr(os, "preadv")
     with pytest.raises(OSError, match=r"prompts\.store is one file, .*Use a folder"):
         PromptStore(path)
+    with pytest.raises(FileNotFoundError):
+        PromptStore(path.with_name("nowhere"))
     assert list(PromptStore(path.parent)) == []
 
 
