@@ -260,6 +260,8 @@ def test_outputs_that_nothing_reads(backend, device, slow, T, p):
         (torch.float32, 12, {"P": 7, "dropout_p": 0.3}),
         (torch.float32, 2, {"causal": True, "key_mask": "left"}),
         (torch.bfloat16, 2, {"causal": True, "offset": [20, 3], "dropout_p": 0.3, "key_mask": "left"}),
+        (torch.float32, 2, {"causal": True, "offset": [1, 17]}),
+        (torch.float32, 2, {"causal": True, "T": 70}),
     ],
     ids=str,
 )
@@ -267,9 +269,11 @@ def test_tables_of_any_numbers_over_several_blocks(backend, device, dtype, M, op
     """T5's own tables are flat towards their ends, where a number beside the right one looks right.
 
     A table that ends at distance 2 ends one step inside a block, of any size. The last keys of left padding leave whole
-    blocks of queries with nothing to attend to.
+    blocks of queries with nothing to attend to. One position further a block's last query reaches one key of another
+    block, and behind many queries there are blocks beyond the table.
     """
-    B, T, S = 2, page.DECODE_ROWS if backend == "cuda" else 35, 40
+    B, T, S = 2, page.DECODE_ROWS if backend == "cuda" else options.get("T", 35), 40
+    options = {name: value for name, value in options.items() if name != "T"}
     index = {
         name: torch.tensor(options[name], device=device)
         for name in ("prompt_lens", "offset")
