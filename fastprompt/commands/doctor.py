@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def version(package: str) -> str:
-    """Of an installed package, and why it cannot be imported if it cannot: triton and peft, as all needs the others."""
+    """Of an installed package, and why its import fails if it does."""
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

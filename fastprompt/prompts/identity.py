@@ -11,22 +11,17 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastprompt.prompts.stamp import adapters_of, traces
+from fastprompt.prompts.stamp import Stamp, State, adapters_of
 from fastprompt.prompts.tensors import is_sharded, parts_of
 
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
 _CHUNK_WORDS = 1 << 16  # half a MiB: of a core's own cache
 _HASHING_THREADS = 8
-# Hashes of the last tables. Prompts are loaded one by one, and sha256 takes several times as long as it takes to tell
-# that a table is as it was.
-_KNOWN = 8
-_known: dict[Any, tuple[str, StorageWeakRef]] = {}
 # What T5's modules read of their config beside the shapes of their weights and the dropout.
 _COMPUTING = (
     "num_heads",
@@ -109,24 +104,46 @@ def embedding_sha256(weight: Tensor, dtype: torch.dtype | None = None) -> str:
         )
     if parts_of(weight):
         return _weight_sha256(("", weight))
-    content = _content(weight)
-    if (dtype, content) in _known:
-        return _known[dtype, content][0]
-    digest = hashlib.sha256(f"{list(weight.shape)}".encode())
-    for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
-        digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
-    found = digest.hexdigest()
-    if content is not None:
-        if len(_known) >= _KNOWN:
-            _known.clear()
-        _known[dtype, content] = found, StorageWeakRef(weight.untyped_storage())
-    return found
+    hashes = _hashes_of(weight)
+    if dtype not in hashes:
+        digest = hashlib.sha256(f"{list(weight.shape)}".encode())
+        for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
+            digest.update(chunk.to(dtype).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+        hashes[dtype] = digest.hexdigest()
+    return hashes[dtype]
 
 
-def _content(weight: Tensor) -> tuple[Any, ...] | None:
-    """By what a table [V, D] is known again: which tensor it is, and a sum of its bits, which writing through .data
-    changes. None: it lies in no whole words of 64 bits.
-    """
+class _Table(NamedTuple):
+    """A table at one moment, and its hashes by the dtype of the load."""
+
+    stamp: Stamp
+    total: int  # which writing through .data changes
+    hashes: dict[torch.dtype, str]
+
+
+# The last ones. Prompts are loaded one by one, and sha256 takes several times as long as it takes to tell that a table
+# is as it was.
+_KNOWN = 8
+_known: list[_Table] = []
+
+
+def _hashes_of(weight: Tensor) -> dict[torch.dtype, str]:
+    """Those known of a table [V, D] as it is now, for others to be put in."""
+    total, state = _total(weight), State.of(weight)
+    if total is None:
+        return {}
+    for table in _known:
+        if table.total == total and table.stamp.fits(state):
+            return table.hashes
+    if len(_known) >= _KNOWN:
+        _known.clear()
+    new = _Table(Stamp(state), total, {})
+    _known.append(new)
+    return new.hashes
+
+
+def _total(weight: Tensor) -> int | None:
+    """A sum of a table's bits; None: it lies in no whole words of 64."""
     size = weight.element_size()
     width, rest = divmod(weight.shape[1] * size, 8)
     if rest or weight.storage_offset() * size % 8 or not weight.is_contiguous():
@@ -137,7 +154,7 @@ def _content(weight: Tensor) -> tuple[Any, ...] | None:
     for some, by in zip(words.split(rows), place.split(rows), strict=True):
         # The upper half is mixed into the lower one, as sums modulo 2^64 lose pairs of the uppermost bit.
         total += ((some ^ (some >> 32)).sum(1) * by).sum()
-    return (*traces([weight]), int(total))
+    return int(total)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

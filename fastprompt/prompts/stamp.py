@@ -42,7 +42,7 @@ class Stamp:
     """
 
     def __init__(self, state: State) -> None:
-        self.traces = traces(state.tensors)
+        self.traces = _traces(state.tensors)
         # They keep the addresses of storages from being given to others.
         self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in state.tensors]
         self.classes, self.adapters = state.classes, state.adapters
@@ -56,7 +56,7 @@ class Stamp:
     def fits(self, state: State) -> bool:
         return (
             not self.stepped
-            and self.traces == traces(state.tensors)
+            and self.traces == _traces(state.tensors)
             and self.classes == state.classes
             and self.adapters == state.adapters
             and self.autocast == _autocast()
@@ -105,11 +105,8 @@ def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     return tensors
 
 
-def traces(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    """What tensors are: their ids, how often they were written to, of which storages they are, and how they see them.
-
-    Whoever keeps these keeps a weak reference to each storage, so that its address is given to no other.
-    """
+def _traces(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """What tensors are: their ids, how often they were written to, their storages, and how they see those."""
     return [
         (
             id(each),

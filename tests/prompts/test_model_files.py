@@ -116,7 +116,7 @@ def test_the_hash_sees_every_row_and_the_shape():
 
 def test_a_table_is_hashed_anew_once_any_of_it_has_changed(monkeypatch):
     """Through .data, too, which leaves no other trace."""
-    hashed, known = [], {}
+    hashed, known = [], []
     monkeypatch.setattr(identity, "_KNOWN", 99)
     monkeypatch.setattr(identity, "hashlib", SimpleNamespace(sha256=lambda x: hashed.append(x) or sha256(x)))
     table = torch.randn(50, 8)
@@ -138,7 +138,7 @@ def test_a_table_is_hashed_anew_once_any_of_it_has_changed(monkeypatch):
         table.data = change(table.data)
         fresh = []
         for dtype in (None, torch.float16):
-            monkeypatch.setattr(identity, "_known", {})
+            monkeypatch.setattr(identity, "_known", [])
             fresh.append(embedding_sha256(table, dtype))
         monkeypatch.setattr(identity, "_known", known)
         hashed.clear()
