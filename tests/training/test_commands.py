@@ -44,13 +44,13 @@ def files(tmp_path, examples, choices):
 
 @pytest.fixture
 def spied(monkeypatch):
-    """What functions, each of a module by its name, are called with last: (arguments, options) by name."""
+    """What functions, each of a module by its name, are called with: [(arguments, options), ...] by name."""
 
     def spied(*functions):
         seen = {}
 
         def spy(name, function, *arguments, **options):
-            seen[name] = (arguments, options)
+            seen.setdefault(name, []).append((arguments, options))
             return function(*arguments, **options)
 
         for module, name in functions:
@@ -149,12 +149,12 @@ def test_the_recipe_reaches_what_it_is_for(files, capsys, spied, kind, rate):
     recipe = ["--steps", 1, "--batch-size", 3, "--memory", "lean", "--weight-decay", 0.5, "--seed", 7]
     recipe += ["--micro-batch", 2, "--max-input", 5, "--dev", data]
     assert run(capsys, "tune", *common, "--train", data, "--out", out, "--kind", kind, *recipe)[0] == 0
-    assert seen["patch"][1] == {"memory": "lean", "lm_loss": True}
-    assert seen["PromptConfig"][1]["seed"] == 7
-    assert seen["Adafactor"][1] == {"lr": rate, "weight_decay": 0.5}
-    assert seen["shuffled"][0][1:] == (3, 7)
-    assert seen["encode"][1] == {"max_input": 5}
-    asked = seen["evaluate"][1]
+    assert seen["patch"][-1][1] == {"memory": "lean", "lm_loss": True}
+    assert seen["PromptConfig"][-1][1]["seed"] == 7
+    assert seen["Adafactor"][-1][1] == {"lr": rate, "weight_decay": 0.5}
+    assert seen["shuffled"][-1][0][1:] == (3, 7)
+    assert seen["encode"][-1][1] == {"max_input": 5}
+    asked = seen["evaluate"][-1][1]
     assert (asked["batch_size"], asked["max_input"]) == (2, 5)
 
 
@@ -162,8 +162,8 @@ def test_evals_options_reach_what_they_are_for(files, capsys, spied):
     data, _, common = files
     seen = spied((training, "evaluate"))
     assert run(capsys, "eval", *common, "--data", data, "--batch-size", 2, "--max-input", 5)[0] == 0
-    assert isinstance(seen["evaluate"][0][0].encoder.block[0].layer[1], FastFF)
-    asked = seen["evaluate"][1]
+    [((model, *_), asked)] = seen["evaluate"]
+    assert isinstance(model.encoder.block[0].layer[1], FastFF)
     assert (asked["batch_size"], asked["max_input"]) == (2, 5)
 
 
@@ -312,14 +312,8 @@ def test_a_log_may_be_a_pipe(files, capsys):
         assert len(json.loads(reader.stdout.read())["losses"]) == 1
 
 
-def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch):
-    seen, evaluate = [], training.evaluate
-
-    def spied(*arguments, **options):
-        seen.append(options["max_new_tokens"])
-        return evaluate(*arguments, **options)
-
-    monkeypatch.setattr(training, "evaluate", spied)
+def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, spied):
+    seen = spied((training, "evaluate"))
     data, out, common = files
     common = common[: common.index("--choices")]
     dev, longest = data.with_name("dev.csv"), len("réseau".encode())
@@ -327,7 +321,8 @@ def test_dev_is_asked_for_no_more_than_its_targets(files, capsys, monkeypatch):
     how = ["--train", data, "--dev", dev, "--out", out, "--steps", 1, "--num-tokens", 2]
     assert run(capsys, "tune", *common, *how)[0] == 0
     assert run(capsys, "tune", *common, *how, "--max-target", longest - 1)[0] == 0
-    assert seen == [longest + 2] * 2 + [longest - 1] * 2
+    asked = [options["max_new_tokens"] for _, options in seen["evaluate"]]
+    assert asked == [longest + 2] * 2 + [longest - 1] * 2
 
 
 def test_eval_says_which_targets_cannot_be_answered(tmp_path, capsys):
