@@ -153,7 +153,8 @@ class NinjaBuild(build_ext):
             objects.append(name)
             lines.append(f"build {name}: {rule} {in_ninja(source)}\n  flags = {' '.join(flags)}")
 
-        compile_object("cxx", ROOT / "csrc/bindings.cpp", "bindings.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
+        for source in sorted(ROOT.glob("csrc/*.cpp")):
+            compile_object("cxx", source, f"{source.stem}.o", *(["-DFP_WITH_CUDA"] if nvcc else []))
         targets = cpu_targets()
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             for target, (lanes, isa) in targets.items():

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// fastprompt._C: shows the table of native kernels (common/kernel.h) to Python. Torch-free: it passes on pointers,
-// sizes and numbers, so one build serves every torch version. Adding an op does not touch this file.
+// fastprompt._C: shows the table of native kernels (common/kernel.h) to Python. Torch-free (torch_tensor.h), so one
+// build serves every torch version. Adding an op does not touch this file.
 #include <pybind11/pybind11.h>
+#include <structmember.h>
 
 #include <array>
-#include <stdexcept>
+#include <cstddef>
+#include <cstring>
 #include <string>
 
 #define FP_TARGET "bindings"
 #include "common/kernel.h"
+#include "describe.h"
+#include "torch_tensor.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -32,49 +36,109 @@ namespace {
 
 constexpr size_t kMaxArguments = 48;
 
-[[noreturn]] void bad_arguments(const fp::Kernel& kernel, const std::string& what) {
-    throw py::type_error(std::string("fastprompt._C.") + kernel.name + ": " + what + " (signature '" +
-                         kernel.signature + "': p pointer, i integer, d float)");
+// A kernel as Python calls it, by the protocol that costs least: kernel(*arguments).
+struct KernelObject {
+    PyObject_HEAD;
+    vectorcallfunc call;
+    const fp::Kernel* kernel;
+    const char *name, *target, *signature;
+};
+
+bool refuse(const fp::Kernel& kernel, const char* what, size_t number) {
+    PyErr_Format(PyExc_TypeError,
+                 "fastprompt._C.%s: %s %zu (signature '%s': t tensor or None, p the same or an address, i integer, "
+                 "d float)",
+                 kernel.name, what, number, kernel.signature);
+    return false;
 }
 
-[[noreturn]] void fail(PyObject* error, const fp::Kernel& kernel, const char* what) {
-    PyErr_Format(error, "fastprompt::%s: %s", kernel.name, what);
-    throw py::error_already_set();
-}
-
-int64_t call(const fp::Kernel& kernel, const py::args& args) {
-    const std::string signature = kernel.signature;
-    const size_t count = signature.size();
-    if (args.size() != count || count > kMaxArguments) {
-        bad_arguments(kernel, "takes " + std::to_string(count) + " arguments, got " + std::to_string(args.size()) +
-                                  ". If the Python files are newer than this extension, build it again");
+// The argument as a kernel reads it. `tensor` is where its description stays during the call.
+bool read_argument(const fp::Kernel& kernel, size_t i, PyObject* value, fp::TorchTensor& tensor, fp::Slot& slot) {
+    const char letter = kernel.signature[i];
+    if (letter == 'd') {
+        slot.d = PyFloat_AsDouble(value);
+        return PyErr_Occurred() == nullptr;
     }
+    if (letter == 'i' || (letter == 'p' && PyLong_Check(value))) {
+        if (!PyLong_Check(value)) return refuse(kernel, "there must be an int as argument", i);
+        slot.i = PyLong_AsLongLong(value);
+        return PyErr_Occurred() == nullptr;
+    }
+    if (value == Py_None) {
+        slot.i = 0;
+        return true;
+    }
+    if (!fp::is_tensor(value)) return refuse(kernel, "there must be a tensor or None as argument", i);
+    if (!fp::read_tensor(value, tensor)) return false;
+    slot.i = reinterpret_cast<int64_t>(letter == 't' ? &tensor.tensor : tensor.tensor.data);
+    return true;
+}
+
+PyObject* fail(PyObject* error, const fp::Kernel& kernel, const char* what) {
+    return PyErr_Format(error, "fastprompt::%s: %s", kernel.name, what);
+}
+
+PyObject* call(PyObject* self, PyObject* const* arguments, size_t count_and_flag, PyObject* names) {
+    const fp::Kernel& kernel = *reinterpret_cast<KernelObject*>(self)->kernel;
+    const auto count = static_cast<size_t>(PyVectorcall_NARGS(count_and_flag));
+    const size_t expected = std::strlen(kernel.signature);
+    if (count != expected || count > kMaxArguments || names != nullptr) {
+        return PyErr_Format(PyExc_TypeError,
+                            "fastprompt._C.%s: takes %zu arguments, got %zu. If the Python files are newer than this "
+                            "extension, build it again",
+                            kernel.name, expected, count + (names == nullptr ? 0 : PyTuple_GET_SIZE(names)));
+    }
+    std::array<fp::TorchTensor, kMaxArguments> tensors;
     std::array<fp::Slot, kMaxArguments> slots;
     for (size_t i = 0; i < count; ++i) {
-        PyObject* value = PyTuple_GET_ITEM(args.ptr(), static_cast<Py_ssize_t>(i));
-        if (signature[i] == 'd') {
-            slots[i].d = PyFloat_AsDouble(value);
-        } else if (PyLong_Check(value)) {
-            slots[i].i = PyLong_AsLongLong(value);
-        } else {
-            bad_arguments(kernel, "argument " + std::to_string(i) + " must be an int");
-        }
-        if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+        if (!read_argument(kernel, i, arguments[i], tensors[i], slots[i])) return nullptr;
     }
     int64_t status = 0;
-    {
-        const py::gil_scoped_release release;
-        status = kernel.invoke(slots.data());
+    Py_BEGIN_ALLOW_THREADS;
+    status = kernel.invoke(slots.data());
+    Py_END_ALLOW_THREADS;
+    if (status == fp::kNoMemory) return fail(PyExc_MemoryError, kernel, "no memory for its working space");
+    if (status == fp::kBadOption) {
+        return fail(PyExc_ValueError, kernel, "the kernel does not know this dtype or option");
     }
-    if (status == fp::kNoMemory) fail(PyExc_MemoryError, kernel, "no memory for its working space");
-    if (status == fp::kBadOption) fail(PyExc_ValueError, kernel, "the kernel does not know this dtype or option");
 #ifdef FP_WITH_CUDA
-    if (status != 0 && std::string(kernel.target) == "cuda") {
-        throw std::runtime_error(std::string("fastprompt::") + kernel.name +
-                                 ": CUDA error: " + cudaGetErrorString(static_cast<cudaError_t>(status)));
+    if (status != 0 && std::strcmp(kernel.target, "cuda") == 0) {
+        return PyErr_Format(PyExc_RuntimeError, "fastprompt::%s: CUDA error: %s", kernel.name,
+                            cudaGetErrorString(static_cast<cudaError_t>(status)));
     }
 #endif
-    return status;
+    return PyLong_FromLongLong(status);
+}
+
+std::array<PyMemberDef, 5> kernel_members = {{
+    {"name", T_STRING, offsetof(KernelObject, name), READONLY, nullptr},
+    {"target", T_STRING, offsetof(KernelObject, target), READONLY, nullptr},
+    {"signature", T_STRING, offsetof(KernelObject, signature), READONLY, nullptr},
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(KernelObject, call), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+}};
+
+std::array<PyType_Slot, 3> kernel_slots = {{
+    {Py_tp_members, kernel_members.data()},
+    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {0, nullptr},
+}};
+
+PyType_Spec kernel_spec = {
+    "fastprompt._C.Kernel", sizeof(KernelObject), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION, kernel_slots.data()};
+
+PyObject* kernel_type = nullptr;
+
+py::object kernel_object(const fp::Kernel* kernel) {
+    auto* made = PyObject_New(KernelObject, reinterpret_cast<PyTypeObject*>(kernel_type));
+    if (made == nullptr) throw py::error_already_set();
+    made->call = &call;
+    made->kernel = kernel;
+    made->name = kernel->name;
+    made->target = kernel->target;
+    made->signature = kernel->signature;
+    return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(made));
 }
 
 // Asked of CPUID, as older compilers' __builtin_cpu_supports does not know the name.
@@ -128,23 +192,30 @@ py::dict kernels(const std::string& target) {
     py::dict found;
     if (!runs_here(target)) return found;
     for (const fp::Kernel* const* entry = __start_fp_kernels; entry != __stop_fp_kernels; ++entry) {
-        if (target == (*entry)->target) found[(*entry)->name] = py::cast(*entry, py::return_value_policy::reference);
+        if (target == (*entry)->target) found[(*entry)->name] = kernel_object(*entry);
     }
     return found;
 }
+
+// Without pybind11, whose calls take longer than what this does.
+std::array<PyMethodDef, 3> functions = {{
+    {"describe", reinterpret_cast<PyCFunction>(fp::describe), METH_FASTCALL,
+     "describe(*arguments) -> all of them but for what tensors hold, as bytes; None if one cannot be described."},
+    {"learn_torch", fp::learn_torch, METH_O, "learn_torch(torch): kernels and describe take its tensors from then on."},
+    {nullptr, nullptr, 0, nullptr},
+}};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "fastprompt's native kernels, by target.";
-    py::class_<fp::Kernel>(module, "Kernel")
-        .def("__call__", &call)
-        .def_property_readonly("name", [](const fp::Kernel& kernel) { return kernel.name; })
-        .def_property_readonly("target", [](const fp::Kernel& kernel) { return kernel.target; })
-        .def_property_readonly("signature", [](const fp::Kernel& kernel) { return kernel.signature; });
+    kernel_type = PyType_FromSpec(&kernel_spec);
+    if (kernel_type == nullptr) throw py::error_already_set();
+    module.attr("Kernel") = py::handle(kernel_type);
     module.def(
         "kernels", &kernels, py::arg("target"),
         "name -> kernel for 'scalar', 'neon', 'avx2', 'avx512', 'avx512_bf16', 'amx' or 'cuda'; empty where this "
         "build or this CPU has none.");
     module.attr("cpu_is_amd") = made_by_amd();
+    if (PyModule_AddFunctions(module.ptr(), functions.data()) != 0) throw py::error_already_set();
 }

@@ -10,6 +10,7 @@ import os
 import platform
 import threading
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +26,12 @@ def builds_here() -> bool:
     return platform.system() == "Linux"
 
 
-def _load() -> tuple[dict[str, SimpleNamespace], bool]:
-    """The kernels of each target, and whether the CPU is AMD's."""
+def _load() -> tuple[dict[str, SimpleNamespace], bool, Callable[..., bytes | None]]:
+    """The kernels of each target, whether the CPU is AMD's, and csrc/describe.h's ``describe``."""
     try:
         _C: Any = importlib.import_module("fastprompt._C")
-    except ImportError as error:
+        _C.learn_torch(torch)
+    except (ImportError, AttributeError) as error:  # AttributeError: built from older sources
         remedy = (
             "For the fast path install a wheel, or build with `pip install .` (needs g++ and Python's headers)"
             if builds_here()
@@ -40,9 +42,13 @@ def _load() -> tuple[dict[str, SimpleNamespace], bool]:
             f"its ops and patched layers are slower than transformers'. {remedy}.",
             stacklevel=2,
         )
-        return {}, False
+        return {}, False, lambda *_arguments: None
     found = {target: _C.kernels(target) for target in (*CPU_ISAS, "cuda")}
-    return {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels}, _C.cpu_is_amd
+    return (
+        {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels},
+        _C.cpu_is_amd,
+        _C.describe,
+    )
 
 
 def _cpu_isas() -> tuple[str, ...]:
@@ -52,7 +58,7 @@ def _cpu_isas() -> tuple[str, ...]:
     return tuple(isa for isa in CPU_ISAS[CPU_ISAS.index(best) :] if isa in TARGETS)
 
 
-TARGETS, CPU_IS_AMD = _load()
+TARGETS, CPU_IS_AMD, describe = _load()
 CPU_TARGETS = _cpu_isas()  # the instruction sets that can run here, best first
 
 
@@ -74,11 +80,6 @@ def serves(kernel: Any, dtype: torch.dtype) -> bool:
 def contiguous(*tensors: "torch.Tensor | None") -> list[Any]:
     """The tensors without gaps in memory, as kernels read those whose strides they are not told."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def pointer(tensor: "torch.Tensor | None") -> int:
-    """Address of a tensor's first element; 0 (a null pointer) for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def is_elsewhere(device: "torch.device") -> bool:

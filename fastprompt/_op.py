@@ -3,7 +3,9 @@
 
 A page creates one :class:`Op` and attaches to it, for every schema it defines (a forward and its backward, say):
 
-- ``op.define(schema, fake=...)`` on the readable reference, which serves every device that has nothing better;
+- ``op.define(schema, check=..., fake=...)`` on the readable reference, which serves every device that has nothing
+  better. ``check`` raises where the arguments do not fit, ``fake`` makes empty results; all implementations come after
+  ``check`` and trust what it has seen;
 - ``op.native`` on the launcher of the C++ and CUDA kernels: ``(kernels, *arguments)``. CPU and CUDA kernels of one
   name have one signature, so a page needs one launcher for every instruction set and the GPU;
 - ``op.triton`` on the launcher of the Triton kernels: ``(*arguments)``;
@@ -29,10 +31,11 @@ from torch.overrides import is_tensor_like
 from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
-from fastprompt._plain import is_plain_call, plain_key
+from fastprompt._plain import is_plain_call, plain_device
 
 LIBRARY = torch.library.Library("fastprompt", "DEF")
 OPS: dict[str, "Op"] = {}
+MOST_KNOWN = 1024  # descriptions of a schema's arguments, of some hundred bytes each
 direct = SimpleNamespace()  # the schemas by name, as this package calls them: see _direct
 
 Function = Callable[..., Any]
@@ -54,6 +57,9 @@ class Op:
         self.last_backend: dict[str, str] = {}
         self._forward: set[str] = set()  # schemas with a gradient, such as rms_norm and rms_norm_residual
         self._reference: dict[str, Function] = {}
+        self._check: dict[str, Function] = {}
+        # Descriptions of arguments that have passed the check, and their device's dispatch key: see _direct.
+        self._known: dict[str, dict[bytes, str]] = {}
         self._native: dict[str, Function] = {}
         self._triton: dict[str, Function] = {}
         self._extra: dict[str, tuple[SimpleNamespace, str]] = {}  # backend -> native kernels, dispatch key
@@ -61,18 +67,25 @@ class Op:
         self._running: dict[tuple[str, str], list[Function]] = {}
         OPS[name] = self
 
-    def define(self, schema: str, fake: Function) -> Callable[[Function], Function]:
-        """Register ``schema``, its ``fake`` (shapes and dtypes only), and the decorated function as its reference."""
+    def define(self, schema: str, *, check: Function, fake: Function) -> Callable[[Function], Function]:
+        """Register ``schema``, its ``fake`` (shapes and dtypes only), and the decorated function as its reference.
+
+        ``check`` may look at everything but what tensors hold: arguments like those of an earlier call pass unseen.
+        """
+
+        def fake_of_checked(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return fake(*args, **kwargs)
 
         def register(reference: Function) -> Function:
             member = schema.partition("(")[0]
             self.members.append(member)
-            self._reference[member] = reference
+            self._reference[member], self._check[member], self._known[member] = reference, check, {}
             LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             LIBRARY.impl(
                 member, self._recorded(member, ("reference", reference)), "CompositeExplicitAutograd"
             )
-            torch.library.register_fake(f"fastprompt::{member}", fake, lib=LIBRARY)
+            torch.library.register_fake(f"fastprompt::{member}", fake_of_checked, lib=LIBRARY)
             setattr(direct, member, _direct(self, member))
             return reference
 
@@ -202,11 +215,17 @@ class Op:
         return run
 
     def _recorded(self, member: str, *choices: tuple[str, Function]) -> Function:
-        """The first of the (backend, function) pairs that covers the arguments, else the reference."""
+        """The first of the (backend, function) pairs that covers the arguments, else the reference; ``unchecked``
+        without a look at them.
+        """
 
-        every = (*choices, ("reference", self._reference[member]))
+        every, check = (*choices, ("reference", self._reference[member])), self._check[member]
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return unchecked(*args, **kwargs)
+
+        def unchecked(*args: Any, **kwargs: Any) -> Any:
             _native.take_torchs_threads()
             for backend, function in every:
                 result = function(*args, **kwargs)
@@ -217,6 +236,7 @@ class Op:
                     return result
             raise NotImplementedError(f"fastprompt::{member}: not even the reference takes these arguments")
 
+        run.unchecked = unchecked  # type: ignore[attr-defined]
         run.backends = [backend for backend, _ in choices]  # type: ignore[attr-defined]
         run.__name__ = "_".join((member, *run.backends))  # type: ignore[attr-defined]
         return run
@@ -335,7 +355,25 @@ def _direct(op: Op, member: str) -> Function:
     tensors = [(i, name, kind) for i, name, kind in kinds if "Tensor" in kind]
 
     def call(*args: Any) -> Any:
-        plain, key = not torch.is_grad_enabled() and is_plain_call(), ""
+        plain = not torch.is_grad_enabled() and is_plain_call()
+        described, known = _native.describe(*args) if plain else None, op._known[member]
+        found = running.get((member, known.get(described, ""))) if described is not None else None
+        if found:
+            return found[-1].unchecked(*args)  # type: ignore[attr-defined]
+        given = tensors_of(args)
+        key = plain_device(given) if plain else ""
+        found = running.get((member, key))
+        if not found:
+            return overload(*args)
+        result = found[-1](*args)
+        if described is not None:
+            if len(known) == MOST_KNOWN:
+                known.clear()
+            known[described] = key
+        return result
+
+    def tensors_of(args: tuple[Any, ...]) -> list[torch.Tensor]:
+        given = []
         for i, name, kind in tensors:
             value = args[i]
             if value is None and kind == "Optional[Tensor]":
@@ -344,11 +382,8 @@ def _direct(op: Op, member: str) -> Function:
                 if not isinstance(each, torch.Tensor) and not is_tensor_like(each):  # as torch.fx hands on
                     got = type(each).__name__
                     raise TypeError(f"fastprompt::{op.name}: {name} must be a torch.Tensor, got {got}")
-                if plain:
-                    own = plain_key(each)
-                    plain, key = own is not None, key or own or ""
-        found = running.get((member, key)) if plain else None
-        return (found[-1] if found else overload)(*args)
+                given.append(each)
+        return given
 
     return call
 

@@ -4,6 +4,7 @@
 Where nothing does, calls go around torch's dispatcher (docs/decisions/0015).
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -63,6 +64,17 @@ def plain_key(x: torch.Tensor) -> str | None:
     if found is None:
         _PLAIN_TENSORS.update(dict.fromkeys(_plain_keys(x.device.type), x.device.type.upper()))
         found = _PLAIN_TENSORS.get(keys)
+    return found
+
+
+def plain_device(tensors: Sequence[torch.Tensor]) -> str:
+    """The dispatch key of the first one's device, if none of them has another that matters; else an empty string."""
+    found = ""
+    for x in tensors:
+        key = plain_key(x)
+        if key is None:
+            return ""
+        found = found or key
     return found
 
 

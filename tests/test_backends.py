@@ -46,10 +46,10 @@ def test_native_backends_are_listed_best_first():
 @pytest.mark.parametrize("isa", CPU_TARGETS)
 def test_a_kernel_refuses_a_dtype_that_it_does_not_know(isa):
     """Before it reads or writes anything."""
-    memory = torch.zeros(4096)
+    memory = torch.zeros(2, 2, 64, 16)
     for name, kernel in vars(_native.TARGETS[isa]).items():
         for code in (9, -1, *([0, 2] if isa in _native.BF16_ISAS else [])):
-            values = {"p": memory.data_ptr(), "i": code, "d": 0.0}
+            values = {"t": memory, "p": memory, "i": code, "d": 0.0}
             with pytest.raises(ValueError, match=f"^fastprompt::{name}: the kernel does not know this dtype"):
                 kernel(*[values[letter] for letter in kernel.signature])
     assert not memory.any()
@@ -325,7 +325,8 @@ def test_nobody_is_told_to_build_what_does_not_build_here(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setitem(sys.modules, "fastprompt._C", None)
     with pytest.warns(UserWarning, match=r"without its compiled kernels .* They are for Linux\.$"):
-        assert _native._load() == ({}, False)
+        targets, is_amd, describe = _native._load()
+    assert (targets, is_amd, describe(1)) == ({}, False, None)
 
 
 @pytest.mark.parametrize("missing", ["triton", "fastprompt.triton_kernels"])

@@ -30,7 +30,7 @@ from fastprompt._native import stream
 from fastprompt._note import leave_note, note_on
 from fastprompt._plain import is_capturing
 from fastprompt.ops._dropout import drop_threshold, keep_scale
-from fastprompt.ops._t5_attention_layout import Layout
+from fastprompt.ops._t5_attention_layout import laid_out
 
 from ._launch import cdiv
 from ._math import LOG2E, exp
@@ -193,26 +193,44 @@ def scores(
     return b_s
 
 
-class Call(Layout):
-    """The arguments that the kernels have in common."""
+class Call:
+    """The arguments that the kernels have in common.
+
+    N and Nk are the rows of all queries and keys; T = S = 0 if packed, R = P = 0 without prompts, M = 0 without bias.
+    ``strides``: of q, k, v, prompt_k and prompt_v in elements, by example (or prompt; 0 if packed), row and head.
+    """
 
     def __init__(self, a: Any) -> None:
-        super().__init__(a)
-        q, k, v, prompt_k, prompt_v = self.sources
+        a = laid_out(a)
+        self.q, self.packed = a.q, a.cu_q is not None
+        self.H, self.K = a.q.shape[-2:]
+        if a.cu_q is None:
+            (self.B, self.T), self.S = a.q.shape[:2], a.k.shape[1]
+            self.N, self.Nk = self.B * self.T, self.B * self.S
+        else:
+            self.B, self.T, self.S = a.cu_q.shape[0] - 1, 0, 0
+            self.N, self.Nk = a.q.shape[0], a.k.shape[0]
+        self.R, self.P = (0, 0) if a.prompt_k is None else a.prompt_k.shape[:2]
+        M = 0 if a.bias is None else a.bias.shape[1] // 2
+        self.strides: tuple[int, ...] = ()
+        for x in (a.q, a.k, a.v, a.prompt_k, a.prompt_v):
+            self.strides += (
+                (0, 0, 0) if x is None else (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+            )
         bias = None if a.bias is None else padded(a.bias)
         self.seed = a.seed if a.dropout_p > 0.0 else None
         self.busy = self.seed is not None or a.causal
         self.masked = a.key_mask is not None
-        self.tensors = (q, k, v, bias, prompt_k, prompt_v, *self.indices, self.seed)
+        indices = (a.prompt_ids, a.prompt_lens, a.key_mask, a.offsets, a.cu_q, a.cu_k)
+        self.tensors = (a.q, a.k, a.v, bias, a.prompt_k, a.prompt_v, *indices, self.seed)
         scale, threshold = keep_scale(a.dropout_p), drop_threshold(a.dropout_p)
-        sizes = (self.B, self.T, self.S, self.P, self.R, self.M, self.N, self.Nk)
+        sizes = (self.B, self.T, self.S, self.P, self.R, M, self.N, self.Nk)
         self.sizes = (*sizes, a.offset, scale, threshold)
         self.constants = {"H": self.H, "K": self.K, "PAD": PAD}
 
     def tile(self, what: str) -> Tile:
-        q = self.sources[0]
         busy = self.busy or (what == "dq" and self.masked and self.K > 64)
-        return tile(what, self.K, q.dtype, q.device, self.N if self.packed else self.T, busy)
+        return tile(what, self.K, self.q.dtype, self.q.device, self.N if self.packed else self.T, busy)
 
     def query_grid(self, tile: Tile) -> tuple[int, int]:
         return self._tiles(self.N, self.T, tile.BM), self.H

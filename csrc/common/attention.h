@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// t5_attention's tensors as Python hands them over (fastprompt/ops/_t5_attention_layout.py). Shapes and meaning:
-// fastprompt/ops/t5_attention.py.
+// t5_attention's tensors. Shapes and meaning: fastprompt/ops/t5_attention.py.
 #pragma once
 #include "common/dtype.h"
+#include "common/kernel.h"
 
 namespace fp {
 
@@ -44,39 +44,48 @@ struct Attention {
 
 namespace {
 
-// sizes: B to packed, then the strides, in the order of the struct.
-inline fp::Attention attention(const void* q, const void* k, const void* v, const float* bias, const void* prompt_k,
-                               const void* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
-                               const uint8_t* key_mask, const int64_t* offsets, const int64_t* cu_q,
-                               const int64_t* cu_k, const int64_t* sizes, int64_t offset, int64_t causal) {
-    const int64_t* s = sizes + 10;
-    return {q,
-            k,
-            v,
-            bias,
-            prompt_k,
-            prompt_v,
+inline fp::Strides strides(const fp::Tensor* x) {
+    if (x == nullptr) return {0, 0, 0};
+    const int64_t* s = x->strides;
+    return x->dims == 3 ? fp::Strides{0, s[0], s[1]} : fp::Strides{s[0], s[1], s[2]};
+}
+
+inline const void* data(const fp::Tensor* x) { return x == nullptr ? nullptr : x->data; }
+
+// Of the tensors' shapes only those that differ are read: the launcher has compared the others.
+inline fp::Attention attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias,
+                               const fp::Tensor* prompt_k, const fp::Tensor* prompt_v, const int64_t* prompt_ids,
+                               const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
+                               const fp::Tensor* cu_q, const int64_t* cu_k, int64_t offset, int64_t causal) {
+    const bool packed = cu_q != nullptr;
+    const int64_t B = packed ? cu_q->shape[0] - 1 : q->shape[0], T = packed ? 0 : q->shape[1];
+    return {q->data,
+            k->data,
+            v->data,
+            static_cast<const float*>(data(bias)),
+            data(prompt_k),
+            data(prompt_v),
             prompt_ids,
             prompt_lens,
             key_mask,
             offsets,
-            cu_q,
+            static_cast<const int64_t*>(data(cu_q)),
             cu_k,
-            sizes[0],
-            sizes[1],
-            sizes[2],
-            sizes[3],
-            sizes[4],
-            sizes[5],
-            sizes[6],
-            sizes[7],
-            sizes[8],
-            sizes[9],
-            {s[0], s[1], s[2]},
-            {s[3], s[4], s[5]},
-            {s[6], s[7], s[8]},
-            {s[9], s[10], s[11]},
-            {s[12], s[13], s[14]},
+            B,
+            T,
+            packed ? 0 : k->shape[1],
+            q->shape[q->dims - 2],
+            q->shape[q->dims - 1],
+            packed ? q->shape[0] : B * T,
+            prompt_k == nullptr ? 0 : prompt_k->shape[0],
+            prompt_k == nullptr ? 0 : prompt_k->shape[1],
+            bias == nullptr ? 0 : bias->shape[1] / 2,
+            static_cast<int64_t>(packed),
+            strides(q),
+            strides(k),
+            strides(v),
+            strides(prompt_k),
+            strides(prompt_v),
             offset,
             causal};
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one door between Python and native code.
 //
-// A native kernel is a static function `int64_t NAME(args...)` over raw pointers (data_ptr()), int64_t and double.
+// A native kernel is a static function `int64_t NAME(args...)` over raw pointers to tensors' elements, int64_t and
+// double; where it reads strides, over Tensor pointers (null: None).
 // FP_KERNEL(NAME) puts it in the table that bindings.cpp shows to Python, so that adding an op never touches
 // bindings.cpp. The same source may be compiled for several targets (FP_TARGET: "scalar", "avx2", "neon", "cuda", ...).
 //
@@ -25,7 +26,14 @@ namespace fp {
 // which the launcher knows more to say. kBadOption: of an unknown dtype, for example.
 constexpr int64_t kNoMemory = -1, kBadOption = -2, kBadRange = -3;
 
-// One Python argument: an int (pointers too) or a float.
+// A tensor as its kernel sees it; strides in elements.
+struct Tensor {
+    void* data;
+    int64_t dims;
+    const int64_t *shape, *strides;
+};
+
+// One argument: an integer, an address or a float.
 union Slot {
     int64_t i;
     double d;
@@ -34,7 +42,7 @@ union Slot {
 struct Kernel {
     const char* name;
     const char* target;
-    const char* signature;  // a letter per argument: p pointer, i integer, d floating point
+    const char* signature;  // a letter per argument: t Tensor, p pointer, i integer, d floating point
     int64_t (*invoke)(const Slot* arguments);
 };
 
@@ -44,6 +52,7 @@ namespace {
 
 template <class T>
 constexpr char letter() {
+    if (std::is_same_v<T, const fp::Tensor*>) return 't';
     return std::is_pointer_v<T> ? 'p' : std::is_integral_v<T> ? 'i' : 'd';
 }
 

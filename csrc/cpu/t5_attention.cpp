@@ -140,13 +140,13 @@ void Forward::run(void* to, float* stats, int64_t part, int64_t parts) {
     }
 }
 
-int64_t t5_attention(const void* q, const void* k, const void* v, const float* bias, const void* prompt_k,
-                     const void* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
-                     const uint8_t* key_mask, const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k,
-                     const int64_t* sizes, const int64_t* seed, void* out, float* stats, int64_t offset, int64_t causal,
+int64_t t5_attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias, const fp::Tensor* prompt_k,
+                     const fp::Tensor* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
+                     const uint8_t* key_mask, const int64_t* offsets, const fp::Tensor* cu_q, const int64_t* cu_k,
+                     const int64_t* seed, void* out, float* stats, int64_t offset, int64_t causal,
                      double dropout_p, int64_t dtype, void* /*stream*/) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
-                                      cu_q, cu_k, sizes, offset, causal);
+                                      cu_q, cu_k, offset, causal);
     return each_head<Forward>(a, seed, dropout_p, dtype,
                               [&](Forward& pass, int64_t part, int64_t parts) { pass.run(out, stats, part, parts); });
 }

@@ -304,14 +304,14 @@ void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, voi
     }
 }
 
-int64_t t5_attention_backward(const void* dout, const float* stats, const void* q, const void* k, const void* v,
-                              const float* bias, const void* prompt_k, const void* prompt_v, const int64_t* prompt_ids,
+int64_t t5_attention_backward(const void* dout, const float* stats, const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v,
+                              const fp::Tensor* bias, const fp::Tensor* prompt_k, const fp::Tensor* prompt_v, const int64_t* prompt_ids,
                               const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
-                              const int64_t* cu_q, const int64_t* cu_k, const int64_t* sizes, const int64_t* seed,
+                              const fp::Tensor* cu_q, const int64_t* cu_k, const int64_t* seed,
                               void* dq, void* dk, void* dv, float* share_k, float* share_v, int64_t offset,
                               int64_t causal, double dropout_p, int64_t dtype, void* /*stream*/) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
-                                      cu_q, cu_k, sizes, offset, causal);
+                                      cu_q, cu_k, offset, causal);
     return each_head<Backward>(a, seed, dropout_p, dtype, [&](Backward& pass, int64_t /*part*/, int64_t /*parts*/) {
         pass.run(dout, stats, dq, dk, dv, share_k, share_v);
     });

@@ -503,18 +503,18 @@ int64_t launch_attend(Decode& d, void* stream) {
     return launch(kernel, dim3(limit_blocks(d.items)), dim3(kThreads), stream, d);
 }
 
-int64_t t5_attention(const void* q, const void* k, const void* v, const float* bias, const void* prompt_k,
-                     const void* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
-                     const uint8_t* key_mask, const int64_t* offsets, const int64_t* cu_q, const int64_t* cu_k,
-                     const int64_t* sizes, const int64_t* seed, void* out, float* stats, int64_t offset, int64_t causal,
+int64_t t5_attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias, const fp::Tensor* prompt_k,
+                     const fp::Tensor* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
+                     const uint8_t* key_mask, const int64_t* offsets, const fp::Tensor* cu_q, const int64_t* cu_k,
+                     const int64_t* seed, void* out, float* stats, int64_t offset, int64_t causal,
                      double dropout_p, int64_t dtype, void* stream) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
-                                      cu_q, cu_k, sizes, offset, causal);
+                                      cu_q, cu_k, offset, causal);
     if (a.N * a.H == 0) return 0;
     const int64_t bytes = bytes_of(static_cast<fp::DType>(dtype));
-    const bool aligned = is_aligned(q, a.q_strides, bytes) && is_aligned(k, a.k_strides, bytes) &&
-                         is_aligned(v, a.v_strides, bytes) && is_aligned(prompt_k, a.prompt_k_strides, bytes) &&
-                         is_aligned(prompt_v, a.prompt_v_strides, bytes);
+    const bool aligned = is_aligned(a.q, a.q_strides, bytes) && is_aligned(a.k, a.k_strides, bytes) &&
+                         is_aligned(a.v, a.v_strides, bytes) && is_aligned(a.prompt_k, a.prompt_k_strides, bytes) &&
+                         is_aligned(a.prompt_v, a.prompt_v_strides, bytes);
     Decode d = {a, make_dropout(seed, dropout_p), out, stats, aligned, 0};
     if (dtype == fp::kBFloat16) return launch_attend<fp::bf16, 8>(d, stream);
     if (dtype == fp::kFloat16) return launch_attend<fp::fp16, 8>(d, stream);

@@ -15,6 +15,8 @@ from fastprompt.ops._checks import FLOATS
 Modules = Mapping[str, Any]
 Inputs = tuple[Tensor, ...]
 
+_STOCK_MODULES = ("transformers.models.", "transformers.activations", "torch.nn.modules.activation")
+
 
 def obstacle(
     children: Modules, others: Modules = MappingProxyType({}), inputs: Inputs | None = None
@@ -52,13 +54,15 @@ def _examine(
     weights: dict[str, Tensor] = {}
     dtype = None
     for name, child in children.items():
-        cls = type(child)
+        cls, own = type(child), child.__dict__
         if not _has_stock_weight(cls):
             return weights, f"{name} is a {cls.__name__}"
-        weight = _tensor(child, "weight")
+        weight = own["_parameters"].get("weight")
+        if weight is None:
+            weight = _buffer(own, "weight")
         if type(weight) not in PLAIN_TYPES:
             return weights, f"{name}.weight is a {type(weight).__name__}"
-        if _tensor(child, "bias") is not None:
+        if own["_parameters"].get("bias") is not None or _buffer(own, "bias") is not None:
             return weights, f"{name} has a bias"
         if weight.requires_grad and not is_evaluated(child, inputs):
             return weights, f"{name}.weight is trained"
@@ -81,14 +85,16 @@ def _examine(
 
 
 def _has_stock_weight(cls: type) -> bool:
-    norm = cls.__name__.endswith("LayerNorm") and cls.__module__.startswith("transformers.models.")
-    return cls is nn.Linear or "stock_class" in vars(cls) or norm
+    return (
+        cls is nn.Linear
+        or "stock_class" in vars(cls)
+        or (cls.__name__.endswith("LayerNorm") and cls.__module__.startswith("transformers.models."))
+    )
 
 
 def is_stock(cls: type) -> bool:
     """Is a module without weights of its own what transformers or torch made it?"""
-    stock = ("transformers.models.", "transformers.activations", "torch.nn.modules.activation")
-    return cls is nn.Dropout or "stock_class" in vars(cls) or cls.__module__.startswith(stock)
+    return cls is nn.Dropout or "stock_class" in vars(cls) or cls.__module__.startswith(_STOCK_MODULES)
 
 
 def is_evaluated(module: nn.Module, inputs: Inputs | None) -> bool:
@@ -102,10 +108,7 @@ def is_evaluated(module: nn.Module, inputs: Inputs | None) -> bool:
     return not (any(x.requires_grad for x in inputs) or torch.compiler.is_exporting())
 
 
-def _tensor(module: nn.Module, name: str) -> Any:
-    """Its parameter, buffer or attribute, or None."""
-    own = module.__dict__
-    found = own["_parameters"].get(name)
-    if found is None:
-        found = own["_buffers"].get(name) if own["_buffers"] else None
+def _buffer(own: dict[str, Any], name: str) -> Any:
+    """A module's buffer or attribute, or None."""
+    found = own["_buffers"].get(name) if own["_buffers"] else None
     return own.get(name) if found is None else found

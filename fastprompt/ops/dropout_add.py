@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
@@ -55,15 +55,17 @@ def _check(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: f
 
 
 def _fake(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
-    _check(x, residual, seed, dropout_p)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@op.define("dropout_add(Tensor x, Tensor? residual, Tensor? seed, float dropout_p) -> Tensor", fake=_fake)
+@op.define(
+    "dropout_add(Tensor x, Tensor? residual, Tensor? seed, float dropout_p) -> Tensor",
+    check=_check,
+    fake=_fake,
+)
 def dropout_add_reference(
     x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
-    _check(x, residual, seed, dropout_p)
     h = dropout(wide(x), seed, dropout_p)
     if residual is not None:
         h = residual + h
@@ -74,14 +76,13 @@ def dropout_add_reference(
 def _native_dropout_add(
     kernels: SimpleNamespace, x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float
 ) -> Any:
-    _check(x, residual, seed, dropout_p)
     if x.dtype not in DTYPE_CODES:
         return NotImplemented
     x, residual = contiguous(x, residual)
     h = torch.empty_like(x)
     if x.numel():
         kernels.dropout_add(
-            x.data_ptr(), pointer(residual), pointer(seed), h.data_ptr(), x.numel(), dropout_p,
+            x, residual, seed, h, x.numel(), dropout_p,
             DTYPE_CODES[x.dtype], stream(x),
         )  # fmt: skip
     return h
@@ -91,7 +92,6 @@ def _native_dropout_add(
 def _triton_dropout_add(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import dropout_add as kernels
 
-    _check(x, residual, seed, dropout_p)
     if x.dtype not in DTYPE_CODES:
         return NotImplemented
     return kernels.dropout_add(*contiguous(x, residual), seed, dropout_p)

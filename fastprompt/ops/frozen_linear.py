@@ -120,7 +120,11 @@ def product_sum(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
     return dx
 
 
-def _check(name: str, x_name: str, x: Tensor, weight: Tensor, dim: int) -> None:
+def _check(x: Tensor, weight: Tensor) -> None:
+    _check_pair("frozen_linear", "x", x, weight, -1)
+
+
+def _check_pair(name: str, x_name: str, x: Tensor, weight: Tensor, dim: int) -> None:
     """The last dimension of x must be weight's ``dim``, -2 or -1."""
     check_tensor(name, x_name, x, FLOATS)
     width = "NK"[dim]
@@ -141,7 +145,7 @@ def _check_backward(dy: list[Tensor], weight: list[Tensor]) -> None:
     if not dy or len(dy) != len(weight):
         fail(name, f"dy and weight must be as many, one or more, got {len(dy)} and {len(weight)}")
     for each, w in zip(dy, weight, strict=True):
-        _check(name, "dy", each, w, -2)
+        _check_pair(name, "dy", each, w, -2)
         check_tensor(name, "dy", each, (dy[0].dtype,))
         check_same_device(name, "dy", each, "the first", dy[0])
         if each.shape[:-1] != dy[0].shape[:-1] or w.shape[-1] != weight[0].shape[-1]:
@@ -150,13 +154,11 @@ def _check_backward(dy: list[Tensor], weight: list[Tensor]) -> None:
 
 
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    _check("frozen_linear", "x", x, weight, -1)
     return x.new_empty((*x.shape[:-1], weight.shape[-2]))
 
 
-@op.define("frozen_linear(Tensor x, Tensor weight) -> Tensor", fake=_fake)
+@op.define("frozen_linear(Tensor x, Tensor weight) -> Tensor", check=_check, fake=_fake)
 def frozen_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    _check("frozen_linear", "x", x, weight, -1)
     return product(x, weight)
 
 
@@ -204,40 +206,40 @@ def _place(weight: Tensor) -> tuple[int, ...]:
 
 @op.native
 def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -> Any:
-    _check("frozen_linear", "x", x, weight, -1)
     N, K = weight.shape[-2:]
     if not _covered(x, weight, N, few_rows=weight.stride(-1) == 1 and K >= FEW_ROWS_DEPTH):
         return NotImplemented
     rows = x.float().contiguous()
     y = rows.new_empty((*x.shape[:-1], N))
     kernels.frozen_linear(
-        rows.data_ptr(), weight.data_ptr(), y.data_ptr(), *_sizes(x, weight), N, K, *_place(weight),
+        rows, weight, y, *_sizes(x, weight), N, K, *_place(weight),
         DTYPE_CODES[weight.dtype], stream(x),
     )  # fmt: skip
     return y.to(x.dtype)
 
 
 def _fake_backward(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
-    _check_backward(dy, weight)
     return dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[-1]))
 
 
-@op.define("frozen_linear_backward(Tensor[] dy, Tensor[] weight) -> Tensor", fake=_fake_backward)
+@op.define(
+    "frozen_linear_backward(Tensor[] dy, Tensor[] weight) -> Tensor",
+    check=_check_backward,
+    fake=_fake_backward,
+)
 def frozen_linear_backward_reference(dy: list[Tensor], weight: list[Tensor]) -> Tensor:
-    _check_backward(dy, weight)
     return product_sum(dy, weight)
 
 
 @op.native
 def _native_frozen_linear_backward(kernels: SimpleNamespace, dy: list[Tensor], weight: list[Tensor]) -> Any:
-    _check_backward(dy, weight)
     if not all(_covered(each, w, w.shape[-1]) for each, w in zip(dy, weight, strict=True)):
         return NotImplemented
     dx = dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[-1]), dtype=torch.float32)
     for number, (each, w) in enumerate(zip(dy, weight, strict=True)):
         rows = each.float().contiguous()
         kernels.frozen_linear_backward(
-            rows.data_ptr(), w.data_ptr(), dx.data_ptr(), *_sizes(rows, w), *w.shape[-2:], *_place(w),
+            rows, w, dx, *_sizes(rows, w), *w.shape[-2:], *_place(w),
             DTYPE_CODES[w.dtype], int(number > 0), stream(dx),
         )  # fmt: skip
     return dx.to(dy[0].dtype)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor, fail
 from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
@@ -86,13 +86,15 @@ def _curve(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
 
 
 def _fake(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float) -> Tensor:
-    _check(a, b, seed, act, dropout_p)
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
-@op.define("gated_act(Tensor a, Tensor b, Tensor? seed, str act, float dropout_p) -> Tensor", fake=_fake)
+@op.define(
+    "gated_act(Tensor a, Tensor b, Tensor? seed, str act, float dropout_p) -> Tensor",
+    check=_check,
+    fake=_fake,
+)
 def gated_act_reference(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float) -> Tensor:
-    _check(a, b, seed, act, dropout_p)
     y = _curve(wide(a), act)[0] * b
     return dropout(y, seed, dropout_p).to(a.dtype).contiguous()
 
@@ -101,14 +103,13 @@ def gated_act_reference(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dro
 def _native_gated_act(
     kernels: SimpleNamespace, a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float
 ) -> Any:
-    _check(a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
     a, b = contiguous(a, b)
     y = torch.empty_like(a)
     if a.numel():
         kernels.gated_act(
-            a.data_ptr(), b.data_ptr(), pointer(seed), y.data_ptr(), a.numel(), ACTS.index(act), dropout_p,
+            a, b, seed, y, a.numel(), ACTS.index(act), dropout_p,
             DTYPE_CODES[a.dtype], stream(a),
         )  # fmt: skip
     return y
@@ -118,7 +119,6 @@ def _native_gated_act(
 def _triton_gated_act(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import gated_act as kernels
 
-    _check(a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
     return kernels.gated_act(*contiguous(a, b), seed, act, dropout_p)
@@ -127,7 +127,6 @@ def _triton_gated_act(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropo
 def _fake_backward(
     dy: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    _check_backward(dy, a, b, seed, act, dropout_p)
     da = torch.empty_like(a, memory_format=torch.contiguous_format)
     return da, torch.empty_like(da)
 
@@ -135,12 +134,12 @@ def _fake_backward(
 @op.define(
     "gated_act_backward(Tensor dy, Tensor a, Tensor b, Tensor? seed, str act, float dropout_p)"
     " -> (Tensor da, Tensor db)",
+    check=_check_backward,
     fake=_fake_backward,
 )
 def gated_act_backward_reference(
     dy: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    _check_backward(dy, a, b, seed, act, dropout_p)
     g = dropout(wide(dy), seed, dropout_p)
     value, slope = _curve(wide(a), act)
     return (g * b * slope).to(a.dtype).contiguous(), (g * value).to(a.dtype).contiguous()
@@ -151,14 +150,13 @@ def _native_gated_act_backward(
     kernels: SimpleNamespace, dy: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, act: str,
     dropout_p: float,
 ) -> Any:  # fmt: skip
-    _check_backward(dy, a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
     dy, a, b = contiguous(dy, a, b)
     da, db = torch.empty_like(a), torch.empty_like(a)
     if a.numel():
         kernels.gated_act_backward(
-            dy.data_ptr(), a.data_ptr(), b.data_ptr(), pointer(seed), da.data_ptr(), db.data_ptr(), a.numel(),
+            dy, a, b, seed, da, db, a.numel(),
             ACTS.index(act), dropout_p, DTYPE_CODES[a.dtype], stream(a),
         )  # fmt: skip
     return da, db
@@ -170,7 +168,6 @@ def _triton_gated_act_backward(
 ) -> Any:
     from fastprompt.triton_kernels import gated_act as kernels
 
-    _check_backward(dy, a, b, seed, act, dropout_p)
     if a.dtype not in DTYPE_CODES:
         return NotImplemented
     return kernels.gated_act_backward(*contiguous(dy, a, b), seed, act, dropout_p)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastprompt._native import DTYPE_CODES, pointer, stream
+from fastprompt._native import DTYPE_CODES, stream
 from fastprompt._op import OPS, Op, direct
 from fastprompt._plain import is_transformed
 from fastprompt.ops._checks import (
@@ -146,18 +146,25 @@ ARGUMENTS = (
 )
 
 
+def _check_schema(
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, _scale: float, _ignore_index: int,
+    chunk: int | None, _needs_grad: bool,
+) -> None:  # fmt: skip
+    _check(hidden, weight, labels, num_items, chunk)
+
+
 def _fake_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
     chunk: int | None, needs_grad: bool,
 ) -> Outputs:  # fmt: skip
     """drows has no elements where no gradient is wanted."""
-    _check(hidden, weight, labels, num_items, chunk)
     drows = hidden.new_empty(hidden.shape if needs_grad else (0,))
     return hidden.new_empty(()), drows, hidden.new_empty((1,), dtype=wide_dtype(hidden))
 
 
 @op.define(
     f"linear_cross_entropy({ARGUMENTS}) -> (Tensor loss, Tensor drows, Tensor share)",
+    check=_check_schema,
     fake=_fake_linear_cross_entropy,
 )
 def linear_cross_entropy_reference(
@@ -166,7 +173,6 @@ def linear_cross_entropy_reference(
 ) -> Outputs:  # fmt: skip
     """Holds all logits."""
 
-    _check(hidden, weight, labels, num_items, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         counts = row_labels != ignore_index
@@ -237,7 +243,6 @@ def _fused(
 ) -> Any:  # fmt: skip
     if hidden.dtype not in DTYPE_CODES:
         return NotImplemented
-    _check(hidden, weight, labels, num_items, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
         kept = None
@@ -320,8 +325,8 @@ def _native_linear_cross_entropy(kernels: SimpleNamespace, hidden: Tensor, *argu
         first: int, needs_grad: bool,
     ) -> None:  # fmt: skip
         kernels.linear_cross_entropy(
-            logits.data_ptr(), labels.data_ptr(), top.data_ptr(), total.data_ptr(), picked.data_ptr(),
-            pointer(others), *logits.shape, first, hidden.shape[-1], needs_grad, DTYPE_CODES[logits.dtype],
+            logits, labels, top, total, picked,
+            others, *logits.shape, first, hidden.shape[-1], needs_grad, DTYPE_CODES[logits.dtype],
             stream(logits),
         )  # fmt: skip
 
@@ -330,8 +335,8 @@ def _native_linear_cross_entropy(kernels: SimpleNamespace, hidden: Tensor, *argu
         label_stride: int, row_stride: int, V: int, ignore_index: int, losses: Tensor, drows: Tensor | None,
     ) -> None:  # fmt: skip
         kernels.linear_cross_entropy_rows(
-            labels.data_ptr(), top.data_ptr(), total.data_ptr(), picked.data_ptr(), pointer(others), weight.data_ptr(),
-            losses.data_ptr(), pointer(drows), len(losses), hidden.shape[-1], V, label_stride, row_stride,
+            labels, top, total, picked, others, weight,
+            losses, drows, len(losses), hidden.shape[-1], V, label_stride, row_stride,
             ignore_index, code, stream(losses),
         )  # fmt: skip
 
@@ -340,7 +345,7 @@ def _native_linear_cross_entropy(kernels: SimpleNamespace, hidden: Tensor, *argu
         share: Tensor,
     ) -> None:  # fmt: skip
         kernels.linear_cross_entropy_mean(
-            losses.data_ptr(), labels.data_ptr(), pointer(divisor), loss.data_ptr(), share.data_ptr(), len(losses),
+            losses, labels, divisor, loss, share, len(losses),
             ignore_index, scale, code, stream(losses),
         )  # fmt: skip
 

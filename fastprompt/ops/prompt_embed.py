@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
@@ -75,7 +75,8 @@ def prompt_embed(
     """
     raise_device_errors()
     table, lengths = _table(prompts)
-    sequences = _check_ids(input_ids, weight, cu_seqlens)
+    _check_ids(input_ids, weight, cu_seqlens)
+    sequences = _sequences(input_ids, cu_seqlens)
     check_frozen("prompt_embed", "weight", weight)
     starts, lens, longest, total = _select(lengths, prompt_ids, sequences, input_ids.device)
     seed = drawn_seed(seed, dropout_p, weight)
@@ -123,8 +124,7 @@ def _table(prompts: Prompts) -> tuple[Tensor, list[int]]:
     return prompts[0] if len(prompts) == 1 else torch.cat(tuple(prompts)), [len(prompt) for prompt in prompts]
 
 
-def _check_ids(input_ids: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences B."""
+def _check_ids(input_ids: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> None:
     check_tensor("prompt_embed", "input_ids", input_ids, (torch.int32, torch.int64))
     check_tensor("prompt_embed", "weight", weight, FLOATS)
     check_same_device("prompt_embed", "weight", weight, "input_ids", input_ids)
@@ -136,14 +136,18 @@ def _check_ids(input_ids: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> 
                 "prompt_embed",
                 f"input_ids must have shape [B, S], got {list(input_ids.shape)}. Pass cu_seqlens for packed ids [T]",
             )
-        return input_ids.shape[0]
+        return
     if input_ids.dim() != 1:
         fail("prompt_embed", f"input_ids must have shape [T] with cu_seqlens, got {list(input_ids.shape)}")
     check_tensor("prompt_embed", "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail("prompt_embed", f"cu_seqlens must have shape [B + 1], got {list(cu_seqlens.shape)}")
     check_same_device("prompt_embed", "cu_seqlens", cu_seqlens, "input_ids", input_ids)
-    return cu_seqlens.shape[0] - 1
+
+
+def _sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Their number B."""
+    return input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, input_ids: Tensor) -> Tensor:
@@ -199,11 +203,11 @@ def _select(
 
 def _check(
     input_ids: Tensor, weight: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
-    cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, dropout_p: float,
-) -> int:  # fmt: skip
-    """What the op itself needs to be true; the number of sequences B."""
-    sequences = _check_ids(input_ids, weight, cu_tokens)
-    D = weight.shape[1]
+    cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, _rows: int, dropout_p: float,
+) -> None:  # fmt: skip
+    """What the op itself needs to be true."""
+    _check_ids(input_ids, weight, cu_tokens)
+    sequences, D = _sequences(input_ids, cu_tokens), weight.shape[1]
     check_tensor("prompt_embed", "prompts", prompts, FLOATS)
     if prompts.dim() != 2 or prompts.shape[1] != D:
         fail(
@@ -230,7 +234,6 @@ def _check(
             check_shape("prompt_embed", name, value, (size,), "[B]" if size == sequences else "[B + 1]")
             check_same_device("prompt_embed", name, value, "weight", weight)
     check_dropout("prompt_embed", dropout_p, seed, weight)
-    return sequences
 
 
 def _out_shape(input_ids: Tensor, weight: Tensor, cu_tokens: Tensor | None, rows: int) -> tuple[int, ...]:
@@ -242,13 +245,13 @@ def _fake_prompt_embed(
     input_ids: Tensor, weight: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
     cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, rows: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
     return weight.new_empty(_out_shape(input_ids, weight, cu_tokens, rows))
 
 
 @op.define(
     "prompt_embed(Tensor input_ids, Tensor weight, Tensor prompts, Tensor? starts, Tensor? lens,"
     " Tensor? cu_tokens, Tensor? cu_rows, Tensor? seed, SymInt rows, float dropout_p) -> Tensor",
+    check=_check,
     fake=_fake_prompt_embed,
 )
 def prompt_embed_reference(
@@ -256,7 +259,7 @@ def prompt_embed_reference(
     cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, rows: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """``rows`` is L (padded) or N (packed); cu_tokens and cu_rows [B + 1] come with packed ids."""
-    B = _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
+    B = _sequences(input_ids, cu_tokens)
     out = weight.new_zeros(_out_shape(input_ids, weight, cu_tokens, rows))
     for b in range(B):
         prompt = prompts if starts is None or lens is None else prompts[starts[b] : starts[b] + lens[b]]
@@ -289,7 +292,7 @@ def _native_prompt_embed(
     lens: Tensor | None, cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None,
     rows: int, dropout_p: float,
 ) -> Any:  # fmt: skip
-    B = _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
+    B = _sequences(input_ids, cu_tokens)
     if weight.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
     input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows = contiguous(
@@ -299,8 +302,8 @@ def _native_prompt_embed(
     error = device_error_word(weight.device)
     if out.numel():
         status = kernels.prompt_embed(
-            input_ids.data_ptr(), weight.data_ptr(), prompts.data_ptr(), pointer(starts), pointer(lens),
-            pointer(cu_tokens), pointer(cu_rows), pointer(seed), out.data_ptr(), pointer(error),
+            input_ids, weight, prompts, starts, lens,
+            cu_tokens, cu_rows, seed, out, error,
             B, input_ids.shape[-1], rows, prompts.shape[0], weight.shape[0], weight.shape[1], dropout_p,
             int(input_ids.dtype == torch.int64), DTYPE_CODES[prompts.dtype], DTYPE_CODES[weight.dtype],
             stream(weight),
@@ -323,7 +326,6 @@ def _triton_prompt_embed(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import prompt_embed as kernels
 
-    _check(input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed, dropout_p)
     if weight.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
         return NotImplemented
     out = weight.new_empty(_out_shape(input_ids, weight, cu_tokens, rows))
@@ -332,83 +334,6 @@ def _triton_prompt_embed(
         device_error_word(weight.device), dropout_p,
     )  # fmt: skip
     return out
-
-
-def _fake_prompt_embed_backward(
-    dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
-    seed: Tensor | None, dropout_p: float,
-) -> Tensor:  # fmt: skip
-    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
-    return torch.empty_like(prompts, memory_format=torch.contiguous_format)
-
-
-@op.define(
-    "prompt_embed_backward(Tensor dout, Tensor prompts, Tensor? starts, Tensor? lens, Tensor? cu_rows,"
-    " Tensor? seed, float dropout_p) -> Tensor",
-    fake=_fake_prompt_embed_backward,
-)
-def prompt_embed_backward_reference(
-    dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
-    seed: Tensor | None, dropout_p: float,
-) -> Tensor:  # fmt: skip
-    """``prompts`` lends its shape and dtype only."""
-    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
-    total = torch.zeros_like(prompts, dtype=torch.promote_types(prompts.dtype, torch.float32))
-    lost = torch.zeros_like(total)  # the low-order part of what Kahan's sum has so far
-    dout = dropout(dout.to(total.dtype), seed, dropout_p)
-    B = dout.shape[0] if cu_rows is None else cu_rows.shape[0] - 1
-    for b in range(B):
-        start, length = (
-            (0, len(prompts)) if starts is None or lens is None else (int(starts[b]), int(lens[b]))
-        )
-        begin = 0 if cu_rows is None else int(cu_rows[b])
-        source = dout[b, :length] if cu_rows is None else dout[begin : begin + length]
-        rows = slice(start, start + length)
-        addend = source - lost[rows]
-        grown = total[rows] + addend
-        lost[rows] = (grown - total[rows]) - addend
-        total[rows] = grown
-    return total.to(prompts.dtype).contiguous()
-
-
-@op.native
-def _native_prompt_embed_backward(
-    kernels: SimpleNamespace, dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
-    cu_rows: Tensor | None, seed: Tensor | None, dropout_p: float,
-) -> Any:  # fmt: skip
-    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
-    if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
-        return NotImplemented
-    dout, starts, lens, cu_rows = contiguous(dout, starts, lens, cu_rows)
-    dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
-    if dprompts.numel():
-        B, rows = _layout(dout, cu_rows)
-        status = kernels.prompt_embed_backward(
-            dout.data_ptr(), pointer(starts), pointer(lens), pointer(cu_rows), pointer(seed), dprompts.data_ptr(),
-            B, rows, dprompts.shape[0], dprompts.shape[1], dropout_p,
-            DTYPE_CODES[dout.dtype], DTYPE_CODES[prompts.dtype], stream(dout),
-        )  # fmt: skip
-        if status < 0:
-            fail("prompt_embed_backward", "starts, lens and cu_rows must stay inside prompts and dout")
-    return dprompts
-
-
-@op.triton
-def _triton_prompt_embed_backward(
-    dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
-    seed: Tensor | None, dropout_p: float,
-) -> Any:  # fmt: skip
-    from fastprompt.triton_kernels import prompt_embed as kernels
-
-    _check_backward(dout, prompts, starts, lens, cu_rows, seed, dropout_p)
-    if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
-        return NotImplemented
-    dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
-    B, rows = _layout(dout, cu_rows)
-    kernels.prompt_embed_backward(
-        *contiguous(dout, starts, lens, cu_rows), seed, dprompts, B, rows, dropout_p
-    )
-    return dprompts
 
 
 def _check_backward(
@@ -443,6 +368,80 @@ def _check_backward(
             f"dout must have at least the prompt's {prompts.shape[0]} rows per example, got {list(dout.shape)}",
         )
     check_dropout(name, dropout_p, seed, dout)
+
+
+def _fake_prompt_embed_backward(
+    dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
+    seed: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(prompts, memory_format=torch.contiguous_format)
+
+
+@op.define(
+    "prompt_embed_backward(Tensor dout, Tensor prompts, Tensor? starts, Tensor? lens, Tensor? cu_rows,"
+    " Tensor? seed, float dropout_p) -> Tensor",
+    check=_check_backward,
+    fake=_fake_prompt_embed_backward,
+)
+def prompt_embed_backward_reference(
+    dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
+    seed: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """``prompts`` lends its shape and dtype only."""
+    total = torch.zeros_like(prompts, dtype=torch.promote_types(prompts.dtype, torch.float32))
+    lost = torch.zeros_like(total)  # the low-order part of what Kahan's sum has so far
+    dout = dropout(dout.to(total.dtype), seed, dropout_p)
+    B = dout.shape[0] if cu_rows is None else cu_rows.shape[0] - 1
+    for b in range(B):
+        start, length = (
+            (0, len(prompts)) if starts is None or lens is None else (int(starts[b]), int(lens[b]))
+        )
+        begin = 0 if cu_rows is None else int(cu_rows[b])
+        source = dout[b, :length] if cu_rows is None else dout[begin : begin + length]
+        rows = slice(start, start + length)
+        addend = source - lost[rows]
+        grown = total[rows] + addend
+        lost[rows] = (grown - total[rows]) - addend
+        total[rows] = grown
+    return total.to(prompts.dtype).contiguous()
+
+
+@op.native
+def _native_prompt_embed_backward(
+    kernels: SimpleNamespace, dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
+    cu_rows: Tensor | None, seed: Tensor | None, dropout_p: float,
+) -> Any:  # fmt: skip
+    if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
+        return NotImplemented
+    dout, starts, lens, cu_rows = contiguous(dout, starts, lens, cu_rows)
+    dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
+    if dprompts.numel():
+        B, rows = _layout(dout, cu_rows)
+        status = kernels.prompt_embed_backward(
+            dout, starts, lens, cu_rows, seed, dprompts,
+            B, rows, dprompts.shape[0], dprompts.shape[1], dropout_p,
+            DTYPE_CODES[dout.dtype], DTYPE_CODES[prompts.dtype], stream(dout),
+        )  # fmt: skip
+        if status < 0:
+            fail("prompt_embed_backward", "starts, lens and cu_rows must stay inside prompts and dout")
+    return dprompts
+
+
+@op.triton
+def _triton_prompt_embed_backward(
+    dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
+    seed: Tensor | None, dropout_p: float,
+) -> Any:  # fmt: skip
+    from fastprompt.triton_kernels import prompt_embed as kernels
+
+    if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
+        return NotImplemented
+    dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
+    B, rows = _layout(dout, cu_rows)
+    kernels.prompt_embed_backward(
+        *contiguous(dout, starts, lens, cu_rows), seed, dprompts, B, rows, dropout_p
+    )
+    return dprompts
 
 
 def _layout(dout: Tensor, cu_rows: Tensor | None) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, check_rate, drawn_seed, dropout, keep_mask, keep_scale
@@ -58,14 +58,16 @@ def _check_backward(dy: Tensor, kept: Tensor, dropout_p: float) -> None:
 
 
 def _fake(x: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
-    _check(x, seed, dropout_p)
     kept = x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
     return torch.empty_like(x, memory_format=torch.contiguous_format), kept
 
 
-@op.define("relu_dropout(Tensor x, Tensor? seed, float dropout_p) -> (Tensor y, Tensor kept)", fake=_fake)
+@op.define(
+    "relu_dropout(Tensor x, Tensor? seed, float dropout_p) -> (Tensor y, Tensor kept)",
+    check=_check,
+    fake=_fake,
+)
 def relu_dropout_reference(x: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
-    _check(x, seed, dropout_p)
     y = dropout(torch.relu(wide(x)), seed, dropout_p)
     passes = ~(x <= 0)  # NaN passes, as in torch
     if seed is not None and dropout_p > 0.0:
@@ -78,14 +80,13 @@ def relu_dropout_reference(x: Tensor, seed: Tensor | None, dropout_p: float) -> 
 
 @op.native
 def _native_relu_dropout(kernels: SimpleNamespace, x: Tensor, seed: Tensor | None, dropout_p: float) -> Any:
-    _check(x, seed, dropout_p)
     if x.dtype not in DTYPE_CODES:
         return NotImplemented
     x = x.contiguous()
     y, kept = torch.empty_like(x), x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
     if x.numel():
         kernels.relu_dropout(
-            x.data_ptr(), pointer(seed), y.data_ptr(), kept.data_ptr(), x.numel(), dropout_p,
+            x, seed, y, kept, x.numel(), dropout_p,
             DTYPE_CODES[x.dtype], stream(x),
         )  # fmt: skip
     return y, kept
@@ -95,18 +96,19 @@ def _native_relu_dropout(kernels: SimpleNamespace, x: Tensor, seed: Tensor | Non
 def _triton_relu_dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import relu_dropout as kernels
 
-    _check(x, seed, dropout_p)
     return kernels.relu_dropout(x.contiguous(), seed, dropout_p) if x.dtype in DTYPE_CODES else NotImplemented
 
 
 def _fake_backward(dy: Tensor, kept: Tensor, dropout_p: float) -> Tensor:
-    _check_backward(dy, kept, dropout_p)
     return torch.empty_like(dy, memory_format=torch.contiguous_format)
 
 
-@op.define("relu_dropout_backward(Tensor dy, Tensor kept, float dropout_p) -> Tensor", fake=_fake_backward)
+@op.define(
+    "relu_dropout_backward(Tensor dy, Tensor kept, float dropout_p) -> Tensor",
+    check=_check_backward,
+    fake=_fake_backward,
+)
 def relu_dropout_backward_reference(dy: Tensor, kept: Tensor, dropout_p: float) -> Tensor:
-    _check_backward(dy, kept, dropout_p)
     bits = kept[:, None] >> torch.arange(8, dtype=torch.uint8, device=kept.device) & 1
     passes = bits.reshape(-1)[: dy.numel()].reshape(dy.shape).bool()
     return torch.where(passes, wide(dy) * keep_scale(dropout_p), 0.0).to(dy.dtype).contiguous()
@@ -116,14 +118,13 @@ def relu_dropout_backward_reference(dy: Tensor, kept: Tensor, dropout_p: float) 
 def _native_relu_dropout_backward(
     kernels: SimpleNamespace, dy: Tensor, kept: Tensor, dropout_p: float
 ) -> Any:
-    _check_backward(dy, kept, dropout_p)
     if dy.dtype not in DTYPE_CODES:
         return NotImplemented
     dy, kept = contiguous(dy, kept)
     dx = torch.empty_like(dy)
     if dy.numel():
         kernels.relu_dropout_backward(
-            dy.data_ptr(), kept.data_ptr(), dx.data_ptr(), dy.numel(), dropout_p, DTYPE_CODES[dy.dtype],
+            dy, kept, dx, dy.numel(), dropout_p, DTYPE_CODES[dy.dtype],
             stream(dy),
         )  # fmt: skip
     return dx
@@ -133,7 +134,6 @@ def _native_relu_dropout_backward(
 def _triton_relu_dropout_backward(dy: Tensor, kept: Tensor, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import relu_dropout as kernels
 
-    _check_backward(dy, kept, dropout_p)
     if dy.dtype not in DTYPE_CODES:
         return NotImplemented
     return kernels.relu_dropout_backward(*contiguous(dy, kept), dropout_p)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, pointer, stream
+from fastprompt._native import DTYPE_CODES, contiguous, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
@@ -139,13 +139,13 @@ def _native_covers(*tensors: Tensor) -> bool:
 
 
 def _fake_rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check(x, w, eps)
     return x.new_empty(x.shape, dtype=w.dtype), x.new_empty((_rows(x),), dtype=wide_dtype(x, w))
 
 
-@op.define("rms_norm(Tensor x, Tensor w, float eps) -> (Tensor y, Tensor rstd)", fake=_fake_rms_norm)
+@op.define(
+    "rms_norm(Tensor x, Tensor w, float eps) -> (Tensor y, Tensor rstd)", check=_check, fake=_fake_rms_norm
+)
 def rms_norm_reference(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check(x, w, eps)
     wide = x.to(wide_dtype(x, w))
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (w * (wide * rstd)).to(w.dtype).contiguous(), rstd.reshape(-1)
@@ -153,7 +153,6 @@ def rms_norm_reference(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 @op.native
 def _native_rms_norm(kernels: SimpleNamespace, x: Tensor, w: Tensor, eps: float) -> Any:
-    _check(x, w, eps)
     if not _native_covers(x, w):
         return NotImplemented
     x, w = contiguous(x, w)
@@ -162,7 +161,7 @@ def _native_rms_norm(kernels: SimpleNamespace, x: Tensor, w: Tensor, eps: float)
     rstd = x.new_empty((N,), dtype=torch.float32)
     if N:
         kernels.rms_norm(
-            x.data_ptr(), w.data_ptr(), y.data_ptr(), rstd.data_ptr(),
+            x, w, y, rstd,
             N, D, eps, DTYPE_CODES[x.dtype], DTYPE_CODES[w.dtype], stream(x),
         )  # fmt: skip
     return y, rstd
@@ -172,20 +171,19 @@ def _native_rms_norm(kernels: SimpleNamespace, x: Tensor, w: Tensor, eps: float)
 def _triton_rms_norm(x: Tensor, w: Tensor, eps: float) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    _check(x, w, eps)
     return kernels.rms_norm(*contiguous(x, w), eps) if _native_covers(x, w) else NotImplemented
 
 
 def _fake_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
-    _check_backward(dy, x, w, rstd)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @op.define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor w, Tensor rstd) -> Tensor", fake=_fake_rms_norm_backward
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor w, Tensor rstd) -> Tensor",
+    check=_check_backward,
+    fake=_fake_rms_norm_backward,
 )
 def rms_norm_backward_reference(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
-    _check_backward(dy, x, w, rstd)
     return _backward_of(dy, x, w, rstd)
 
 
@@ -199,14 +197,13 @@ def _backward_of(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
 def _native_rms_norm_backward(
     kernels: SimpleNamespace, dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor
 ) -> Any:
-    _check_backward(dy, x, w, rstd)
     if not _native_covers(dy, x, w):
         return NotImplemented
     dy, x, w, rstd = contiguous(dy, x, w, rstd)
     dx = torch.empty_like(x)
     if x.numel():
         kernels.rms_norm_backward(
-            dy.data_ptr(), x.data_ptr(), w.data_ptr(), rstd.data_ptr(), dx.data_ptr(),
+            dy, x, w, rstd, dx,
             _rows(x), x.shape[-1], DTYPE_CODES[x.dtype], DTYPE_CODES[w.dtype], stream(x),
         )  # fmt: skip
     return dx
@@ -216,7 +213,6 @@ def _native_rms_norm_backward(
 def _triton_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    _check_backward(dy, x, w, rstd)
     if not _native_covers(dy, x, w):
         return NotImplemented
     return kernels.rms_norm_backward(*contiguous(dy, x, w, rstd))
@@ -244,7 +240,6 @@ op.autograd("rms_norm", setup_context=_setup_rms_norm, backward=_backward_rms_no
 def _fake_rms_norm_residual(
     x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_residual(x, residual, w, seed, eps, dropout_p)
     h_dtype = torch.promote_types(x.dtype, residual.dtype)
     y, h = x.new_empty(x.shape, dtype=w.dtype), x.new_empty(x.shape, dtype=h_dtype)
     return y, h, x.new_empty((_rows(x),), dtype=wide_dtype(h, w))
@@ -253,12 +248,12 @@ def _fake_rms_norm_residual(
 @op.define(
     "rms_norm_residual(Tensor x, Tensor residual, Tensor w, Tensor? seed, float eps, float dropout_p)"
     " -> (Tensor y, Tensor h, Tensor rstd)",
+    check=_check_residual,
     fake=_fake_rms_norm_residual,
 )
 def rms_norm_residual_reference(
     x: Tensor, residual: Tensor, w: Tensor, seed: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_residual(x, residual, w, seed, eps, dropout_p)
     wide = dropout(x.to(wide_dtype(x, residual, w)), seed, dropout_p)
     h = (residual + wide).to(torch.promote_types(x.dtype, residual.dtype)).contiguous()
     y, rstd = rms_norm_reference(h, w, eps)
@@ -275,7 +270,6 @@ def _native_rms_norm_residual(
     eps: float,
     dropout_p: float,
 ) -> Any:
-    _check_residual(x, residual, w, seed, eps, dropout_p)
     if not _native_covers(x, residual, w):
         return NotImplemented
     x, residual, w = contiguous(x, residual, w)
@@ -285,8 +279,8 @@ def _native_rms_norm_residual(
     rstd = x.new_empty((N,), dtype=torch.float32)
     if N:
         kernels.rms_norm_residual(
-            x.data_ptr(), residual.data_ptr(), w.data_ptr(), pointer(seed), h.data_ptr(), y.data_ptr(),
-            rstd.data_ptr(), N, D, eps, dropout_p,
+            x, residual, w, seed, h, y,
+            rstd, N, D, eps, dropout_p,
             DTYPE_CODES[x.dtype], DTYPE_CODES[residual.dtype], DTYPE_CODES[w.dtype], stream(x),
         )  # fmt: skip
     return y, h, rstd
@@ -298,7 +292,6 @@ def _triton_rms_norm_residual(
 ) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    _check_residual(x, residual, w, seed, eps, dropout_p)
     if not _native_covers(x, residual, w):
         return NotImplemented
     return kernels.rms_norm_residual(*contiguous(x, residual, w), seed, eps, dropout_p)
@@ -316,13 +309,13 @@ def _fake_rms_norm_residual_backward(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, w: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     return _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)
 
 
 @op.define(
     "rms_norm_residual_backward(Tensor? dy, Tensor? dh, Tensor h, Tensor w, Tensor rstd, Tensor? seed,"
     " float dropout_p, ScalarType x_dtype, ScalarType residual_dtype) -> (Tensor dresidual, Tensor dx)",
+    check=_check_residual_backward,
     fake=_fake_rms_norm_residual_backward,
 )
 def rms_norm_residual_backward_reference(
@@ -330,7 +323,6 @@ def rms_norm_residual_backward_reference(
     dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx is empty where it would equal dresidual: no dropout, same dtype."""
-    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     wide = wide_dtype(h, w)
     total = torch.zeros(h.shape, dtype=wide, device=h.device)
     if dy is not None:
@@ -349,15 +341,14 @@ def _native_rms_norm_residual_backward(
     kernels: SimpleNamespace, dy: Tensor | None, dh: Tensor | None, h: Tensor, w: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
-    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     if not _native_covers(h, w) or dy is None:
         return NotImplemented
     dy, dh, h, w, rstd = contiguous(dy, dh, h, w, rstd)
     dresidual, dx = _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)
     if h.numel():
         kernels.rms_norm_residual_backward(
-            dy.data_ptr(), pointer(dh), h.data_ptr(), w.data_ptr(), rstd.data_ptr(), pointer(seed),
-            dresidual.data_ptr(), pointer(dx if dx.numel() else None), _rows(h), h.shape[-1], dropout_p,
+            dy, dh, h, w, rstd, seed,
+            dresidual, dx if dx.numel() else None, _rows(h), h.shape[-1], dropout_p,
             DTYPE_CODES[x_dtype], DTYPE_CODES[residual_dtype], DTYPE_CODES[w.dtype], stream(h),
         )  # fmt: skip
     return dresidual, dx
@@ -370,7 +361,6 @@ def _triton_rms_norm_residual_backward(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    _check_residual_backward(dy, dh, h, w, rstd, seed, dropout_p, x_dtype, residual_dtype)
     if not _native_covers(h, w) or dy is None:
         return NotImplemented
     dresidual, dx = _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)

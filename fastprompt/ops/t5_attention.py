@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, pointer, serves, stream
+from fastprompt._native import DTYPE_CODES, contiguous, serves, stream
 from fastprompt._op import Op, direct
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
@@ -55,7 +55,7 @@ from fastprompt.ops._checks import (
     refuse_gradient,
 )
 from fastprompt.ops._dropout import check_dropout, drawn_seed
-from fastprompt.ops._t5_attention_layout import NativeLayout
+from fastprompt.ops._t5_attention_layout import laid_out
 from fastprompt.ops._wide import wide_dtype
 
 op = Op("t5_attention")
@@ -156,8 +156,8 @@ def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
     return torch.arange(k.shape[1], device=lengths.device) < lengths[:, None]
 
 
-def _check(a: reference.Inputs) -> None:
-    name = "t5_attention"
+def _check(*arguments: Any) -> None:
+    name, a = "t5_attention", reference.Inputs(*arguments)
     q, k, bias, key_mask, cu_q = a.q, a.k, a.bias, a.key_mask, a.cu_q
     check_tensor(name, "q", q, FLOATS)
     for what, x in (("k", k), ("v", a.v), ("prompt_k", a.prompt_k), ("prompt_v", a.prompt_v)):
@@ -234,16 +234,17 @@ def _check_prompt(a: reference.Inputs, H: int, K: int) -> None:
         check_same_device(name, "prompt_lens", a.prompt_lens, "q", a.q)
 
 
-def _checked(arguments: tuple[Any, ...]) -> reference.Inputs:
-    """The op's arguments, after every check: kernels trust them, and the op can be called by anyone."""
+def _inputs(arguments: tuple[Any, ...]) -> reference.Inputs:
+    """The op's arguments, whose index tensors hold what they may."""
     a = reference.Inputs(*arguments)
-    _check(a)
     _check_values(a)
     return a
 
 
 def _check_values(a: reference.Inputs) -> None:
     """What index tensors hold, where looking costs no wait. On a GPU the kernels keep inside the tensors."""
+    if a.cu_q is a.offsets is a.prompt_ids is a.prompt_lens is None:
+        return
     if a.q.device.type != "cpu" or torch.compiler.is_compiling():
         return
     name = "t5_attention"
@@ -273,8 +274,9 @@ def keeps_out(q: Tensor) -> bool:
     return not (q.device.type == "cpu" and op.first_backend("t5_attention_backward", "cpu").startswith("cpu"))
 
 
-def _check_backward(dout: Tensor, a: reference.Inputs, out: Tensor | None, stats: Tensor) -> None:
-    name = "t5_attention_backward"
+def _check_backward(dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any) -> None:
+    _check(*arguments)
+    name, a = "t5_attention_backward", reference.Inputs(*arguments)
     for what, x in (("dout", dout), ("out", out)):
         if x is None:
             continue
@@ -300,19 +302,23 @@ def _contiguous(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _tensors(a: reference.Inputs) -> tuple[Any, ...]:
+    """Those of a native kernel's arguments."""
+    tensors: tuple[Any, ...] = laid_out(a)[: reference.TENSORS]
+    return tensors if a.bias is None else (*tensors[:3], a.bias.float().contiguous(), *tensors[4:])
+
+
 def _empty(a: reference.Inputs) -> tuple[Tensor, Tensor]:
     return _contiguous(a.q), a.q.new_empty(_stats_shape(a), dtype=wide_dtype(a.q))
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    a = reference.Inputs(*arguments)
-    _check(a)
-    return _empty(a)
+    return _empty(reference.Inputs(*arguments))
 
 
-@op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor stats)", fake=_fake)
+@op.define(f"t5_attention({SCHEMA}) -> (Tensor out, Tensor stats)", check=_check, fake=_fake)
 def t5_attention_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
-    a = _checked(arguments)
+    a = _inputs(arguments)
     with torch.autocast(a.q.device.type, enabled=False):
         return reference.forward(a)
 
@@ -326,15 +332,13 @@ def _is_tritons(a: reference.Inputs) -> bool:
 def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
     if not serves(kernels.t5_attention, arguments[0].dtype):
         return NotImplemented
-    a = _checked(arguments)
+    a = _inputs(arguments)
     if _is_tritons(a):
         return NotImplemented
     out, stats = _empty(a)
     if out.numel():
-        layout = NativeLayout(a)
         kernels.t5_attention(
-            *layout.pointers, layout.address, pointer(a.seed), out.data_ptr(), stats.data_ptr(),
-            a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
+            *_tensors(a), out, stats, a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
     return out, stats
 
@@ -343,7 +347,7 @@ def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
 def _triton_t5_attention(*arguments: Any) -> Any:
     from fastprompt.triton_kernels import t5_attention as kernels
 
-    a = _checked(arguments)
+    a = _inputs(arguments)
     if a.q.dtype not in DTYPE_CODES:
         return NotImplemented
     out, stats = _empty(a)
@@ -360,15 +364,13 @@ def _empty_gradients(a: reference.Inputs) -> tuple[Tensor, Tensor, Tensor, Tenso
 def _fake_backward(
     dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    a = reference.Inputs(*arguments)
-    _check(a)
-    _check_backward(dout, a, out, stats)
-    return _empty_gradients(a)
+    return _empty_gradients(reference.Inputs(*arguments))
 
 
 @op.define(
     f"t5_attention_backward(Tensor dout, Tensor? out, Tensor stats, {SCHEMA})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor share_k, Tensor share_v)",
+    check=_check_backward,
     fake=_fake_backward,
 )
 def t5_attention_backward_reference(
@@ -377,8 +379,7 @@ def t5_attention_backward_reference(
     """share_k, share_v [B, P, H, K] wide: what each example adds to the gradients of its prompt's keys and values. out
     may be None; Triton's kernels need it.
     """
-    a = _checked(arguments)
-    _check_backward(dout, a, out, stats)
+    a = _inputs(arguments)
     with torch.autocast(a.q.device.type, enabled=False):
         return reference.backward(dout, a)
 
@@ -391,15 +392,12 @@ def _native_t5_attention_backward(
         return NotImplemented
     if not serves(kernels.t5_attention_backward, arguments[0].dtype):
         return NotImplemented
-    a = _checked(arguments)
-    _check_backward(dout, a, out, stats)
+    a = _inputs(arguments)
     gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
-        layout, (dout, stats) = NativeLayout(a), contiguous(dout, stats)
         kernels.t5_attention_backward(
-            dout.data_ptr(), stats.data_ptr(), *layout.pointers, layout.address, pointer(a.seed),
-            *(x.data_ptr() for x in gradients), a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype],
-            stream(a.q),
+            *contiguous(dout, stats), *_tensors(a), *gradients, a.offset, int(a.causal), a.dropout_p,
+            DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
     return gradients
 
@@ -408,8 +406,7 @@ def _native_t5_attention_backward(
 def _triton_t5_attention_backward(dout: Tensor, out: Tensor | None, stats: Tensor, *arguments: Any) -> Any:
     from fastprompt.triton_kernels import t5_attention_backward as kernels
 
-    a = _checked(arguments)
-    _check_backward(dout, a, out, stats)
+    a = _inputs(arguments)
     covered = kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device)
     if a.q.dtype not in DTYPE_CODES or not covered or out is None:
         return NotImplemented
@@ -432,12 +429,12 @@ def _check_prompt_sum(share: Tensor, prompt_ids: Tensor | None, R: int, dtype: t
 
 
 def _fake_prompt_sum(share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype) -> Tensor:
-    _check_prompt_sum(share, prompt_ids, R, dtype)
     return share.new_empty((R, *share.shape[1:]), dtype=dtype)
 
 
 @op.define(
     "t5_attention_prompt_sum(Tensor share, Tensor? prompt_ids, SymInt R, ScalarType dtype) -> Tensor",
+    check=_check_prompt_sum,
     fake=_fake_prompt_sum,
 )
 def t5_attention_prompt_sum_reference(
@@ -445,7 +442,6 @@ def t5_attention_prompt_sum_reference(
 ) -> Tensor:
     """share [B, P, H, K] -> [R, P, H, K]: the sum over the examples of each prompt, b ascending; all of prompt 0 if
     prompt_ids is None."""
-    _check_prompt_sum(share, prompt_ids, R, dtype)
     total = share.new_zeros((R, *share.shape[1:]))
     for b in range(share.shape[0]):
         total[0 if prompt_ids is None else int(prompt_ids[b])] += share[b]
@@ -456,15 +452,13 @@ def t5_attention_prompt_sum_reference(
 def _native_t5_attention_prompt_sum(
     kernels: SimpleNamespace, share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype
 ) -> Any:
-    _check_prompt_sum(share, prompt_ids, R, dtype)
     if share.dtype != torch.float32 or dtype not in DTYPE_CODES:
         return NotImplemented
     share, prompt_ids = contiguous(share, prompt_ids)
     total = share.new_empty((R, *share.shape[1:]), dtype=dtype)
     if total.numel():
         kernels.t5_attention_prompt_sum(
-            share.data_ptr(), pointer(prompt_ids), total.data_ptr(), share.shape[0], R, share[0].numel() if len(share)
-            else total[0].numel(), DTYPE_CODES[dtype], stream(share),
+            share, prompt_ids, total, share.shape[0], R, total[0].numel(), DTYPE_CODES[dtype], stream(share),
         )  # fmt: skip
     return total
 
@@ -475,7 +469,6 @@ def _triton_t5_attention_prompt_sum(
 ) -> Any:
     from fastprompt.triton_kernels import t5_attention_prompt_sum as kernels
 
-    _check_prompt_sum(share, prompt_ids, R, dtype)
     if share.dtype != torch.float32 or dtype not in DTYPE_CODES:
         return NotImplemented
     total = share.new_empty((R, *share.shape[1:]), dtype=dtype)

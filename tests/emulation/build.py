@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulation"
@@ -45,8 +47,24 @@ class _Kernel(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("target", ctypes.c_char_p), ("signature", ctypes.c_char_p))
 
 
+class _Tensor(ctypes.Structure):
+    """csrc/common/kernel.h's Tensor."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dims", ctypes.c_int64),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Tensor":
+        sizes = ctypes.c_int64 * tensor.dim()
+        return cls(tensor.data_ptr(), tensor.dim(), sizes(*tensor.shape), sizes(*tensor.stride()))
+
+
 class Kernel:
-    """One native kernel, called like ``fastprompt._C.Kernel``: pointers and integers as int, the rest as float."""
+    """One native kernel, called like ``fastprompt._C.Kernel``."""
 
     def __init__(self, library: ctypes.CDLL, address: int) -> None:
         record = _Kernel.from_address(address)
@@ -54,15 +72,18 @@ class Kernel:
         self.signature = record.signature.decode()
         self._library, self._address = library, address
 
-    def __call__(self, *arguments: int | float) -> int:
+    def __call__(self, *arguments: torch.Tensor | int | float | None) -> int:
         if len(arguments) != len(self.signature):
             raise TypeError(f"{self.name}: takes {len(self.signature)} arguments, got {len(arguments)}")
         slots = (_Slot * len(arguments))()
-        for slot, letter, value in zip(slots, self.signature, arguments, strict=True):
+        tensors = [_Tensor.of(x) if isinstance(x, torch.Tensor) else None for x in arguments]
+        for slot, letter, value, tensor in zip(slots, self.signature, arguments, tensors, strict=True):
             if letter == "d":
                 slot.d = value
+            elif tensor is not None:
+                slot.i = ctypes.addressof(tensor) if letter == "t" else tensor.data or 0
             else:
-                slot.i = value
+                slot.i = value or 0
         message = ctypes.create_string_buffer(1024)
         status = self._library.emulate_call(self._address, slots, message, len(message))
         if message.value:

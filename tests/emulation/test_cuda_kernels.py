@@ -15,14 +15,9 @@ SENTINEL = 77.0
 
 
 def call(emulated, name, *arguments):
-    """Tensors go as pointers, None as null, dtypes as their codes; the stream is 0."""
-
-    def native(value):
-        if isinstance(value, torch.Tensor):
-            return value.data_ptr()
-        return DTYPE_CODES.get(value, 0) if value is None or isinstance(value, torch.dtype) else value
-
-    return getattr(emulated, name)(*map(native, arguments), 0)
+    """Dtypes go as their codes; the stream is 0."""
+    codes = [DTYPE_CODES[x] if isinstance(x, torch.dtype) else x for x in arguments]
+    return getattr(emulated, name)(*codes, 0)
 
 
 def place(tensor, offset):

@@ -40,9 +40,8 @@ def expected(logits, labels, top, total, picked, others):
 
 def run(emulated, logits, labels, top, total, picked, others, needs_grad=True, first=FIRST):
     (N, C), code = logits.shape, DTYPE_CODES[logits.dtype]
-    pointers = [x.data_ptr() for x in (logits, labels, top, total, picked)]
-    pointers.append(others.data_ptr() if needs_grad and first else 0)
-    assert emulated.linear_cross_entropy(*pointers, N, C, first, D, needs_grad, code, 0) == 0
+    tensors = logits, labels, top, total, picked, others if needs_grad and first else None
+    assert emulated.linear_cross_entropy(*tensors, N, C, first, D, needs_grad, code, 0) == 0
     return logits, top, total, picked, others
 
 

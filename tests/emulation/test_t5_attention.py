@@ -11,8 +11,7 @@ import torch
 from fastprompt import use_backend
 from fastprompt._native import DTYPE_CODES
 from fastprompt.ops import t5_attention
-from fastprompt.ops._t5_attention_layout import NativeLayout
-from fastprompt.ops._t5_attention_reference import Inputs
+from fastprompt.ops._t5_attention_reference import TENSORS, Inputs
 from fastprompt.testing import assert_within_budget, guarded
 
 DTYPES = tuple(DTYPE_CODES)
@@ -42,12 +41,9 @@ def run(a, backend="emulated"):
 
 def run_unchecked(emulated, a):
     """The kernel as on a GPU, where nobody looks at what index tensors hold."""
-    layout, out = NativeLayout(a), torch.empty_like(a.q)
-    stats = torch.empty(2, a.q.shape[2], a.q.shape[0] * a.q.shape[1])
-    emulated.t5_attention(
-        *layout.pointers, layout.address, 0, out.data_ptr(), stats.data_ptr(),
-        a.offset, int(a.causal), 0.0, DTYPE_CODES[a.q.dtype], 0,
-    )  # fmt: skip
+    out, stats = torch.empty_like(a.q), torch.empty(2, a.q.shape[2], a.q.shape[0] * a.q.shape[1])
+    options = a.offset, int(a.causal), 0.0, DTYPE_CODES[a.q.dtype], 0
+    emulated.t5_attention(*a[:TENSORS], out, stats, *options)
     return out, stats
 
 

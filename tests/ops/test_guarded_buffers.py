@@ -13,10 +13,6 @@ N, D, EPS = 5, 37, 1e-6
 FLOATS = list(DTYPE_CODES)
 
 
-def pointers(tensors):
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def run(kernel, inputs, outputs, numbers, offset, alone=None):
     """What ``kernel`` writes with every tensor, or number ``alone`` only, ``offset`` elements past an aligned address,
     and NaN all around."""
@@ -27,7 +23,7 @@ def run(kernel, inputs, outputs, numbers, offset, alone=None):
             here = offset if alone in (None, i) else 0
             given.append(None if tensor is None else stack.enter_context(guarded(tensor, offset=here))[0])
         results = given[len(inputs) :]
-        status = kernel(*pointers(given), *numbers)
+        status = kernel(*given, *numbers)
     assert status == 0
     return [result.clone() for result in results]
 
@@ -105,7 +101,7 @@ def test_prompt_embed(kernels, device, dtype, seed, p, packed):
         ids = torch.tensor([1, 2, 3, 0, 8, 4], device=device, dtype=id_dtype)
         inputs = [ids, weight, prompts, starts, lens, cu_tokens, cu_rows, seed]
         codes = [int(id_dtype == torch.int64), DTYPE_CODES[torch.float32], DTYPE_CODES[dtype]]
-        numbers = [0, B, S, L, 7, 9, D, p, *codes, 0]  # first: no word for device errors
+        numbers = [None, B, S, L, 7, 9, D, p, *codes, 0]  # first: no word for device errors
         assert_alignment_is_invisible(kernels.prompt_embed, inputs, [out], numbers)
     dout, numbers = torch.randn_like(out), [B, L, 7, D, p, DTYPE_CODES[dtype], DTYPE_CODES[torch.float32], 0]
     inputs = [dout, starts, lens, cu_rows, seed]
@@ -125,42 +121,17 @@ def test_t5_attention(kernels, device, dtype, seed, sizes, p):
     ids, lens, offsets = torch.tensor([[1, 0], [3, 5], [20, 2]], device=device)
     mask = torch.rand(B, S, device=device) < 0.7
     inputs = [q, k, v, bias, prompt_k, prompt_v, ids, lens, mask, offsets, None, None]
-    strides = [(S * H * K, H * K, K)] * 2
-    numbers = [
-        B,
-        T,
-        S,
-        H,
-        K,
-        B * T,
-        R,
-        P,
-        4,
-        0,
-        T * H * K,
-        H * K,
-        K,
-        *sum(strides, ()),
-        *[P * H * K, H * K, K] * 2,
-    ]
-    host = torch.tensor(numbers)
     out, stats = torch.empty_like(q), torch.empty(2, H, B * T, device=device)
     last = [0, 1, p, DTYPE_CODES[dtype], 0]
 
-    def forward(*arguments):  # the sizes are no tensor on the device: they stay where they are
-        return kernels.t5_attention(*arguments[:12], host.data_ptr(), *arguments[12:])
-
-    assert_alignment_is_invisible(forward, [*inputs, seed], [out, stats], last)
+    inputs.append(seed)
+    assert_alignment_is_invisible(kernels.t5_attention, inputs, [out, stats], last)
     if not hasattr(kernels, "t5_attention_backward"):
         return
-    _out, stats = run(forward, [*inputs, seed], [out, stats], last, 0)
+    _out, stats = run(kernels.t5_attention, inputs, [out, stats], last, 0)
     share = torch.empty(B, P, H, K, device=device)
-
-    def backward(*arguments):
-        return kernels.t5_attention_backward(*arguments[:14], host.data_ptr(), *arguments[14:])
-
     outputs = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), share, share]
-    assert_alignment_is_invisible(backward, [dout, stats, *inputs, seed], outputs, last)
+    assert_alignment_is_invisible(kernels.t5_attention_backward, [dout, stats, *inputs], outputs, last)
 
 
 @pytest.mark.parametrize("columns", [37, 40])

@@ -402,12 +402,9 @@ def test_kernel_at_every_alignment(kernels, device, dtype, C, needs_grad):
     results = []
     for offset in range(17):
         with guarded(logits, labels, top, total.abs(), picked, others, offset=offset) as copies:
-            pointers = [copy.data_ptr() for copy in copies]
-            pointers[-1] = pointers[-1] if needs_grad else 0
-            assert (
-                kernels.linear_cross_entropy(*pointers, N, C, first, D, needs_grad, DTYPE_CODES[dtype], 0)
-                == 0
-            )
+            given = (*copies[:-1], copies[-1] if needs_grad else None)
+            options = N, C, first, D, needs_grad, DTYPE_CODES[dtype], 0
+            assert kernels.linear_cross_entropy(*given, *options) == 0
         results.append([copy.clone() for copy in copies])
     for other in results[1:]:
         assert torch.equal(results[0][3].isfinite(), other[3].isfinite())
@@ -426,8 +423,8 @@ def test_the_first_chunk_takes_nothing_from_the_statistics(kernels, device, dtyp
     others = logits.double().where(torch.arange(C, device=device) != labels[:, None], -torch.inf)
     top = others.amax(1)
     stats = torch.full((3, N), 5.0, device=device)
-    pointers = [x.data_ptr() for x in (logits, labels, *stats)]
-    assert kernels.linear_cross_entropy(*pointers, 0, N, C, 0, 0, False, DTYPE_CODES[dtype], 0) == 0
+    options = N, C, 0, 0, False, DTYPE_CODES[dtype], 0
+    assert kernels.linear_cross_entropy(logits, labels, *stats, None, *options) == 0
     assert torch.equal(stats[0].double(), top)
     torch.testing.assert_close(stats[1].double(), (others - top[:, None]).exp().sum(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats[2], picked, rtol=0, atol=0, equal_nan=True)
@@ -453,12 +450,10 @@ def test_rows_at_every_alignment(kernels, device, dtype, D, gathered):
         tensors = (labels, top, total, picked, others, weight, losses, drows)
         for wanted in (True, False):
             with guarded(*tensors, offset=offset) as copies:
-                pointers = [copy.data_ptr() for copy in copies]
-                if not wanted:
-                    pointers[4] = pointers[7] = 0
+                given = [x if wanted or i not in (4, 7) else None for i, x in enumerate(copies)]
                 strides = (0, D) if gathered else (stride, 0)
                 code = DTYPE_CODES[dtype]
-                assert kernels.linear_cross_entropy_rows(*pointers, N, D, V, *strides, IGNORED, code, 0) == 0
+                assert kernels.linear_cross_entropy_rows(*given, N, D, V, *strides, IGNORED, code, 0) == 0
             torch.testing.assert_close(
                 copies[6].double(), softplus(d).where(counts, 0.0), rtol=1e-6, atol=1e-6
             )
@@ -480,9 +475,8 @@ def test_mean_of_any_number_of_rows(kernels, device, dtype, N, divided):
     divisor = torch.tensor(7.0, device=device)
     loss, share = torch.zeros((), dtype=dtype, device=device), torch.zeros(1, device=device)
     with guarded(losses, labels, divisor, loss, share, offset=3) as copies:
-        pointers = [copy.data_ptr() for copy in copies]
-        pointers[2] = pointers[2] if divided else 0
-        assert kernels.linear_cross_entropy_mean(*pointers, N, IGNORED, 0.5, DTYPE_CODES[dtype], 0) == 0
+        given = [x if divided or i != 2 else None for i, x in enumerate(copies)]
+        assert kernels.linear_cross_entropy_mean(*given, N, IGNORED, 0.5, DTYPE_CODES[dtype], 0) == 0
     some = bool((labels != IGNORED).any())
     by = 7.0 if divided else max(int((labels != IGNORED).sum()), 1)
     expected = losses.double().sum() / by if some else torch.zeros((), dtype=torch.float64, device=device)
