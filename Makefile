@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 TEST_ENV := PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -p no:cacheprovider
 
@@ -52,7 +52,7 @@ test: lint unit compat hf-quick triton triton-aot sanitize packaging bench-quick
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 	$(BIN)/python tools/clang_tidy.py
 	$(BIN)/mypy
 

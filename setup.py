@@ -2,8 +2,9 @@
 """Builds fastprompt._C with ninja: each csrc/cpu/*.cpp once per instruction set, each csrc/cuda/*.cu if nvcc is here.
 
 Kernels are built on Linux; elsewhere the package is Python alone, whose ops run on their PyTorch references.
-Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a;75+PTX", FASTPROMPT_SANITIZE=address,undefined,
-CXX, MAX_JOBS. Of an architecture with +PTX, drivers compile for all GPUs from that one on that have no code here.
+Environment: FASTPROMPT_CUDA=auto|0|1, FASTPROMPT_GENCODE="80;90a;75+PTX", FASTPROMPT_SPILLS=error,
+FASTPROMPT_SANITIZE=address,undefined, CXX, MAX_JOBS. Of an architecture with +PTX, drivers compile for all GPUs from
+that one on that have no code here.
 """
 
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pybind11
 from setuptools import Extension, setup
@@ -78,14 +80,52 @@ def find_nvcc() -> str | None:
         raise SystemExit(
             "FASTPROMPT_CUDA=1, but no nvcc is on PATH or in CUDA_HOME: install the CUDA toolkit"
         )
-    return None if want == "0" else nvcc
+    if want == "0" or not nvcc:
+        return None
+    why = nvcc_fails(nvcc) if want == "auto" else None
+    if why is not None:
+        print(
+            f"{nvcc} cannot compile here, so there will be no CUDA kernels. FASTPROMPT_CUDA=1 insists. {why}"
+        )
+        return None
+    return nvcc
 
 
-def cuda_home(nvcc: str) -> Path:
-    """nvcc may be a wrapper script, so its own path says nothing: ask it where its toolkit is."""
+def cuda_folders(nvcc: str) -> tuple[list[str], list[str]]:
+    """The toolkit's headers and libraries: of pip's and conda's, and behind a wrapper script, nvcc alone knows."""
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    tops = [line.removeprefix("#$ TOP=").strip() for line in said.splitlines() if line.startswith("#$ TOP=")]
-    return Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
+    found = dict(line.removeprefix("#$ ").split("=", 1) for line in said.splitlines() if "=" in line)
+
+    def folders(name: str, flag: str) -> list[str]:
+        words = shlex.split(found.get(name, ""))
+        return [os.path.realpath(word.removeprefix(flag)) for word in words if word.startswith(flag)]
+
+    return folders("INCLUDES", "-I"), folders("LIBRARIES", "-L")
+
+
+def nvcc_flags() -> list[str]:
+    """Spills are errors for those who can mend them (FASTPROMPT_SPILLS=error): another nvcc's may have some."""
+    host = shlex.split(CXX)
+    if len(host) > 1 and Path(host[0]).name in ("ccache", "sccache"):
+        del host[0]
+    architectures = os.environ.get("FASTPROMPT_GENCODE", "80;90a;75+PTX").split(";")
+    spills = ",--warning-as-error" if os.environ.get("FASTPROMPT_SPILLS") == "error" else ""
+    return [
+        *("-ccbin", host[0], *(f"-Xcompiler={flag}" for flag in host[1:])),
+        *("-O3", "-std=c++17", "--threads", "2", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+        *map(gencode, architectures),
+        *("-Xptxas", f"--warn-on-spills{spills}"),
+    ]
+
+
+def nvcc_fails(nvcc: str) -> str | None:
+    """Why it cannot compile here: a host compiler or an architecture that it does not know."""
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("__global__ void probe() {}\n")
+        command = [nvcc, *nvcc_flags(), "-c", str(source), "-o", f"{folder}/probe.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stderr or done.stdout).strip() if done.returncode else None
 
 
 def gencode(architecture: str) -> str:
@@ -128,22 +168,18 @@ class NinjaBuild(build_ext):
             cxx_flags = [*CXX_FLAGS, "-O1", "-g", *checks]
             link_flags.append(f"-fsanitize={sanitize}")
         if nvcc:
-            toolkit = cuda_home(nvcc)
-            include.append(toolkit / "include")
-            link_flags += [in_command(f"-L{toolkit}/lib64"), "-l:libcudart_static.a"]
+            headers, libraries = cuda_folders(nvcc)
+            include += headers
+            link_flags += [*(in_command(f"-L{folder}") for folder in libraries), "-l:libcudart_static.a"]
             link_flags += ["-lpthread", "-ldl", "-lrt", "-Wl,--exclude-libs,libcudart_static.a"]
         includes = " ".join(in_command(f"-I{path}") for path in include)
-        architectures = os.environ.get("FASTPROMPT_GENCODE", "80;90a;75+PTX").split(";")
-        nvcc_flags = ["-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden"]
-        nvcc_flags += [gencode(architecture) for architecture in architectures]
-        nvcc_flags.append("-Xptxas --warn-on-spills,--warning-as-error")
         compile_flags = f"$flags {includes} -MD -MF $out.d -c $in -o $out"
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {CXX}",
             f"rule cxx\n  command = $cxx {' '.join(cxx_flags)} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
-            f"rule cuda\n  command = {in_command(nvcc or 'nvcc')} -ccbin $cxx {' '.join(nvcc_flags)} {compile_flags}",
+            f"rule cuda\n  command = {' '.join(map(in_command, [nvcc or 'nvcc', *nvcc_flags()]))} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = $cxx $in -o $out {' '.join(link_flags)}",
         ]

@@ -124,9 +124,9 @@ std::array<PyType_Slot, 3> kernel_slots = {{
     {0, nullptr},
 }};
 
-PyType_Spec kernel_spec = {
-    "fastprompt._C.Kernel", sizeof(KernelObject), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION, kernel_slots.data()};
+PyType_Spec kernel_spec = {"fastprompt._C.Kernel", sizeof(KernelObject), 0,
+                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                           kernel_slots.data()};
 
 PyObject* kernel_type = nullptr;
 
@@ -173,7 +173,7 @@ bool runs_here(const std::string& target) {
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     }
     if (target == "avx512") {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        return runs_here("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     }
 #endif
@@ -199,7 +199,7 @@ py::dict kernels(const std::string& target) {
 
 // Without pybind11, whose calls take longer than what this does.
 std::array<PyMethodDef, 3> functions = {{
-    {"describe", reinterpret_cast<PyCFunction>(fp::describe), METH_FASTCALL,
+    {"describe", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fp::describe)), METH_FASTCALL,
      "describe(*arguments) -> all of them but for what tensors hold, as bytes; None if one cannot be described."},
     {"learn_torch", fp::learn_torch, METH_O, "learn_torch(torch): kernels and describe take its tensors from then on."},
     {nullptr, nullptr, 0, nullptr},

@@ -21,7 +21,8 @@ public:
         if (type == &PyLong_Type) return add_int(value);
         if (type == &PyFloat_Type) return put('f') && put(PyFloat_AS_DOUBLE(value));
         if (type == &PyUnicode_Type) return add_string(value);
-        if (fp::is_dtype(value)) return put('d') && put(value);  // there is one object of each, for ever
+        if (fp::is_dtype(value))
+            return put('d') && put(reinterpret_cast<uintptr_t>(value));  // there is one of each, for ever
         return type == &PyList_Type && add_list(value);
     }
 

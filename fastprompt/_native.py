@@ -10,7 +10,7 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,15 @@ def builds_here() -> bool:
     return platform.system() == "Linux"
 
 
-def _load() -> tuple[dict[str, SimpleNamespace], bool, Callable[..., bytes | None]]:
+def _isas() -> tuple[str, ...]:
+    """Those that may be used, best first. Of others not even the extension is asked: the system would set up AMX."""
+    best = os.environ.get("FASTPROMPT_ISA") or CPU_ISAS[0]
+    if best not in CPU_ISAS:
+        raise ValueError(f"FASTPROMPT_ISA must be one of {', '.join(CPU_ISAS)}, got {best!r}")
+    return CPU_ISAS[CPU_ISAS.index(best) :]
+
+
+def _load(isas: Sequence[str]) -> tuple[dict[str, SimpleNamespace], bool, Callable[..., bytes | None]]:
     """The kernels of each target, whether the CPU is AMD's, and csrc/describe.h's ``describe``."""
     try:
         _C: Any = importlib.import_module("fastprompt._C")
@@ -43,7 +51,7 @@ def _load() -> tuple[dict[str, SimpleNamespace], bool, Callable[..., bytes | Non
             stacklevel=2,
         )
         return {}, False, lambda *_arguments: None
-    found = {target: _C.kernels(target) for target in (*CPU_ISAS, "cuda")}
+    found = {target: _C.kernels(target) for target in (*isas, "cuda")}
     return (
         {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels},
         _C.cpu_is_amd,
@@ -51,15 +59,10 @@ def _load() -> tuple[dict[str, SimpleNamespace], bool, Callable[..., bytes | Non
     )
 
 
-def _cpu_isas() -> tuple[str, ...]:
-    best = os.environ.get("FASTPROMPT_ISA") or CPU_ISAS[0]
-    if best not in CPU_ISAS:
-        raise ValueError(f"FASTPROMPT_ISA must be one of {', '.join(CPU_ISAS)}, got {best!r}")
-    return tuple(isa for isa in CPU_ISAS[CPU_ISAS.index(best) :] if isa in TARGETS)
-
-
-TARGETS, CPU_IS_AMD, describe = _load()
-CPU_TARGETS = _cpu_isas()  # the instruction sets that can run here, best first
+TARGETS, CPU_IS_AMD, describe = _load(_isas())
+CPU_TARGETS = tuple(
+    isa for isa in CPU_ISAS if isa in TARGETS
+)  # the instruction sets that can run here, best first
 
 
 _thread = threading.local()
@@ -77,16 +80,16 @@ def serves(kernel: Any, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 if kernel.target in BF16_ISAS else dtype in DTYPE_CODES
 
 
-def contiguous(*tensors: "torch.Tensor | None") -> list[Any]:
+def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
     """The tensors without gaps in memory, as kernels read those whose strides they are not told."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def is_elsewhere(device: "torch.device") -> bool:
+def is_elsewhere(device: torch.device) -> bool:
     """Is it a GPU other than the current one, to which a launch would go?"""
     return device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
-def stream(tensor: "torch.Tensor") -> int:
+def stream(tensor: torch.Tensor) -> int:
     """The CUDA stream that work on ``tensor`` belongs to; 0 on a CPU."""
     return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0

@@ -325,7 +325,7 @@ def test_nobody_is_told_to_build_what_does_not_build_here(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setitem(sys.modules, "fastprompt._C", None)
     with pytest.warns(UserWarning, match=r"without its compiled kernels .* They are for Linux\.$"):
-        targets, is_amd, describe = _native._load()
+        targets, is_amd, describe = _native._load(_native.CPU_ISAS)
     assert (targets, is_amd, describe(1)) == ({}, False, None)
 
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # For a machine with an NVIDIA GPU and no network: builds into build/gpu with the machine's own Python and torch, runs
 # the GPU tests and the benchmarks, and writes logs and JSONL to $OUT. Says what failed.
 #
@@ -7,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}") site=$PWD/build/gpu
 mkdir -p "$OUT" "$site"
-export FASTPROMPT_CUDA=1 FASTPROMPT_GENCODE=${FASTPROMPT_GENCODE:-90a}
+export FASTPROMPT_CUDA=1 FASTPROMPT_SPILLS=error FASTPROMPT_GENCODE=${FASTPROMPT_GENCODE:-90a}
 
 step() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 begin=$SECONDS status=0
@@ -27,7 +28,7 @@ if [[ $parts == *tests* ]]; then
     "$PYTHON" -c 'import xdist' 2> /dev/null && parallel="-n $(($(nproc) < 14 ? $(nproc) : 14))"
     # Names of tests as they end, and why they failed (tests/conftest.py): a run that is cut off has no summary.
     step tests 330 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${parallel:-} tests/models/test_graphed.py \
-        tests/models/test_patching.py tests/triton tests/ops tests/prompts --device cuda || failed=1
+        tests/models/test_patching.py tests/models/test_report.py tests/triton tests/ops tests/prompts --device cuda || failed=1
     grep -aoE '(FAILED|ERROR) tests/.*' "$OUT/tests.log" | sort -u
 fi
 if [[ $parts == *benchmarks* ]]; then

@@ -169,3 +169,21 @@ def test_no_code_of_an_instruction_set_leaks_into_another(source, tmp_path):
     for path in objects:
         weak = [line for line in run("nm", path, cwd=tmp_path).splitlines() if re.search(r" [WwVv] ", line)]
         assert not [line for line in weak if "__gxx_personality" not in line], path
+
+
+@pytest.mark.parametrize(("want", "found"), [("auto", False), ("1", True), ("0", False)])
+def test_an_nvcc_that_cannot_compile_here_is_left_out_unless_asked_for(tmp_path, want, found):
+    """As one that does not know the host compiler."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    script = (
+        "import runpy, setuptools; setuptools.setup = dict; print(runpy.run_path('setup.py')['find_nvcc']())"
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FASTPROMPT_CUDA": want}
+    environment.pop("CUDA_HOME", None)
+    said = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert said.splitlines()[-1] == (str(nvcc) if found else "None")
+    assert ("unsupported GNU version" in said) == (want == "auto")
