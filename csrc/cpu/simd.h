@@ -443,7 +443,8 @@ FP_INLINE vfloat exp_of_small(vfloat r) {
     return fused_multiply_add(p, r * r, r) + 1.0f;
 }
 
-// e^x to about one unit in the last place; 0 where that lies below the normal numbers. NaN stays NaN.
+// e^x for x of 88 or less, of which callers give none but x <= 0, to about one unit in the last place; 0 below -87,
+// where it is next to the least normal number. NaN stays NaN.
 FP_INLINE vfloat exp(vfloat x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
     constexpr float kLog2E = 1.44269504f, kLeast = -87.0f;

@@ -9,11 +9,14 @@ struct Forward : Work {
     static constexpr bool kHasParts = true;
     Factor* value_rows = nullptr;  // [keys][K]
     float* out = nullptr;          // [kQueries][K]
+    float* mean = nullptr;         // [K], of the values of
+    int64_t mean_of = -1;          // this example and head, b * H + h
 
     void cut(Arena& arena, const Limits& most) {
         Work::cut(arena, most, 1);
         value_rows = arena.take<Factor>(panelled(most) * a.K);
         out = arena.take<float>(kQueries * a.K);
+        mean = arena.take<float>(a.K);
     }
 
     void run(void* to, float* stats, int64_t part, int64_t parts);
@@ -22,7 +25,8 @@ struct Forward : Work {
     void weigh(int64_t i, int64_t row, int64_t chunk, int64_t width);
     void run_few(void* to, float* stats);
     void finish_rows(int64_t first, int64_t count, void* to, float* stats);
-    void starve(int64_t i, float* row) const;
+    void starve(int64_t i, float* row);
+    void average(int64_t i, float* row) const;
 };
 
 // Turns a row of scores into weights, where the scores were, by the online softmax: top and total are the row's so far,
@@ -78,8 +82,16 @@ void Forward::run_block(int64_t first, int64_t count) {
     }
 }
 
-// A row that may attend to nothing takes the mean of the example's own values (there is no prompt then).
-void Forward::starve(int64_t i, float* row) const {
+// A row that may attend to nothing takes the mean of the example's own values (there is no prompt then). Without
+// dropout all such rows are one.
+void Forward::starve(int64_t i, float* row) {
+    if (dropout.active()) return average(i, row);
+    if (mean_of != b * a.H + h) average(i, mean);
+    mean_of = b * a.H + h;
+    memcpy(row, mean, a.K * sizeof(float));
+}
+
+void Forward::average(int64_t i, float* row) const {
     float value[256];
     clear(row, a.K);
     if (keys.own == 0) return;
@@ -89,9 +101,9 @@ void Forward::starve(int64_t i, float* row) const {
     for (int64_t s = 0; s < keys.own; ++s) {
         load_key(s, true, value);
         const float factor = dropout.active() ? factors[s] : 1.0f;
-        for (int64_t d = 0; d < a.K; ++d) row[d] += factor * value[d];
+        for (int64_t d = 0; d < a.K; d += kLanes) store(row + d, load(row + d) + factor * load(value + d));
     }
-    for (int64_t d = 0; d < a.K; ++d) row[d] /= static_cast<float>(keys.own);
+    for (int64_t d = 0; d < a.K; d += kLanes) store(row + d, load(row + d) / static_cast<float>(keys.own));
 }
 
 void Forward::finish_rows(int64_t first, int64_t count, void* to, float* stats) {
@@ -140,11 +152,11 @@ void Forward::run(void* to, float* stats, int64_t part, int64_t parts) {
     }
 }
 
-int64_t t5_attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias, const fp::Tensor* prompt_k,
-                     const fp::Tensor* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
-                     const uint8_t* key_mask, const int64_t* offsets, const fp::Tensor* cu_q, const int64_t* cu_k,
-                     const int64_t* seed, void* out, float* stats, int64_t offset, int64_t causal,
-                     double dropout_p, int64_t dtype, void* /*stream*/) {
+int64_t t5_attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias,
+                     const fp::Tensor* prompt_k, const fp::Tensor* prompt_v, const int64_t* prompt_ids,
+                     const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
+                     const fp::Tensor* cu_q, const int64_t* cu_k, const int64_t* seed, void* out, float* stats,
+                     int64_t offset, int64_t causal, double dropout_p, int64_t dtype, void* /*stream*/) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
                                       cu_q, cu_k, offset, causal);
     return each_head<Forward>(a, seed, dropout_p, dtype,

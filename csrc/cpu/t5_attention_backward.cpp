@@ -185,19 +185,20 @@ void Backward::starve(int64_t i, int64_t row) {
     for (int64_t s = 0; s < keys.own; ++s) {
         load_key(s, true, value);
         const float factor = dropout.active() ? factors[s] : 1.0f;
-        float dweight = 0.0f;
-        for (int64_t d = 0; d < a.K; ++d) dweight += row_dout[d] * value[d];
-        dweights_of_row[s] = factor * dweight;
+        vfloat dweight{};
+        for (int64_t d = 0; d < a.K; d += kLanes) dweight += load(row_dout + d) * load(value + d);
+        dweights_of_row[s] = factor * sum_lanes(dweight);
         delta[row] += weight * dweights_of_row[s];
     }
     for (int64_t s = 0; s < keys.own; ++s) {
         load_key(s, false, key);
-        const float factor = dropout.active() ? factors[s] : 1.0f;
+        const float factor = weight * (dropout.active() ? factors[s] : 1.0f);
         const float dscore = weight * (dweights_of_row[s] - delta[row]);
-        for (int64_t d = 0; d < a.K; ++d) {
-            row_dq[d] += dscore * key[d];
-            starved_dk[s * a.K + d] += dscore * row_q[d];
-            starved_dv[s * a.K + d] += weight * factor * row_dout[d];
+        float *dk = starved_dk + s * a.K, *dv = starved_dv + s * a.K;
+        for (int64_t d = 0; d < a.K; d += kLanes) {
+            store(row_dq + d, load(row_dq + d) + dscore * load(key + d));
+            store(dk + d, load(dk + d) + dscore * load(row_q + d));
+            store(dv + d, load(dv + d) + factor * load(row_dout + d));
         }
     }
 }
@@ -205,7 +206,7 @@ void Backward::starve(int64_t i, int64_t row) {
 // Is the gradient of the output of query i zero, as it is where the model's padding is? Such a query adds nothing.
 bool Backward::is_silent(const void* dout_rows, const float* stats, int64_t i) const {
     float row[256];
-    if (i >= kRowsAhead) fetch_row(dout_rows, row_offset(i - kRowsAhead), dtype, a.K);  // read from the last
+    if (i >= kRowsAhead) fetch_row(dout_rows, row_offset(i - kRowsAhead), dtype, a.K);  // for who reads from the last
     load_row(dout_rows, row_offset(i), dtype, row, a.K);
     vfloat size{};
     for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
@@ -304,12 +305,13 @@ void Backward::run(const void* dout_rows, const float* stats, void* dq_rows, voi
     }
 }
 
-int64_t t5_attention_backward(const void* dout, const float* stats, const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v,
-                              const fp::Tensor* bias, const fp::Tensor* prompt_k, const fp::Tensor* prompt_v, const int64_t* prompt_ids,
-                              const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
-                              const fp::Tensor* cu_q, const int64_t* cu_k, const int64_t* seed,
-                              void* dq, void* dk, void* dv, float* share_k, float* share_v, int64_t offset,
-                              int64_t causal, double dropout_p, int64_t dtype, void* /*stream*/) {
+int64_t t5_attention_backward(const void* dout, const float* stats, const fp::Tensor* q, const fp::Tensor* k,
+                              const fp::Tensor* v, const fp::Tensor* bias, const fp::Tensor* prompt_k,
+                              const fp::Tensor* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
+                              const uint8_t* key_mask, const int64_t* offsets, const fp::Tensor* cu_q,
+                              const int64_t* cu_k, const int64_t* seed, void* dq, void* dk, void* dv, float* share_k,
+                              float* share_v, int64_t offset, int64_t causal, double dropout_p, int64_t dtype,
+                              void* /*stream*/) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
                                       cu_q, cu_k, offset, causal);
     return each_head<Backward>(a, seed, dropout_p, dtype, [&](Backward& pass, int64_t /*part*/, int64_t /*parts*/) {

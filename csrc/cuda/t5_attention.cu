@@ -503,11 +503,11 @@ int64_t launch_attend(Decode& d, void* stream) {
     return launch(kernel, dim3(limit_blocks(d.items)), dim3(kThreads), stream, d);
 }
 
-int64_t t5_attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias, const fp::Tensor* prompt_k,
-                     const fp::Tensor* prompt_v, const int64_t* prompt_ids, const int64_t* prompt_lens,
-                     const uint8_t* key_mask, const int64_t* offsets, const fp::Tensor* cu_q, const int64_t* cu_k,
-                     const int64_t* seed, void* out, float* stats, int64_t offset, int64_t causal,
-                     double dropout_p, int64_t dtype, void* stream) {
+int64_t t5_attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias,
+                     const fp::Tensor* prompt_k, const fp::Tensor* prompt_v, const int64_t* prompt_ids,
+                     const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
+                     const fp::Tensor* cu_q, const int64_t* cu_k, const int64_t* seed, void* out, float* stats,
+                     int64_t offset, int64_t causal, double dropout_p, int64_t dtype, void* stream) {
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
                                       cu_q, cu_k, offset, causal);
     if (a.N * a.H == 0) return 0;
