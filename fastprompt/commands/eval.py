@@ -9,17 +9,18 @@ from fastprompt import PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
-    check_outputs,
     load,
-    make_folder,
     positive,
     read_file,
     warn_of_long,
     warn_of_unknown,
 )
+from fastprompt.commands._outputs import check_outputs, make_folder
 from fastprompt.prompts import read_prompt
 
-HELP = "tell how many examples a model answers right with a prompt, with several that vote, or with none"
+HELP = (
+    "answer examples with a prompt, with several that vote, or with none, and tell how many answers are right"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,20 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=int, help="which prompt of --prompt, a PEFT multitask adapter")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="examples, as for tune")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the answers, a JSON object per example")
+    parser.add_argument(
+        "--no-targets", action="store_true", help="--data has inputs alone: they are answered, in --out"
+    )
     parser.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
     add_example_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the share of right answers."""
+    """Write the answers, and print the share of right ones."""
     if arguments.task is not None and not arguments.prompt:
         raise ValueError("--task needs --prompt, of whose prompts it is one")
+    if arguments.no_targets and not arguments.out:
+        raise ValueError("--no-targets needs --out, the file that the answers go to")
     for path in arguments.prompt:  # a broken one shows before the model is loaded
         read_prompt(path, task=arguments.task)
-    examples = read_file(arguments, arguments.data)
+    if arguments.no_targets:
+        examples, inputs = [], training.read_inputs(arguments.data, input_field=arguments.input_field)
+    else:
+        examples = read_file(arguments, arguments.data)
+        inputs = [each.input for each in examples]
     check_outputs(None, [arguments.out], [arguments.data, *arguments.prompt, Path(arguments.model)])
     model, tokenizer = load(arguments)
-    if not arguments.choices:
+    if examples and not arguments.choices:
         targets = tokenizer([each.target for each in examples])["input_ids"]
         warn_of_long(arguments.data, targets, tokenizer, arguments.max_target)
         warn_of_unknown(targets, tokenizer)
@@ -60,20 +70,28 @@ def run(arguments: argparse.Namespace) -> int:
         model = PromptModel(model, {}, tokenizer=tokenizer)
         for name, path in zip(names, arguments.prompt, strict=True):
             model.load_prompt(name, path, task=arguments.task)
-    found = training.evaluate(
-        model,
-        examples,
-        tokenizer,
-        prompts=names or None,
-        choices=arguments.choices,
-        batch_size=arguments.batch_size,
-        max_input=arguments.max_input,
-        max_new_tokens=arguments.max_target,
-    )
+    how = {
+        "prompts": names or None,
+        "choices": arguments.choices,
+        "batch_size": arguments.batch_size,
+        "max_input": arguments.max_input,
+        "max_new_tokens": arguments.max_target,
+    }
+    if arguments.no_targets:
+        answers = training.answer(model, inputs, tokenizer, **how)
+        write(arguments.out, [{"input": text} for text in inputs], answers)
+        print(f"{len(answers):,} inputs answered in {arguments.out}")
+        return 0
+    found = training.evaluate(model, examples, tokenizer, **how)
     if arguments.out:  # before the score, which nobody may read
-        make_folder(arguments.out)
-        with arguments.out.open("w", encoding="utf-8") as file:
-            for example, answer in zip(examples, found.predictions, strict=True):
-                file.write(json.dumps({**example._asdict(), "answer": answer}, ensure_ascii=False) + "\n")
+        write(arguments.out, [each._asdict() for each in examples], found.predictions)
     print(f"{found.score:.1%} of {len(examples):,} answers right")
     return 0
+
+
+def write(path: Path, asked: list[dict[str, str]], answers: list[str]) -> None:
+    """A JSON object per line: what was asked, and the answer."""
+    make_folder(path)
+    with path.open("w", encoding="utf-8") as file:
+        for fields, answer in zip(asked, answers, strict=True):
+            file.write(json.dumps({**fields, "answer": answer}, ensure_ascii=False) + "\n")

@@ -5,9 +5,10 @@
 """
 
 from fastprompt.training.adafactor import Adafactor
-from fastprompt.training.batches import Batch, collate, encode, in_order, shuffled
+from fastprompt.training.answers import answer
+from fastprompt.training.batches import Batch, Pair, collate, encode, in_order, shuffled
 from fastprompt.training.evaluation import Evaluation, evaluate
-from fastprompt.training.examples import Example, read_examples
+from fastprompt.training.examples import Example, read_examples, read_inputs
 from fastprompt.training.loop import Curve, tune
 from fastprompt.training.losses import Loss, choice_loss, model_loss
 
@@ -18,6 +19,8 @@ __all__ = [
     "Evaluation",
     "Example",
     "Loss",
+    "Pair",
+    "answer",
     "choice_loss",
     "collate",
     "encode",
@@ -25,6 +28,7 @@ __all__ = [
     "in_order",
     "model_loss",
     "read_examples",
+    "read_inputs",
     "shuffled",
     "tune",
 ]

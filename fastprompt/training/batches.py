@@ -2,7 +2,7 @@
 """Token ids in, padded batches out."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,9 @@ def _width(filled: Tensor) -> int:
     return int(columns[-1]) + 1 if len(columns) else 1
 
 
-def on(device: torch.device, batch: Batch) -> Batch:
-    """The batch there."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch there. What is no tensor, such as prompts' names, stays."""
+    return {
+        name: each.to(device, non_blocking=True) if isinstance(each, Tensor) else each
+        for name, each in batch.items()
+    }

@@ -3,20 +3,11 @@
 
 import operator
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
-
-from fastprompt.model import PromptModel
-from fastprompt.prompts.branch import evaluating
-from fastprompt.prompts.rank import choice_ids, choice_scores, rank_of
-from fastprompt.training.batches import Batch, encode, in_order, on
+from fastprompt.training.answers import answer
 from fastprompt.training.examples import Example, check_targets, some
-from fastprompt.training.losses import check_choices
 
 
 @dataclass(frozen=True)
@@ -60,21 +51,18 @@ def evaluate(
         raise ValueError("evaluate: needs one or more examples, and names or None for prompts")
     if choices is not None:
         check_targets(f"evaluate: targets must be among the choices {some(choices)}", examples, choices)
-    if prompts is not None and not isinstance(model, PromptModel):
-        raise ValueError(f"evaluate: prompts={prompts!r} needs a PromptModel, got {type(model).__name__}")
-    names = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
-    pairs = encode(examples, tokenizer, max_input=max_input)
-    ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
-    check_choices(ids)
-    predictions = []
-    with evaluating(model), model.keeping(prompts) if isinstance(model, PromptModel) else nullcontext():
-        for batch in in_order(pairs, batch_size):
-            inputs = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
-            if choices is None:
-                predictions += _generated(model, inputs, tokenizer, names, max_new_tokens)
-            else:
-                predictions += [choices[index] for index in _ranked(model, inputs, names, ids)]
-    wanted = [each.target for each in examples] if choices else [_read(ids, tokenizer) for _, ids in pairs]
+    predictions = answer(
+        model,
+        [each.input for each in examples],
+        tokenizer,
+        prompts=prompts,
+        choices=choices,
+        batch_size=batch_size,
+        max_input=max_input,
+        max_new_tokens=max_new_tokens,
+    )
+    targets = [each.target for each in examples]
+    wanted = targets if choices else [_read(ids, tokenizer) for ids in tokenizer(targets)["input_ids"]]
     right = sum(map(operator.eq, predictions, wanted))
     return Evaluation(right / len(examples), predictions)
 
@@ -84,48 +72,3 @@ def _read(target: Sequence[int], tokenizer: Any) -> str | None:
     if tokenizer.unk_token_id in target:
         return None
     return tokenizer.decode(target, skip_special_tokens=True).strip()
-
-
-@torch.no_grad()
-def _ranked(
-    model: Any, batch: Batch, names: Sequence[str | None], choices: Sequence[Sequence[int]]
-) -> list[int]:
-    if len(names) > 1:
-        found: Any = model.ensemble(**batch, prompts=names, choices=choices)
-    else:
-        found = rank_of(
-            choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, prompts=names[0])
-        )
-    _check_numbers(found.scores, model)
-    return found.best.tolist()
-
-
-def _generated(
-    model: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], max_new_tokens: int
-) -> list[str]:
-    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    how["logits_processor"] = LogitsProcessorList([_Numbers(model)])
-    if len(names) > 1:
-        ids = model.ensemble_generate(**batch, prompts=names, **how).sequences
-    else:
-        named = {} if names[0] is None else {"prompts": names[0]}
-        ids = model.generate(**batch, **named, **how)
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-class _Numbers(LogitsProcessor):
-    """Looks at the scores of every token generated, and changes none."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        _check_numbers(scores, self.model)
-        return scores
-
-
-def _check_numbers(scores: Tensor, model: Any) -> None:
-    if scores.isnan().any():
-        raise FloatingPointError(
-            f"evaluate: the model's scores are NaN in {str(model.dtype).removeprefix('torch.')}. A wider dtype may help"
-        )

@@ -52,6 +52,11 @@ def read_examples(
     return examples
 
 
+def read_inputs(path: str | os.PathLike[str], *, input_field: str = "input") -> list[str]:
+    """The inputs of a file as :func:`read_examples` reads it, whether it has targets or not."""
+    return [each.input for each in read_examples(path, input_field=input_field, target_field=input_field)]
+
+
 def check_targets(what: str, examples: Sequence[Example], choices: Sequence[str]) -> None:
     """ValueError, which begins with ``what``: a target is none of the choices."""
     if strange := {each.target for each in examples}.difference(choices):

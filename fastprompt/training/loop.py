@@ -16,6 +16,10 @@ from fastprompt.training.batches import Batch, split
 from fastprompt.training.losses import Loss
 
 BAR = "step {n_fmt} of {total_fmt} [{elapsed}<{remaining}{postfix}]"
+NO_PROMPT = (
+    "the loss is not of its prompt. Name the prompt in the loss, as in model_loss(prompted, prompts=name), and freeze"
+    " none that is to learn"
+)
 REPORT_EVERY = 20  # steps: reading a loss makes the host wait for a GPU
 
 
@@ -63,7 +67,8 @@ def tune(
 
     Raises:
         ValueError: ``steps``, ``score_every`` or ``micro_batch`` is less than 1, there are fewer batches, ``curve`` is
-            of another training, or, with ``micro_batch``, a batch has other tensors than :func:`shuffled`'s.
+            of another training, the loss is of nothing that ``optimizer`` holds, or, with ``micro_batch``, a batch
+            has other tensors than :func:`shuffled`'s.
         TypeError: ``micro_batch`` with a function as loss.
         FloatingPointError: a loss or the prompt is not finite. The prompt is then the best so far, or as it was given.
     """
@@ -92,6 +97,8 @@ def tune(
                     )
                 optimizer.zero_grad()
                 pending.append(backward(batch))
+                if step == 1 and all(each.grad is None for each in parameters):
+                    raise ValueError(f"tune: nothing that the optimizer holds has a gradient: {NO_PROMPT}")
                 optimizer.step()
                 done = step
                 scores_now = step % score_every == 0 or step == steps
@@ -139,6 +146,8 @@ def _divisible(loss: Callable[[Batch], Tensor], rows: int) -> Loss:
 def _whole(loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
     """The batch's loss, of which backward has run."""
     found = loss(batch)
+    if not found.requires_grad:
+        raise ValueError(f"tune: the loss has no gradient: {NO_PROMPT}")
     found.backward()
     return found.detach().reshape(())  # of one element, as backward has seen
 

@@ -23,19 +23,24 @@ class Loss:
         return self.mean(batch)
 
 
-def model_loss(prompted: Any) -> Loss:
-    """The paper's: the target's likelihood, in nats per token. It leaves out the logits."""
+def model_loss(prompted: Any, *, prompts: str | None = None) -> Loss:
+    """The paper's: the target's likelihood, in nats per token, with the prompt of that name (None: the first one). It
+    leaves out the logits. A batch may have ``prompts`` of its own, a name per row.
+    """
     return Loss(
-        lambda batch: prompted(**on(prompted.device, batch), return_logits=False).loss,
+        lambda batch: prompted(**on(prompted.device, {"prompts": prompts} | batch), return_logits=False).loss,
         lambda batch: int((batch["labels"] != -100).sum()),
     )
 
 
-def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Loss:
+def choice_loss(
+    model: Any, choices: Sequence[Sequence[int]], *, prompts: str | Sequence[str] | None = None
+) -> Loss:
     """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
 
     A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, ended by
-    the end marker if, and only if, the targets are. TypeError: they are strings. ValueError: there are none, one is
+    the end marker if, and only if, the targets are; `prompts` a PromptModel's, one name (None: the first prompt) unless
+    a batch has ``prompts`` of its own, a name per row. TypeError: they are strings. ValueError: there are none, one is
     empty, two are the same, or a target is none of them.
     """
     if any(isinstance(choice, str) or not isinstance(choice, Sequence) for choice in choices):
@@ -52,7 +57,8 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]]) -> Loss:
     def loss(batch: Batch) -> Tensor:
         own = own_choice(batch, choices)
         there = on(model.device, batch)
-        scores = choice_scores(model, there["input_ids"], there["attention_mask"], choices)
+        names = there.get("prompts", prompts)
+        scores = choice_scores(model, there["input_ids"], there["attention_mask"], choices, prompts=names)
         return torch.nn.functional.cross_entropy(scores, own.to(scores.device))
 
     return Loss(loss, lambda batch: len(batch["labels"]))

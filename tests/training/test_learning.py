@@ -302,3 +302,39 @@ def test_evaluation_computes_a_prompts_keys_once(
         training.evaluate(prompted, examples, tokenizer, **how)
         assert len(calls) == 3
         assert prompted._caches.names == {"keyed"}
+
+
+@pytest.mark.parametrize("by", ["name", "row"])
+@pytest.mark.parametrize("loss", ["target", "choice"])
+def test_a_loss_is_of_the_prompt_that_it_names(prompted, batch, choices, tokenizer, loss, by):
+    """Or of those that a batch names for each row."""
+    named = {"prompts": "two"} if by == "name" else {}
+    given = batch if by == "name" else {**batch, "prompts": ["two"] * 5}
+    if loss == "target":
+        found = training.model_loss(prompted, **named)
+        expected = prompted(**batch, prompts="two").loss
+    else:
+        ids = choice_ids(choices, tokenizer, prompted.config.vocab_size)
+        found = training.choice_loss(prompted, ids, **named)
+        scores = prompted.rank(
+            batch["input_ids"], batch["attention_mask"], choices=choices, prompts="two"
+        ).scores
+        expected = -scores.log_softmax(1)[torch.arange(5), torch.tensor([0, 1, 2, 0, 1])].mean()
+    torch.testing.assert_close(found(given), expected, rtol=1e-5, atol=1e-5)
+    optimizer = training.Adafactor([prompted.prompts["two"]], lr=0.3)
+    before = prompted.prompts["two"].detach().clone(), prompted.prompts["one"].detach().clone()
+    training.tune(prompted, [given] * 2, found, optimizer, steps=2, progress=False)
+    assert not torch.equal(prompted.prompts["two"], before[0])
+    assert torch.equal(prompted.prompts["one"], before[1])
+
+
+def test_a_loss_of_another_prompt_is_told(prompted, batch):
+    """A step would change nothing."""
+    optimizer = training.Adafactor([prompted.prompts["two"]], lr=0.3)
+    before = prompted.prompts["two"].detach().clone()
+    with pytest.raises(ValueError, match=r"nothing that the optimizer holds has a gradient.*prompts=name"):
+        training.tune(prompted, [batch], training.model_loss(prompted), optimizer, steps=1, progress=False)
+    prompted.freeze_prompt("one")
+    with pytest.raises(ValueError, match=r"the loss has no gradient.*prompts=name"):
+        training.tune(prompted, [batch], training.model_loss(prompted), optimizer, steps=1, progress=False)
+    assert torch.equal(prompted.prompts["two"], before)
