@@ -23,20 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print versions, the devices found, and every op's backends, the default first."""
     print(
-        f"fastprompt   {fastprompt.__version__} on Python {platform.python_version()}, {platform.platform()}"
+        f"{'fastprompt':20} {fastprompt.__version__} on Python {platform.python_version()}, {platform.platform()}"
     )
     for package in ("torch", "transformers", "triton", "peft"):
-        print(f"{package:12} {version(package)}")
+        print(f"{package:20} {version(package)}")
     missing = "build the extension for CPU speed" if _native.builds_here() else "they are for Linux"
-    print(f"CPU kernels  {', '.join(_native.CPU_TARGETS) or f'none: {missing}'}")
-    print(f"CUDA kernels {'built' if 'cuda' in _native.TARGETS else 'not built'}")
+    print(f"{'CPU kernels':20} {', '.join(_native.CPU_TARGETS) or f'none: {missing}'}")
+    print(f"{'CUDA kernels':20} {'built' if 'cuda' in _native.TARGETS else 'not built'}")
     # A source tree has them elsewhere.
     there = importlib.util.find_spec("fastprompt.triton_kernels") is not None
-    print(f"Triton kernels {'installed' if there else 'not installed'}")
-    print(f"GPU          {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    print(f"{'Triton kernels':20} {'installed' if there else 'not installed'}")
+    print(f"{'GPU':20} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     for name in _op.OPS:
         found = [f"{device}: {', '.join(fastprompt.backends(name, device))}" for device in ("cpu", "cuda")]
-        print(f"{name:12} {'; '.join(found)}")
+        print(f"{name:20} {'; '.join(found)}")
     return 0
 
 

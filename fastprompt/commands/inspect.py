@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     parameters = sum(tensor.numel() for tensor in prompt.tensors.values())
     if prompt.kind == "prefix":
         print(
-            f"{path}: prefix prompt, parameterization {prompt.parameterization} ({parameters:,} parameters)"
+            f"{path}: prefix prompt, parameterization {prompt.parameterization} ({parameters:,} trained parameters)"
         )
         for name, tensor in prompt.tensors.items():
             print(f"{name}: {' x '.join(map(str, tensor.shape))}")

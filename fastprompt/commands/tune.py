@@ -18,16 +18,14 @@ from fastprompt import PromptConfig, PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
-    check_outputs,
     load,
-    make_folder,
     positive,
     read_file,
-    real,
     too_long,
     warn_of_long,
     warn_of_unknown,
 )
+from fastprompt.commands._outputs import check_outputs, make_folder, real
 from fastprompt.patching import MEMORY
 from fastprompt.prompts import read_prompt
 from fastprompt.prompts.config import INITS, KINDS

@@ -15,7 +15,8 @@ import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
-from fastprompt.commands._model import check_outputs, positive
+from fastprompt.commands._model import positive
+from fastprompt.commands._outputs import check_outputs
 from fastprompt.training.batches import in_order, shuffled
 
 from .batches import encode, encode_labels

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from fastprompt.prompts.branch import evaluating
+from fastprompt._evaluating import evaluating
 from fastprompt.prompts.rank import choice_scores, first_best
 from fastprompt.training.batches import Batch
 from fastprompt.training.losses import own_choice

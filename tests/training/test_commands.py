@@ -15,9 +15,9 @@ import torch
 
 from fastprompt import PromptModel, training
 from fastprompt.cli import main
-from fastprompt.commands import _model, bench, tune
+from fastprompt.commands import _model, _outputs, bench, tune
 from fastprompt.commands import eval as commands_eval
-from fastprompt.commands._model import check_outputs
+from fastprompt.commands._outputs import check_outputs
 from fastprompt.demo.run import TINY_T5
 from fastprompt.modules.ff import FastFF
 from fastprompt.prompts import read_prompt
@@ -462,7 +462,7 @@ def test_a_folder_that_takes_no_file(tmp_path, monkeypatch):
     def refused(**options):
         raise PermissionError
 
-    monkeypatch.setattr(_model, "TemporaryFile", refused)
+    monkeypatch.setattr(_outputs, "TemporaryFile", refused)
     check_outputs(None, [there], [])
     for prompt, others in ((there, []), (tmp_path / "new", []), (None, [tmp_path / "new"])):
         with pytest.raises(ValueError, match="cannot be written"):
@@ -493,8 +493,8 @@ def test_places_where_no_file_can_be(tmp_path, monkeypatch, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "closed").mkdir()
-    is_open = _model._is_open
-    monkeypatch.setattr(_model, "_is_open", lambda folder: folder.name != "closed" and is_open(folder))
+    is_open = _outputs._is_open
+    monkeypatch.setattr(_outputs, "_is_open", lambda folder: folder.name != "closed" and is_open(folder))
     for prompt, others in ((tmp_path / name, []), (None, [tmp_path / name])):
         with pytest.raises(ValueError, match=re.escape(message)):
             check_outputs(prompt, others, [])
