@@ -182,7 +182,7 @@ class PromptModel(KeyKeeper):
         if inputs is not None:
             if input_ids is not None:
                 raise TypeError(
-                    "PromptModel: input_ids and inputs must be one of both, got both. Give input_ids"
+                    "PromptModel: input_ids and inputs are one argument, got both. Give input_ids"
                 )
             input_ids = inputs
         if kwargs.get("assistant_model") is not None:
@@ -198,7 +198,7 @@ class PromptModel(KeyKeeper):
         return batch.generate(_own(encoder_outputs), kwargs)
 
     def encode(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None = None, *, prompts: Names = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompts: Names = None
     ) -> BaseModelOutput:
         """The encoder's output, for ``encoder_outputs`` of forward, ``generate`` and others with the same prompts.
 
@@ -206,14 +206,31 @@ class PromptModel(KeyKeeper):
             input_ids, attention_mask, prompts: as in ``forward``.
 
         Returns:
-            HF's BaseModelOutput, ``last_hidden_state`` [B, L, D]; L = longest prompt + S for "prepend", L = S for
-            other kinds.
+            HF's BaseModelOutput, ``last_hidden_state`` [B, L, D]; L = longest prompt + S for "prepend", whose rows are
+            [prompt | tokens | filling], L = S for other kinds. :meth:`encoder_mask` tells which rows are real.
 
         Raises:
             TypeError, ValueError, IndexError: as in ``forward``.
         """
         size = self._batch_size(input_ids, None)
         return _encoded(self._batch(input_ids, attention_mask, prompts, size, SITES[:1]), {})
+
+    def encoder_mask(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompts: Names = None
+    ) -> Tensor:
+        """Which rows of :meth:`encode` are real, for losses and means over them.
+
+        Args:
+            input_ids, attention_mask, prompts: as in ``forward``.
+
+        Returns:
+            [B, L] int64: 1 for prompt rows and for tokens, 0 for padding and filling.
+
+        Raises:
+            TypeError, ValueError, IndexError: as in ``forward``.
+        """
+        size = self._batch_size(input_ids, None)
+        return self._batch(input_ids, attention_mask, prompts, size, SITES[:1]).encoder_mask()
 
     @torch.no_grad()
     def rank(
@@ -375,8 +392,8 @@ class PromptModel(KeyKeeper):
 
     def _batch_size(self, input_ids: Tensor | None, encoder_outputs: Any) -> int:
         if encoder_outputs is not None:
-            return len(checks.check_encoder_outputs(encoder_outputs, self._table().shape[1]))
-        return len(checks.check_input_ids(input_ids, self._table()))
+            return checks.check_encoder_outputs(encoder_outputs, self._table().shape[1]).shape[0]
+        return checks.check_input_ids(input_ids, self._table()).shape[0]
 
     def _batch(
         self,
@@ -399,7 +416,7 @@ class PromptModel(KeyKeeper):
         tokens = Tokens(self.model, table, input_ids, attention_mask, self.pack)
         if "prepend" in kinds.values():
             return RowBatch(tokens, choice)
-        return KeyBatch(tokens, self._site_keys(choice, sites))
+        return KeyBatch(tokens, self._site_keys(choice, size, sites))
 
 
 def _encoded(batch: RowBatch | KeyBatch, flags: dict[str, Any]) -> BaseModelOutput:

@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft prompts: their configuration, first values, bank, and files."""
+"""Soft prompts.
+
+what a prompt is        config, init, prefix, prefix_init, layout (its tensors' shapes), rows, seeds
+those of a PromptModel  bank, holder; store and stored: from a file when they are named
+files                   prompt_file, files, peft_files, loading, identity, _safe_files
+a batch                 tokens, row_batch (kind "prepend"), key_batch (others), mask, packed, stock, row_gradient
+keys and values         sites, branch, keyed, reentrant; kept: keeper, cache, stamp, cache_file, cache_loading
+answers                 rank, ensemble, generation
+for all                 checks, tensors
+"""
 
 from fastprompt.prompts.bank import PromptBank
 from fastprompt.prompts.config import PromptConfig

@@ -21,7 +21,7 @@ class Choice(NamedTuple):
     names: the distinct prompts in use.
     prompts: them: [P_i, D], or a PrefixPrompt.
     ids: which of them each of the B rows takes; None if there is only one.
-    lengths: P_b of each row.
+    lengths: P_b of each row; the one of all rows where there is only one prompt.
     """
 
     names: list[str]
@@ -89,20 +89,24 @@ class PromptBank(nn.ParameterDict):
             raise TypeError(
                 f"PromptModel: prompts must be a name or a list of names, got {type(names).__name__}"
             )
-        per_row = [names] * batch if isinstance(names, str) else list(names)
-        if len(per_row) != batch:
+        if isinstance(names, str):  # whatever the batch: torch.compile may know its size by a symbol
+            prompt = self.find(names)
+            return Choice([names], [prompt], None, [len(prompt)])
+        if len(names) != batch:
             raise ValueError(
                 "PromptModel: prompts must be one name or one name per row, "
-                f"got {len(per_row)} names for {batch} rows"
+                f"got {len(names)} names for {batch} rows"
             )
-        for name in per_row:
+        for name in names:
             if not isinstance(name, str):
                 raise ValueError(f"PromptModel: there is no prompt {name!r}: names are str")
-        used = list(dict.fromkeys(per_row))
+        used = list(dict.fromkeys(names))
         prompts = [self.find(name) for name in used]
+        if len(used) == 1:
+            return Choice(used, prompts, None, [len(prompts[0])])
         number = {name: i for i, name in enumerate(used)}
-        ids = [number[name] for name in per_row]
-        return Choice(used, prompts, ids if len(used) > 1 else None, [len(prompts[i]) for i in ids])
+        ids = [number[name] for name in names]
+        return Choice(used, prompts, ids, [len(prompts[i]) for i in ids])
 
     def kind_of_stored(self, name: str) -> str | None:
         """The kind of an attached store's prompt; None if ``name`` is the bank's own or unknown."""

@@ -6,15 +6,14 @@ examples, and what enters each encoder layer is what the tokens of every example
 once per step, so its dropout is drawn once per step too.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastprompt import hf_attention
+from fastprompt._allowed import Allowed
 from fastprompt.ops._indices import indices
 from fastprompt.prompts.sites import serve
 
@@ -42,20 +41,7 @@ def run_branch(model: Any, prompts: Sequence[Tensor]) -> tuple[list[Tensor], Ten
     bias: tuple[Tensor, ...] = ()  # T5's first block makes it for the others; UMT5's have each their own
     for block in encoder.block:
         entering.append(hidden)
-        output = block(hidden, hf_attention.Allowed(mask, 0, False), *bias)
+        output = block(hidden, Allowed(mask, 0, False), *bias)
         hidden, *others = output if isinstance(output, tuple) else (output,)
         bias = tuple(others[:1])
     return entering, encoder.dropout(encoder.final_layer_norm(hidden))
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """In eval mode: no dropout."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.prompts.branch import evaluating
+from fastprompt._evaluating import evaluating
 from fastprompt.prompts.cache_file import CacheOrigin, cache_path, read_cache, write_cache
 from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.keyed import Keyed, keyed

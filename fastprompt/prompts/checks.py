@@ -57,7 +57,7 @@ def check_input_ids(input_ids: object, table: Tensor) -> Tensor:
             f"PromptModel: input_ids must be a tensor [B, S], got {type(input_ids).__name__}. "
             "It may be left out only with encoder_outputs"
         )
-    if input_ids.ndim != 2 or not len(input_ids):
+    if input_ids.ndim != 2 or input_ids.shape[0] == 0:
         raise ValueError(f"PromptModel: input_ids must have shape [B >= 1, S], got {list(input_ids.shape)}")
     check_device("input_ids", input_ids, table)
     return input_ids
@@ -73,7 +73,7 @@ def check_encoder_outputs(encoder_outputs: Any, width: int) -> Tensor:
         not isinstance(hidden, Tensor)
         or hidden.ndim != 3
         or hidden.shape[-1] != width
-        or not len(hidden)
+        or hidden.shape[0] == 0
         or not hidden.is_floating_point()
     ):
         shown = encoder_outputs if hidden is None else hidden
@@ -169,8 +169,8 @@ def check_labels(labels: object, batch: int, vocab_size: int) -> None:
         return
     if not isinstance(labels, Tensor):
         raise TypeError(f"PromptModel: labels must be a tensor [B, T], got {type(labels).__name__}")
-    if labels.dtype != torch.int64 or labels.ndim != 2 or len(labels) != batch:
-        got = f"{labels.dtype} {list(labels.shape)}"
+    if labels.dtype != torch.int64 or labels.ndim != 2 or labels.shape[0] != batch:
+        got = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
         raise ValueError(f"PromptModel: labels must be int64 [B, T]=[{batch}, T], got {got}")
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -199,6 +199,6 @@ def check_keywords(kwargs: dict[str, Any], known: frozenset[str]) -> None:
 
 
 def check_no_inputs_embeds(kwargs: dict[str, Any]) -> None:
-    """Raise TypeError if ``inputs_embeds`` is given."""
-    if "inputs_embeds" in kwargs:
+    """Raise TypeError if ``inputs_embeds`` is given; None is left out."""
+    if kwargs.pop("inputs_embeds", None) is not None:
         raise TypeError("PromptModel: inputs_embeds is what the prompts and input_ids make. Give input_ids")

@@ -71,9 +71,9 @@ class PromptConfig:
         _check_int("num_tokens", self.num_tokens, 1, MAX_TOKENS)
         _check_int("seed", self.seed, 0, 2**32 - 1)  # what torch's CPU generator reads of a seed
         if self.kind not in KINDS:
-            raise ValueError(f"PromptConfig: kind must be one of {list(KINDS)}, got {self.kind!r}")
+            raise ValueError(f"PromptConfig: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.init not in INITS:
-            raise ValueError(f"PromptConfig: init must be one of {list(INITS)}, got {self.init!r}")
+            raise ValueError(f"PromptConfig: init must be one of {', '.join(INITS)}, got {self.init!r}")
         self._check_reader("labels", "labels")
         self._check_reader("text", "text")
         self._check_reader("source", "array", "file", "prompt")
@@ -114,8 +114,9 @@ class PromptConfig:
             return
         parameterization = "rows" if self.parameterization is None else self.parameterization
         if parameterization not in PARAMETERIZATIONS:
+            known = ", ".join(PARAMETERIZATIONS)
             raise ValueError(
-                f"PromptConfig: parameterization must be one of {list(PARAMETERIZATIONS)}, got {parameterization!r}"
+                f"PromptConfig: parameterization must be one of {known}, got {parameterization!r}"
             )
         object.__setattr__(self, "parameterization", parameterization)
         object.__setattr__(self, "sites", _checked_sites(self.sites))

@@ -114,7 +114,7 @@ def ranked(
 ) -> Ensemble:
     """The arguments are those of ``PromptModel.ensemble``, the choices as token ids."""
     if combine not in COMBINE:
-        raise ValueError(f"PromptModel: combine must be one of {list(COMBINE)}, got {combine!r}")
+        raise ValueError(f"PromptModel: combine must be one of {', '.join(COMBINE)}, got {combine!r}")
 
     def run(each: Pass) -> Tensor:
         return choice_scores(model, choices=choices, length_normalized=length_normalized, **each.arguments)

@@ -53,7 +53,7 @@ def write_prompt(
     if format is None:
         format = "npy" if Path(path).suffix == ".npy" else "safetensors"  # noqa: A001
     if format not in FORMATS:
-        raise ValueError(f"write_prompt: format must be one of {list(FORMATS)}, got {format!r}")
+        raise ValueError(f"write_prompt: format must be one of {', '.join(FORMATS)}, got {format!r}")
     if not isinstance(prompt, (PromptFile, Sequence)) or isinstance(prompt, str):
         raise TypeError(
             f"write_prompt: prompt must be a PromptFile or a list of them, got {type(prompt).__name__}"
@@ -156,10 +156,15 @@ def checked_prompt(what: str, prompt: PromptFile) -> PromptFile:
 
 def _read_safetensors(source: Path, sizes: Mapping[str, int]) -> PromptFile:
     with opened("read_prompt", source) as handle:
-        metadata = handle.metadata() or {}
+        metadata, names = handle.metadata() or {}, list(handle.keys())
+        if metadata.get("format") != FORMAT and all(name.startswith("prompts.") for name in names):
+            raise ValueError(
+                f"read_prompt: {source} holds the state of a PromptModel, as Trainer's checkpoints do. Load it with "
+                "tuned.load_state_dict(safetensors.torch.load_file(path))"
+            )
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"read_prompt: {source} holds other tensors {sorted(handle.keys())[:4]}, not a prompt. "
+                f"read_prompt: {source} holds other tensors {sorted(names)[:4]}, not a prompt. "
                 "For a PEFT adapter pass its folder, open a store of prompts with fastprompt.prompts.PromptStore, and "
                 "read kept keys with PromptModel.load_caches"
             )

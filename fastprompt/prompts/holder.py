@@ -192,6 +192,10 @@ class PromptHolder(nn.Module):
             ValueError: other sizes, kind or model than this one's or the existing prompt's, or a broken file.
         """
         self.prompts.check_name(name)
+        if isinstance(path, PromptFile) and task is not None:
+            raise ValueError(
+                "PromptModel: task is read only with a PEFT adapter's folder, got a PromptFile. Leave it out"
+            )
         shape = ModelShape.of(self.model)
         file = path if isinstance(path, PromptFile) else read_prompt(path, shape=shape, task=task)
         source = (file.name or name) if isinstance(path, PromptFile) else os.fspath(path)

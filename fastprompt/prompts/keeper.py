@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from fastprompt import hf_attention
+from fastprompt._allowed import PromptKeys
+from fastprompt._evaluating import evaluating
 from fastprompt.prompts.bank import Choice, Names
-from fastprompt.prompts.branch import evaluating
 from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.cache_loading import load_caches, save_cache
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.holder import PromptHolder
-from fastprompt.prompts.keyed import Keyed, joined, keyed, prompt_keys
+from fastprompt.prompts.keyed import Keyed, joined, keyed, to_read
 from fastprompt.prompts.sites import serve
 
 
@@ -112,14 +112,13 @@ class KeyKeeper(PromptHolder):
             self._caches.keep(names, prompts, self.model, found)
 
     def _site_keys(
-        self, choice: Choice, sites: Sequence[str] = SITES
-    ) -> dict[str, hf_attention.PromptKeys | None]:
+        self, choice: Choice, batch: int, sites: Sequence[str] = SITES
+    ) -> dict[str, PromptKeys | None]:
         """The prompts' keys for these sites, computed or kept."""
         serve(self.model)
-        ids = [0] * len(choice.lengths) if choice.ids is None else choice.ids
         fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
         found = keyed(self.model, choice.prompts) if fresh else self._kept(choice, sites)
-        return {site: prompt_keys(self.model, site, found.get(site), ids) for site in sites}
+        return {site: to_read(self.model, site, found.get(site), choice.ids, batch) for site in sites}
 
     def _kept(self, choice: Choice, sites: Sequence[str]) -> Keyed:
         """What ``cache_prompts`` keeps, and what it does not computed now."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
+from fastprompt._allowed import Allowed, PromptKeys
 from fastprompt._cache_name import CACHE
-from fastprompt.hf_attention import PromptKeys
 from fastprompt.modules.config import served_config
 from fastprompt.prompts import checks, packed
 from fastprompt.prompts.reentrant import as_leaves, is_reentrant
@@ -30,14 +30,21 @@ class KeyBatch(NamedTuple):
         encoder, prompt = model.get_encoder(), self.keys["encoder"]
         self.tokens.check_mask(ids)
         checks.check_ids(ids, table)
-        layout = self.tokens.layout([0] * len(ids), flags)
+        layout = self.tokens.layout([0], flags)
         embeds = encoder.get_input_embeddings()(ids if layout is None else layout.token_ids(ids))
         if torch.is_grad_enabled() and is_reentrant(encoder):
             embeds, (prompt,) = as_leaves(embeds, prompt)
         if layout is not None:
             return packed.encode(model, embeds, layout, prompt)
-        keys = hf_attention.Allowed(_as_bool(mask), 0, False, prompt)
+        keys = Allowed(_as_bool(mask), 0, False, prompt)
         return encoder(inputs_embeds=embeds, attention_mask=keys, return_dict=True, **flags)
+
+    def encoder_mask(self) -> Tensor:
+        """Which rows of the encoder's output are real: [B, S] int64."""
+        _, table, ids, mask, _ = self.tokens
+        self.tokens.check_mask(ids)
+        real = torch.ones(ids.shape, device=table.device) if mask is None else mask
+        return real.ne(0).long()
 
     def forward(self, encoder_outputs: Any, arguments: dict[str, Any]) -> Any:
         """The model's forward on what ``encode`` gave. ``arguments`` are its own to change."""
@@ -52,10 +59,10 @@ class KeyBatch(NamedTuple):
             embeds = self._take_decoder_embeds(arguments)
             if embeds is not None:
                 arguments["decoder_inputs_embeds"], (decoder, cross) = as_leaves(embeds, decoder, cross)
-        arguments["decoder_attention_mask"] = hf_attention.Allowed(
+        arguments["decoder_attention_mask"] = Allowed(
             _as_bool(arguments["decoder_attention_mask"]), 0, True, decoder
         )
-        keys = hf_attention.Allowed(_as_bool(mask), 0, False, cross)
+        keys = Allowed(_as_bool(mask), 0, False, cross)
         return model(attention_mask=keys, encoder_outputs=encoder_outputs, **arguments)
 
     def generate(self, encoder_outputs: Any, arguments: Mapping[str, Any]) -> Any:

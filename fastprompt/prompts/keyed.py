@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from fastprompt import hf_attention
+from fastprompt._allowed import PromptKeys
 from fastprompt.ops._indices import indices
 from fastprompt.prompts.branch import run_branch
 from fastprompt.prompts.config import SITES
@@ -122,18 +122,18 @@ def joined(parts: Sequence[Part], count: int) -> SiteKeys:
     return SiteKeys(every, tuple(where.get(i, len(lens)) for i in range(count)))
 
 
-def prompt_keys(
-    model: Any, site: str, found: SiteKeys | None, ids: Sequence[int]
-) -> hf_attention.PromptKeys | None:
-    """What attention layers read: ``ids`` says which of the prompts each example takes."""
+def to_read(
+    model: Any, site: str, found: SiteKeys | None, ids: Sequence[int] | None, batch: int
+) -> PromptKeys | None:
+    """What attention layers read: ``ids`` says which of the prompts each of a ``batch`` takes; None: the first."""
     if found is None:
         return None
     (keys, values, lens), device = found.keys, found.keys.keys[0].device
     many, ragged = len(lens) > 1, min(lens) < keys[0].shape[1]
-    return hf_attention.PromptKeys(
+    return PromptKeys(
         keys,
         values,
-        indices([found.rows[i] for i in ids], device) if many else None,
+        indices([found.rows[i] for i in ids or [0] * batch], device) if many else None,
         indices(lens, device) if ragged else None,
         bias_tables(model, site),
     )

@@ -16,7 +16,8 @@ def prepend_mask(
 
     Args:
         mask: [B, S], 0 where a token is padding, on either side; None where every token counts.
-        lengths: P_b of each of the B rows; a row with less than the longest has filling behind its tokens.
+        lengths: P_b of each of the B rows, or one number for all; a row with less than the longest has filling behind
+            its tokens.
         num_tokens: S.
         device: of the result, where ``mask`` is None.
 

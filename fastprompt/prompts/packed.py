@@ -2,7 +2,7 @@
 """Packed execution: the encoder runs on the rows of a batch that are real, one example after the other.
 
 They enter as [N, 1, D], N examples of one row for all that works row by row. Attention layers alone know better, from
-``hf_attention.Allowed.cu``: positions, and with them the bias, begin anew in each example. (As [1, N, D], transformers
+``Allowed.cu``: positions, and with them the bias, begin anew in each example. (As [1, N, D], transformers
 would make a bias of N x N.) Behind the encoder the rows are padded again, with zeros: [B, L, D].
 
 An example's tokens must stand at its beginning. Padding before or among them is part of the distances between rows,
@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
-from fastprompt._plain import is_capturing
+from fastprompt._allowed import Allowed, PromptKeys
+from fastprompt._plain import is_capturing, is_transformed
 from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops._indices import indices
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
@@ -40,10 +41,10 @@ class Layout(NamedTuple):
         """[B, S] -> [sum of tokens]."""
         return input_ids.flatten()[_places(self.tokens, self.S, self.device)]
 
-    def keys(self, model: Any, prompt: hf_attention.PromptKeys | None = None) -> hf_attention.Allowed:
+    def keys(self, model: Any, prompt: PromptKeys | None = None) -> Allowed:
         """What goes into the encoder as its attention_mask."""
         bias = bias_tables(model, "encoder") if prompt is None else None
-        return hf_attention.Allowed(None, 0, False, prompt, starts(self.rows, self.device), bias)
+        return Allowed(None, 0, False, prompt, starts(self.rows, self.device), bias)
 
     def padded(self, hidden: Tensor) -> Tensor:
         """[N, 1, D] -> [B, L, D], zeros where there is no row."""
@@ -79,11 +80,11 @@ def layout(
     Args:
         mask: [B, S], of the tokens. On a GPU the host waits for it.
         shape: B, S.
-        lengths: how many rows each example's prompt has in the encoder.
+        lengths: how many rows each example's prompt has in the encoder; one number: of all.
         pack: None: if that saves rows and is possible; True: ValueError if it is not.
         flags: output_attentions, output_hidden_states, where given.
 
-    A compiler and a tracer get no layout: shapes would depend on data.
+    A compiler, a tracer and torch.func get no layout: shapes would depend on data, and operations be others.
     """
     (B, S), longest = shape, max(lengths)
     ragged = mask is not None or min(lengths) < longest
@@ -98,7 +99,8 @@ def layout(
                 "Use padding_side='right'"
             )
         else:
-            rows = [length + count for length, count in zip(lengths, tokens, strict=True)]
+            each = lengths if len(lengths) == B else [longest] * B
+            rows = [length + count for length, count in zip(each, tokens, strict=True)]
             if min(rows) == 0:
                 why = f"needs one row or more in each example, got none in example {rows.index(0)}"
     if why is not None or tokens is None:
@@ -111,7 +113,9 @@ def layout(
 
 
 def _is_traced(device: torch.device) -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_capturing(device)
+    if torch.compiler.is_compiling() or is_transformed() or is_capturing(device):
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # torch.fx's make_fx
 
 
 def token_counts(mask: Tensor) -> list[int] | None:
@@ -122,9 +126,7 @@ def token_counts(mask: Tensor) -> list[int] | None:
     return None if broken else counts
 
 
-def encode(
-    model: Any, rows: Tensor, layout: Layout, prompt: hf_attention.PromptKeys | None = None
-) -> BaseModelOutput:
+def encode(model: Any, rows: Tensor, layout: Layout, prompt: PromptKeys | None = None) -> BaseModelOutput:
     """The encoder over rows [N, D], which attend to the prompt's keys too, and its output padded again: [B, L, D]."""
     encoder = encoder_of(model)
     output = encoder(inputs_embeds=rows[:, None], attention_mask=layout.keys(model, prompt), return_dict=True)

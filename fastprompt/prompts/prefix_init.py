@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.prompts.branch import evaluating, run_branch
+from fastprompt._evaluating import evaluating
+from fastprompt.prompts.branch import run_branch
 from fastprompt.prompts.config import PromptConfig
 from fastprompt.prompts.init import initial_prompt
 from fastprompt.prompts.prefix import PrefixPrompt

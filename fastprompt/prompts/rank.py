@@ -6,7 +6,9 @@ output: what is left per choice is its own tokens. It is differentiable. Where n
 runs on each choice as a whole.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -52,13 +54,21 @@ def choice_ids(choices: Choices, tokenizer: Any, vocab_size: int) -> list[list[i
         raise ValueError(
             "PromptModel: choices of text need a tokenizer. Pass it to PromptModel, or give token ids"
         )
-    found = [list(ids) for ids in (tokenizer(strings).input_ids if strings else choices)]
+    found = [_token_ids(ids) for ids in (tokenizer(strings).input_ids if strings else choices)]
     for choice, ids in zip(choices, found, strict=True):
-        if not ids or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        if not ids or not all(0 <= token < vocab_size for token in ids):
             raise ValueError(
                 f"PromptModel: a choice must be one or more token ids in [0, {vocab_size}), got {choice!r} with {ids}"
             )
     return found
+
+
+def _token_ids(choice: Any) -> list[int]:
+    """NumPy's and PyTorch's integers as Python's; nothing of what is no list of integers."""
+    with suppress(TypeError):
+        values = choice.tolist() if isinstance(choice, Tensor) else list(choice)
+        return [-1 if isinstance(token, bool) else operator.index(token) for token in values]
+    return []
 
 
 def rank_of(scores: Tensor) -> Ranking:

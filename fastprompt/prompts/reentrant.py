@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.hf_attention import PromptKeys
+from fastprompt._allowed import PromptKeys
 
 
 def is_reentrant(stack: Any) -> bool:

@@ -12,6 +12,7 @@ The layers' children are called as modules, so LoRA, quantised and hooked ones d
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastprompt import hf_attention
@@ -104,8 +105,12 @@ def serve(model: Any) -> None:
     gone.
 
     Raises:
-        ValueError: the layers are not numbered as their keys are.
+        ValueError: the layers are not numbered as their keys are, or torch.export is recording.
     """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "PromptModel: torch.export takes prompts of kind 'prepend' alone. Use kind='prepend'"
+        )
     for site in SITES:
         found = disorder(model, site)
         if found is not None:

@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
 
     def check_mask(self, rows: Tensor) -> None:
         """Does the mask fit ``rows``, the ids [B, S] or hidden states [B, S, D]?"""
-        checks.check_mask(self.mask, len(rows), rows.shape[1], self.table)
+        checks.check_mask(self.mask, rows.shape[0], rows.shape[1], self.table)
 
     def layout(self, lengths: Sequence[int], flags: Mapping[str, Any]) -> packed.Layout | None:
         """How to pack them, behind prompts of these lengths in the encoder; None to run them padded."""

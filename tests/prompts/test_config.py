@@ -25,7 +25,7 @@ from fastprompt.prompts.init import INITIALIZERS
         (
             {"kind": "suffix"},
             ValueError,
-            r"kind must be one of \['prepend', 'cached', 'prefix'\], got 'suffix'",
+            r"kind must be one of prepend, cached, prefix, got 'suffix'",
         ),
         (
             {"kind": "cached", "sites": ["cross"]},
@@ -43,11 +43,11 @@ from fastprompt.prompts.init import INITIALIZERS
         (
             {"kind": "prefix", "parameterization": "mlp"},
             ValueError,
-            r"must be one of \['rows', 'kv'\], got 'mlp'",
+            r"must be one of rows, kv, got 'mlp'",
         ),
         ({"init": "prompt"}, ValueError, "init='prompt' needs source="),
         ({"init": "prompt", "source": 3}, TypeError, "source must be the name of a prompt, got int"),
-        ({"init": "vocabulary"}, ValueError, "init must be one of .*'vocab'.*, got 'vocabulary'"),
+        ({"init": "vocabulary"}, ValueError, "init must be one of .*vocab, .*, got 'vocabulary'"),
         ({"init": "labels"}, ValueError, "init='labels' needs labels="),
         ({"init": "labels", "labels": "yes"}, TypeError, "labels must be a list of str, got str 'yes'"),
         ({"init": "labels", "labels": []}, ValueError, "labels must be one or more str"),

@@ -55,7 +55,7 @@ def test_npy_is_written_for_the_original_project(rows, tmp_path):
     assert np.array_equal(array, rows.numpy())
     with pytest.raises(ValueError, match="is read as 'prepend', got 'cached'"):
         write_prompt(path, PromptFile(rows, "cached"), format="npy")
-    with pytest.raises(ValueError, match=r"format must be one of \['safetensors', 'npy', 'peft'\], got 'pt'"):
+    with pytest.raises(ValueError, match=r"format must be one of safetensors, npy, peft, got 'pt'"):
         write_prompt(path, PromptFile(rows), format="pt")
 
 
@@ -365,3 +365,11 @@ def test_width_and_presence(rows, tmp_path):
         read_prompt(tmp_path / "nothing")
     with pytest.raises(ValueError, match="tensor 'prompt' has NaN or infinity in 5 of its 5 rows"):
         write_prompt(tmp_path / "prompt", PromptFile(rows / 0))
+
+
+def test_the_state_of_a_model_is_told_from_a_prompt(tmp_path):
+    """Of which Trainer's checkpoints are files."""
+    path = tmp_path / "model.safetensors"
+    save_file({"prompts.default": torch.ones(2, 4)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the state of a PromptModel.*tuned\.load_state_dict"):
+        read_prompt(path)

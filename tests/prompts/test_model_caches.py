@@ -86,7 +86,7 @@ def test_those_loaded_together_are_read_where_they_lie(saved, make_fresh, make_b
     monkeypatch.setattr(torch, "cat", None)
     choice = fresh.prompts.choose(["short", "cached", "short"], 3)
     with torch.no_grad():
-        keys = fresh._site_keys(choice)["encoder"]
+        keys = fresh._site_keys(choice, 1)["encoder"]
     assert keys.keys[0] is pool.keyed["encoder"].keys.keys[0]
 
 

@@ -282,7 +282,7 @@ def test_bad_input(changes, error, message, call):
             ValueError,
             r"labels must be int64 \[B, T\]=\[3, T\], got",
         ),
-        ({"labels": torch.ones(3, 4)}, ValueError, "labels must be int64 .* got torch.float32"),
+        ({"labels": torch.ones(3, 4)}, ValueError, "labels must be int64 .* got float32"),
         ({"labels": [[1] * 4] * 3}, TypeError, "labels must be a tensor .* got list"),
         (
             {"promts": "p2"},

@@ -198,5 +198,15 @@ def test_inputs_is_another_name_of_input_ids(make_prompted, make_batch):
     ids, mask = batch["input_ids"], batch["attention_mask"]
     expected = prompted.generate(ids, mask, max_new_tokens=4)
     assert torch.equal(prompted.generate(inputs=ids, attention_mask=mask, max_new_tokens=4), expected)
-    with pytest.raises(TypeError, match="input_ids and inputs must be one of both, got both"):
+    with pytest.raises(TypeError, match="input_ids and inputs are one argument, got both"):
         prompted.generate(ids, mask, inputs=ids)
+
+
+def test_inputs_embeds_of_none_are_none(make_prompted, make_batch):
+    """As wrappers of HF's models pass them."""
+    model, batch = make_prompted(), make_batch()
+    expected = model(**batch).loss
+    assert torch.equal(model(**batch, inputs_embeds=None).loss, expected)
+    batch.pop("labels")
+    expected = model.generate(**batch, max_new_tokens=3)
+    assert torch.equal(model.generate(**batch, inputs_embeds=None, max_new_tokens=3), expected)

@@ -103,6 +103,10 @@ def test_multitask_gives_one_prompt_per_task(task, make_model, make_batch, tmp_p
         read_prompt(tmp_path)
     with pytest.raises(ValueError, match="task must be an int from 0 to 2, got 3"):
         read_prompt(tmp_path, task=3)
+    with pytest.raises(ValueError, match="task is read only with a PEFT adapter's folder, got a PromptFile"):
+        prompted_from(tmp_path, make_model(), task=task).load_prompt(
+            "b", read_prompt(tmp_path, task=0), task=1
+        )
 
 
 def test_multitask_with_two_submodules_generates_alike(make_model, make_batch, tmp_path):

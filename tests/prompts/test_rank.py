@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank classification: the scores of a forward per choice, over one encoding, for every kind of prompt."""
 
+import numpy
 import pytest
 import torch
 
@@ -203,3 +204,11 @@ def test_gradients_are_those_of_a_forward_per_choice(names, how, tuned, make_key
     for one, other in zip(found, expected, strict=True):
         largest = float(other.abs().max())  # prompts are fp32, and their gradients sums of terms of that size
         close(one / largest, other / largest, 1e-5 if memory else 1e-6)  # patched: statistics in fp32
+
+
+@pytest.mark.parametrize("of", [torch.tensor, numpy.array, lambda ids: list(numpy.array(ids)), tuple])
+def test_integers_of_any_library_are_token_ids(tuned, inputs, of):
+    expected = tuned.rank(**inputs, choices=CHOICES).scores
+    assert torch.equal(tuned.rank(**inputs, choices=[of(ids) for ids in CHOICES]).scores, expected)
+    with pytest.raises(ValueError, match="must be one or more token ids"):
+        tuned.rank(**inputs, choices=[[True, False]])
