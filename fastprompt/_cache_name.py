@@ -15,7 +15,7 @@ CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(T5Attenti
 
 
 def rename_cache(arguments: dict[str, Any]) -> None:
-    """In place: a cache among these keyword arguments has this version's name."""
+    """In place: give a cache among these keyword arguments this version's name. TypeError: it is there under both."""
     given = [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
     caches = [each for each in given if each is not None]
     if len(caches) == 2:

@@ -20,30 +20,6 @@ def is_plain(x: torch.Tensor) -> bool:
     return is_plain_call() and plain_key(x) is not None
 
 
-def is_transformed() -> bool:
-    """Inside forward-mode differentiation, torch.func, torch.jit.trace or an export to ONNX, all of which must see
-    operators that they know: PyTorch's.
-    """
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def may_keep(x: torch.Tensor) -> bool:
-    """May what is made of x now be kept for other calls? Nothing of a transform or a mode, nor in a graph's memory."""
-    return is_plain(x) and not torch.is_inference_mode_enabled() and not is_capturing(x.device)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Is a CUDA graph being recorded? torch.compile cannot trace the question, and gets no for an answer."""
-    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
-    return on_gpu and torch.cuda.is_current_stream_capturing()
-
-
 def is_plain_call() -> bool:
     """The same of a call, whatever its tensors are."""
     return (
@@ -76,6 +52,30 @@ def plain_device(tensors: Sequence[torch.Tensor]) -> str:
             return ""
         found = found or key
     return found
+
+
+def is_transformed() -> bool:
+    """Inside forward-mode differentiation, torch.func, torch.jit.trace or an export to ONNX, all of which must see
+    operators that they know: PyTorch's.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def may_keep(x: torch.Tensor) -> bool:
+    """May what is made of x now be kept for other calls? Nothing of a transform or a mode, nor in a graph's memory."""
+    return is_plain(x) and not torch.is_inference_mode_enabled() and not is_capturing(x.device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Is a CUDA graph being recorded? torch.compile cannot trace the question, and gets no for an answer."""
+    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)  # not their subclasses

@@ -198,7 +198,8 @@ def _same_random_state(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _padded(model: nn.Module) -> Iterator[None]:
     """Packing a batch waits for its mask."""
-    packing = [module for module in model.modules() if hasattr(module, "pack")]
+    # A PromptModel, which is of a layer above: no other module's ``pack`` is None or True.
+    packing = [module for module in model.modules() if getattr(module, "pack", False) in (None, True)]
     before = [module.pack for module in packing]
     for module in packing:
         module.pack = False  # type: ignore[assignment]

@@ -20,8 +20,7 @@ trained, attention weights as output, a mask of the user's own, another scale or
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from types import MethodType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,11 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
+from fastprompt._allowed import Allowed as Allowed
+from fastprompt._allowed import PromptKeys as PromptKeys
+from fastprompt._bias_by_distance import dense, makes_t5s_bias, table
 from fastprompt._note import leave_note, note_on
-from fastprompt._plain import is_transformed, may_keep
+from fastprompt._plain import is_transformed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
@@ -53,76 +55,6 @@ FAMILY = {
     "udop": "Udop",
     "switch_transformers": "SwitchTransformers",
 }
-
-
-class PromptKeys(NamedTuple):
-    """Keys and values of prompts, in front of an example's own, for every layer of a stack.
-
-    t5_attention reads them in place, for each example those of its prompt; nothing is copied per example.
-    """
-
-    keys: tuple[Tensor, ...]  # per layer [R, P, H, K]
-    values: tuple[Tensor, ...]  # per layer [R, P, H, K]
-    ids: Tensor | None = None  # int64 [B], the prompt of each example; None: all take the only one
-    lens: Tensor | None = None  # int64 [R], how many of the P keys each prompt has; None: all
-    # fp32 [H, 2M + 1] of t5_bias_table, or one per layer as in UMT5; None in cross-attention, which has none
-    bias: Tensor | tuple[Tensor, ...] | None = None
-
-    def bias_of(self, layer: int) -> Tensor | None:
-        return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
-
-    def for_batch(self, B: int) -> "PromptKeys":
-        """With ids of B rows: generate repeats each example for its beams and returned sequences."""
-        if self.ids is None or len(self.ids) == B:
-            return self
-        return self._replace(ids=self.ids.repeat_interleave(B // len(self.ids)))
-
-
-class Allowed(NamedTuple):
-    """Which keys a query may attend to."""
-
-    mask: Tensor | None  # bool [B, S]: the key is no padding; None: none is
-    offset: int | Tensor  # the position of query 0 among the keys; a tensor with a static cache
-    causal: bool
-    prompt: PromptKeys | None = None
-    # int64 [B + 1]: the rows are packed, [N, 1, D], and example b begins at row cu[b]
-    cu: Tensor | None = None
-    # As PromptKeys.bias, which comes first: what packed rows without a prompt need in place of the stack's own, whose
-    # distances they do not have
-    bias: Tensor | tuple[Tensor, ...] | None = None
-
-    def fits(self, S: int) -> bool:
-        """Has the mask a column per key? generate's chunked prefill leaves cross-attention fewer."""
-        return self.mask is None or self.mask.shape[1] == S
-
-    def brings_bias(self) -> bool:
-        return self.prompt is not None or self.bias is not None
-
-    def bias_of(self, layer: int) -> Tensor | None:
-        if self.prompt is not None:
-            return self.prompt.bias_of(layer)
-        return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
-
-    def prompt_of(self, layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """What t5_attention is told of the prompts of one layer: keys, values, ids and lens."""
-        prompt = self.prompt
-        if prompt is None:
-            return None, None, None, None
-        return prompt.keys[layer], prompt.values[layer], prompt.ids, prompt.lens
-
-    def contiguous(self) -> "Allowed":
-        """generate asks a static cache's mask for it in transformers 5.18 to 5.23."""
-        return self
-
-    @property
-    def ndim(self) -> int:
-        """generate makes a static cache's mask itself; T5 asks whether it is one [B, S], then for its mask."""
-        return 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """transformers takes a number of keys from the last entry for :func:`allowed_keys`, which has its own."""
-        return (0,)
 
 
 _UNCOVERED = (
@@ -309,7 +241,7 @@ def _covered(query: Tensor, key: Tensor, value: Tensor, allowed: Allowed) -> boo
 
 
 def _frozen(module: nn.Module, bias: Tensor | None, dropout: float, query: Tensor, key: Tensor) -> bool:
-    """Is the bias one per distance, and is none of it trained?
+    """Has the bias a form that a table may have, [1, H, T, S] or a table itself, and is none of it trained?
 
     Reentrant checkpointing computes it without gradient first and with gradient again: where the two functions would
     draw different dropout masks, the weight decides.
@@ -334,62 +266,6 @@ def _is_by_distance(module: nn.Module, bias: Tensor | None) -> bool:
             )
         leave_note(bias, "fastprompt_other_bias", True)
     return note_on(bias, "fastprompt_other_bias") is None
-
-
-def makes_t5s_bias(attention: nn.Module) -> bool:
-    """By transformers' own methods, as a function of distance?"""
-    for name in ("compute_bias", "_relative_position_bucket"):
-        method = getattr(attention, name, None)
-        if isinstance(method, MethodType):  # torch.compile asks no method for its function's attributes
-            method = method.__func__
-        # Where its code is from, which functools.wraps does not copy.
-        if not getattr(method, "__globals__", {}).get("__name__", "").startswith("transformers."):
-            return False
-    return True
-
-
-def table(bias: Tensor, allowed: Allowed, layer: Any) -> Tensor | None:
-    """What t5_attention is told of a bias [1, H, T, S], a function of j - i: [H, 2M + 1] by key - query.
-
-    A table, which fused layers hand on in place of that bias, stays as it is; one that comes with the keys goes before.
-    All layers of a stack ask for that of one bias.
-    """
-    if allowed.brings_bias():
-        return allowed.bias_of(layer)
-    if bias.dim() == 2:
-        return bias
-    if isinstance(allowed.offset, Tensor) or not may_keep(bias):
-        return _table(bias.detach(), allowed)
-    causal, offset, found = note_on(bias, "fastprompt_table") or (None, None, None)
-    if (causal, offset) != (allowed.causal, allowed.offset):
-        found = _table(bias.detach(), allowed)
-        leave_note(bias, "fastprompt_table", (allowed.causal, allowed.offset, found))
-    return found
-
-
-def _table(bias: Tensor, allowed: Allowed) -> Tensor:
-    T, S = bias.shape[2:]  # key - query = j - i - offset
-    diagonals = torch.cat((bias[0, :, :, 0].flip(1), bias[0, :, 0, 1:]), 1)  # entry T - 1 + j - i
-    if diagonals.dtype != torch.float64:
-        diagonals = diagonals.float()
-    if not allowed.causal:
-        M = max(T, S) - 1
-        return functional.pad(diagonals, (M - T + 1, M - S + 1))
-    # No key after the query is read: the table's right half stays empty.
-    if isinstance(allowed.offset, Tensor):
-        M = S - 1
-        index = torch.arange(T - 1 - M, T, device=bias.device) + allowed.offset
-        return functional.pad(diagonals[:, index.clamp(0, T + S - 2)], (0, M))
-    M = allowed.offset + T - 1
-    return functional.pad(diagonals[:, : M + 1], (0, M))
-
-
-def dense(table: Tensor, T: int, S: int, offset: int | Tensor) -> Tensor:
-    """The bias [1, H, T, S] of a table by distance [H, 2M + 1]."""
-    M = table.shape[1] // 2
-    query_at = torch.arange(T, device=table.device) + offset
-    distance = torch.arange(S, device=table.device) - query_at[:, None]
-    return table[:, distance.clamp(-M, M) + M][None]
 
 
 def _transformers_attention(

@@ -117,7 +117,11 @@ def patch(
 
 
 def unpatch(model: M) -> M:
-    """The inverse of :func:`patch`: every module has its class back. Harmless on a model that is not patched."""
+    """The inverse of :func:`patch`: every module has its class back. Harmless on a model that is not patched.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+    """
     check_module("unpatch", model)
     for module in model.modules():
         _restore(module)
@@ -128,7 +132,11 @@ def unpatch(model: M) -> M:
 
 @contextmanager
 def patched(model: M, **options: Any) -> Iterator[M]:
-    """A ``with`` block in which ``model`` is patched, with the options of :func:`patch`; behind it, it is as before."""
+    """A ``with`` block in which ``model`` is patched, with the options of :func:`patch`; behind it, it is as before.
+
+    Raises:
+        TypeError, ValueError: what :func:`patch` raises; the model is then as before.
+    """
     before = _Patched(model)
     patch(model, **options)
     try:

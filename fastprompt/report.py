@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """explain: which kernels serve each layer of a T5, or why none does, and what it saves for backward."""
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -64,6 +65,15 @@ def explain(model: nn.Module) -> Report:
 
     A served layer may still fall back in one call, for what only the call knows: a cache, autocast, a mask of the
     user's own, attention weights as output.
+
+    Args:
+        model: a T5, or what holds one, patched or not.
+
+    Returns:
+        A row per layer that could be served, in the model's order; as text, equal rows are one.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
     """
     check_module("explain", model)
     report, listed = Report(), {id(module) for module in (*swappable(model), *lm_heads(model))}
@@ -84,7 +94,8 @@ def explain(model: nn.Module) -> Report:
                 if isinstance(module, FastAttention | FastFF):
                     whole.add(path)
             memory = module.fastprompt_memory
-            report.append(Row(path, stock.__name__, module.kernel, _backend(module), reason, memory, saved))
+            backend = _backend(module, model.get_submodule(parent))
+            report.append(Row(path, stock.__name__, module.kernel, backend, reason, memory, saved))
         elif mixin_for(stock) is not FastLoss:
             report.append(Row(path, stock.__name__, None, None, _why_stock(module), None, None))
     return report
@@ -98,9 +109,9 @@ def _why_stock(module: Any) -> str:
     return NOT_CHOSEN
 
 
-def _backend(module: nn.Module) -> str:
-    """Of the op that is most of it."""
-    weight = next(module.parameters(), None)
+def _backend(module: nn.Module, parent: nn.Module) -> str:
+    """Of the op that is most of it. Dropout has no weight: its parent's says where it runs."""
+    weight = next(chain(module.parameters(), parent.parameters()), None)
     device = "cpu" if weight is None or weight.is_meta else weight.device.type
     if isinstance(module, FastAttention):  # CUDA C++ has it for decoding alone
         return next(name for name in backends("t5_attention", device) if name != "cuda")

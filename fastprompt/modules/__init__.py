@@ -5,7 +5,7 @@
 takes it away. A module that cannot run its kernel runs the forward of the class that it was.
 """
 
-import sys
+import importlib
 from functools import wraps
 from typing import Any
 
@@ -82,9 +82,8 @@ def __getattr__(name: str) -> Any:
         if name == known:
             return fast_class(cls)
     for module, prefix in FAMILY.items():
-        for suffix in MIXINS:
-            if name == f"Fast{prefix}{suffix}":
-                path = f"transformers.models.{module}.modeling_{module}"
-                __import__(path)
-                return fast_class(getattr(sys.modules[path], name.removeprefix("Fast")))
-    raise AttributeError(name)
+        for suffix, (_, prefixes) in MIXINS.items():
+            if prefix in prefixes and name == f"Fast{prefix}{suffix}":
+                stock = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+                return fast_class(getattr(stock, f"{prefix}{suffix}"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastprompt._bias_by_distance import makes_t5s_bias
 from fastprompt._hooks import is_hooked
 from fastprompt._plain import PLAIN_TYPES
-from fastprompt.hf_attention import makes_t5s_bias
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
 

@@ -10,6 +10,7 @@ from fastprompt._op import direct
 from fastprompt.modules._frozen import linear, products
 from fastprompt.ops._t5_attention_reference import Inputs
 from fastprompt.ops.t5_attention import keeps_out as keeps_out  # Does backward read out?
+from fastprompt.ops.t5_attention import prompt_sum
 
 if TYPE_CHECKING:
     from fastprompt.modules._attend import Attend, Options
@@ -86,11 +87,8 @@ def backward(
         dn = products(*pairs).view(dout.shape[0], -1, a.w.shape[0])
     if needs_states:
         dstates = products((dk, a.wk), (dv, a.wv))
-    shares = zip(grads[3:], (a.prompt_k, a.prompt_v), needs_prompt, strict=True)
-    return dn, dstates, *(_prompt_sum(a, *each) for each in shares)
-
-
-def _prompt_sum(a: "Attend", share: Tensor, prompt: Tensor | None, need: bool) -> Tensor | None:
-    if prompt is None or not need:
-        return None
-    return direct.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
+    prompts = [
+        prompt_sum(share, a.prompt_ids, prompt, need)
+        for share, prompt, need in zip(grads[3:], (a.prompt_k, a.prompt_v), needs_prompt, strict=True)
+    ]
+    return dn, dstates, *prompts

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import EncoderDecoderCache
 
+from fastprompt._allowed import Allowed
 from fastprompt._op import direct
-from fastprompt.hf_attention import Allowed
 from fastprompt.modules._frozen import add, linear
 from fastprompt.ops._t5_attention_reference import Inputs
 

@@ -29,8 +29,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import EncoderDecoderCache
 
-from fastprompt import hf_attention
+from fastprompt._allowed import Allowed
+from fastprompt._bias_by_distance import dense as dense_bias
+from fastprompt._bias_by_distance import table as table_of
 from fastprompt._note import note_on
+from fastprompt.hf_attention import wants_weights
 from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._attend import TENSORS, Attend, Options
 from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
@@ -101,6 +104,7 @@ class CachedKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
+        """y is the layer's output: by it these require a gradient."""
         return tuple(x.view_as(x) for x in keys_and_values)
 
     @staticmethod
@@ -148,7 +152,7 @@ class FastAttention:
         return None if scaling == 1.0 else f"its scores are scaled by {scaling}"
 
     def fastprompt_saved(self, attended: bool) -> int | None:
-        """Bytes per row; of cross-attention with few queries. attended: there is one before it in this block."""
+        """Bytes per row; of cross-attention with few queries. attended: a served one precedes it in this block."""
         attention, memory = self._attention, self.fastprompt_memory
         x = 0 if attended and memory != "speed" else self.layer_norm.weight.nbytes
         out = attention.q.weight[:, 0].nbytes
@@ -165,9 +169,9 @@ class FastAttention:
     ) -> dict[str, Tensor] | None:
         """Those of q, k, v, o and layer_norm, if the fused layer covers the call."""
         covers = (
-            isinstance(allowed, hf_attention.Allowed)
+            isinstance(allowed, Allowed)
             and isinstance(allowed.offset, int)
-            and not hf_attention.wants_weights(self._attention, kwargs)
+            and not wants_weights(self._attention, kwargs)
             and self._other_scores(inputs) is None
         )
         return ready(*self._parts(), *inputs) if covers else None
@@ -184,7 +188,7 @@ class FastAttention:
         length = cache.get_seq_length(self._attention.layer_idx)
         return length if isinstance(length, int) else None
 
-    def _way(self, allowed: hf_attention.Allowed, past: Any) -> Callable[..., Tensor] | None:
+    def _way(self, allowed: Allowed, past: Any) -> Callable[..., Tensor] | None:
         """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
         held, own = self._held(past), self.attention_name == "SelfAttention"
         if own and held != allowed.offset:
@@ -208,7 +212,7 @@ class FastAttention:
         x: Tensor,
         _states: Tensor | None,
         bias: Tensor | None,
-        allowed: hf_attention.Allowed,
+        allowed: Allowed,
         past: Any,
     ) -> Tensor:
         attention = self._attention
@@ -228,7 +232,7 @@ class FastAttention:
         x: Tensor,
         states: Tensor | None,
         bias: Tensor | None,
-        allowed: hf_attention.Allowed,
+        allowed: Allowed,
         past: Any,
     ) -> Tensor:
         attention, memory = self._attention, self.fastprompt_memory
@@ -325,12 +329,12 @@ class FastSelfAttention(FastAttention):
             if bias is None or bias.dim() == 2 or (bias.shape == dense and not bias.requires_grad):
                 table = bias
                 if bias is not None:
-                    table = hf_attention.table(bias, attention_mask, attention.layer_idx)
+                    table = table_of(bias, attention_mask, attention.layer_idx)
                 y = way(weights, hidden_states, None, table, attention_mask, past)
                 # The bias goes on to the next layers as the table that it is; but if it could train as transformers
                 # hands it on, for the second run of a reentrant checkpoint of blocks will.
                 if bias is not None and bias.dim() == 2 and self._bias_trains():
-                    bias = hf_attention.dense(bias, T, dense[3], attention_mask.offset).to(y.dtype)
+                    bias = dense_bias(bias, T, dense[3], attention_mask.offset).to(y.dtype)
                 return y, bias, None
         return super().forward(  # type: ignore[misc]
             hidden_states, attention_mask, position_bias, past, **kwargs

@@ -266,6 +266,20 @@ def test_what_is_behind_the_loss_scales_its_gradients():
     assert torch.equal(prompt.grad, gradient / 4)
 
 
+def test_recording_leaves_other_modules_methods_alone(prompted):
+    class Packed(torch.nn.Linear):
+        """As quantised layers of other libraries may be."""
+
+        def pack(self):
+            return "packed"
+
+    model = prompted()
+    model.model.lm_head = Packed(4, 4)
+    with graphs._padded(model):
+        assert model.model.lm_head.pack() == "packed"
+    assert "pack" not in vars(model.model.lm_head)
+
+
 def test_what_recording_changes_is_put_back(prompted):
     """Also where it fails."""
     model = prompted()

@@ -26,7 +26,17 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import fastprompt
-from fastprompt import PromptConfig, PromptModel, backend_used, explain, hf_attention, patch, patched, unpatch
+from fastprompt import (
+    PromptConfig,
+    PromptModel,
+    _bias_by_distance,
+    backend_used,
+    explain,
+    hf_attention,
+    patch,
+    patched,
+    unpatch,
+)
 from fastprompt._cache_name import CACHE, cache_of
 from fastprompt.modules._attend import Attend
 from fastprompt.modules._made import made_of
@@ -398,9 +408,9 @@ def test_generate_from_a_padded_start_over_a_static_cache(make, batch, labels):
 
 def test_a_dense_bias_becomes_a_table_once(make, batch, monkeypatch):
     """One that a stock layer computed, for all layers behind it."""
-    model, tables, make_table = patch(make()), [], hf_attention._table
+    model, tables, make_table = patch(make()), [], _bias_by_distance._table
     model.encoder.block[0].layer[0].SelfAttention.q.register_forward_hook(lambda *_: None)
-    monkeypatch.setattr(hf_attention, "_table", lambda *args: tables.append(1) or make_table(*args))
+    monkeypatch.setattr(_bias_by_distance, "_table", lambda *args: tables.append(1) or make_table(*args))
     model.encoder(**batch())
     assert len(tables) == 1
 
@@ -570,6 +580,9 @@ def test_a_pickle_may_be_read_before_anything_was_patched(make, batch, labels, m
     loaded = pickle.loads(stored)
     assert str(explain(loaded)) == str(explain(model))
     assert torch.equal(loaded(**batch(), labels=labels).loss, expected)
+    assert not hasattr(
+        fastprompt.modules, "FastUdopForConditionalGeneration"
+    )  # which computes something else
 
 
 def test_fullgraph_compile(make, batch, labels):

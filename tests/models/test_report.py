@@ -5,9 +5,10 @@ import pytest
 import torch
 from layouts import MEMORY
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5EncoderModel
 
-from fastprompt import backend_used, explain, patch, unpatch
+from fastprompt import backend_used, explain, patch, report, unpatch
 from fastprompt.testing import saved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +94,23 @@ def test_the_backend_named_is_the_one_that_runs(make, batch, device):
     assert attention == {"triton" if device.type == "cuda" else backend_used("t5_attention")}
     assert set(named.values()) == {backend_used("rms_norm")}
     assert head == (backend_used("frozen_linear") if device.type == "cpu" else None)
+
+
+def test_backends_are_those_of_the_model_s_device(make, monkeypatch):
+    """Dropout, which has no weights, too."""
+    model, devices = patch(make()), set()
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                fake = torch.empty(parameter.shape, device="cuda")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=False)
+    monkeypatch.setattr(report, "backends", lambda _op, device: devices.add(device) or ["none"])
+    assert {row.cls for row in explain(model)} >= {
+        "Dropout",
+        "T5LayerNorm",
+        "T5LayerFF",
+    }
+    assert devices == {"cuda"}
 
 
 def test_what_falls_back_says_why(make):
