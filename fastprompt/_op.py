@@ -73,9 +73,9 @@ class Op:
         ``check`` may look at everything but what tensors hold: arguments like those of an earlier call pass unseen.
         """
 
-        def fake_of_checked(*args: Any, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
-            return fake(*args, **kwargs)
+        def fake_of_checked(*args: Any) -> Any:
+            check(*args)
+            return fake(*args)
 
         def register(reference: Function) -> Function:
             member = schema.partition("(")[0]
@@ -119,7 +119,7 @@ class Op:
             if device == "cpu" and "cpu" in here and not chosen and self.native_for is not None:
                 chosen = ["cpu"]
                 functions["cpu"] = {
-                    member: self._for_some(function)
+                    member: _where(self.native_for, function)
                     for member, function in self._implementation("cpu").items()
                 }
             for member in self.members if chosen else ():
@@ -206,39 +206,29 @@ class Op:
         """The instruction sets that this CPU has and the op has a kernel for, best first."""
         return [isa for isa in _native.CPU_TARGETS if hasattr(_native.TARGETS[isa], self.name)]
 
-    def _for_some(self, function: Function) -> Function:
-        def run(*args: Any) -> Any:
-            return (
-                function(*args) if self.native_for is not None and self.native_for(*args) else NotImplemented
-            )
-
-        return run
-
     def _recorded(self, member: str, *choices: tuple[str, Function]) -> Function:
         """The first of the (backend, function) pairs that covers the arguments, else the reference; ``unchecked``
         without a look at them.
         """
+        every = (*choices, ("reference", self._reference[member]))
 
-        every, check = (*choices, ("reference", self._reference[member])), self._check[member]
+        def run(*args: Any) -> Any:
+            self._check[member](*args)
+            return unchecked(*args)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
-            return unchecked(*args, **kwargs)
-
-        def unchecked(*args: Any, **kwargs: Any) -> Any:
+        def unchecked(*args: Any) -> Any:
             _native.take_torchs_threads()
             for backend, function in every:
-                result = function(*args, **kwargs)
+                result = function(*args)
                 if result is not NotImplemented:
                     self.last_backend[member] = backend
                     if member in self._forward:
                         self.last_backend[self.name] = backend
                     return result
-            raise NotImplementedError(f"fastprompt::{member}: not even the reference takes these arguments")
+            raise AssertionError("the reference, which comes last, covers everything")
 
         run.unchecked = unchecked  # type: ignore[attr-defined]
         run.backends = [backend for backend, _ in choices]  # type: ignore[attr-defined]
-        run.__name__ = "_".join((member, *run.backends))  # type: ignore[attr-defined]
         return run
 
 
@@ -248,6 +238,15 @@ def _either(first: Function, second: Function) -> Function:
     def run(*args: Any) -> Any:
         result = first(*args)
         return second(*args) if result is NotImplemented else result
+
+    return run
+
+
+def _where(condition: Callable[..., bool], function: Function) -> Function:
+    """``function`` for arguments that the condition is true of."""
+
+    def run(*args: Any) -> Any:
+        return function(*args) if condition(*args) else NotImplemented
 
     return run
 

@@ -63,16 +63,17 @@ def _slow_halves() -> tuple[torch.dtype, ...]:
 SLOW_HALVES = _slow_halves()
 
 
-WIDE = bool(_native.CPU_TARGETS) and _native.CPU_TARGETS[0] != "scalar"
+# A scalar kernel is slower than PyTorch's library.
+HAS_VECTORS = bool(_native.CPU_TARGETS) and _native.CPU_TARGETS[0] != "scalar"
 
 
 def _is_slow_half(x: Tensor | list[Tensor], *_others: Any) -> bool:
-    return WIDE and (x[0] if isinstance(x, list) else x).dtype in SLOW_HALVES
+    return HAS_VECTORS and (x[0] if isinstance(x, list) else x).dtype in SLOW_HALVES
 
 
 op = Op(
     "frozen_linear",
-    native_first=WIDE and _native.CPU_IS_AMD and torch.backends.mkl.is_available(),
+    native_first=HAS_VECTORS and _native.CPU_IS_AMD and torch.backends.mkl.is_available(),
     native_for=_is_slow_half,
 )
 

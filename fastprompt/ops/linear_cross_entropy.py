@@ -30,7 +30,7 @@ fused_linear_cross_entropy, which chunk rows instead and so read W once per chun
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -83,11 +83,13 @@ def linear_cross_entropy(
         TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
         IndexError: on a CPU, a label is outside [0, V). A GPU makes the loss NaN instead, and that row's gradient.
     """
-    _check(hidden, weight, labels, None if isinstance(num_items, int) else num_items, chunk)
-    check_frozen("linear_cross_entropy", "weight", weight)
     ignore_index = as_int("linear_cross_entropy", "ignore_index", ignore_index)
     if chunk is not None:
         chunk = as_int("linear_cross_entropy", "chunk", chunk)
+    if isinstance(num_items, SupportsIndex) and not isinstance(num_items, Tensor):
+        num_items = as_int("linear_cross_entropy", "num_items", num_items)
+    _check(hidden, weight, labels, None if isinstance(num_items, int) else num_items, chunk)
+    check_frozen("linear_cross_entropy", "weight", weight)
     if isinstance(num_items, int):
         if num_items < 1:
             fail("linear_cross_entropy", f"num_items must be positive, got {num_items}")
@@ -153,7 +155,7 @@ def _check_schema(
     _check(hidden, weight, labels, num_items, chunk)
 
 
-def _fake_linear_cross_entropy(
+def _fake(
     hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
     chunk: int | None, needs_grad: bool,
 ) -> Outputs:  # fmt: skip
@@ -165,7 +167,7 @@ def _fake_linear_cross_entropy(
 @op.define(
     f"linear_cross_entropy({ARGUMENTS}) -> (Tensor loss, Tensor drows, Tensor share)",
     check=_check_schema,
-    fake=_fake_linear_cross_entropy,
+    fake=_fake,
 )
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
@@ -362,7 +364,7 @@ def _triton_linear_cross_entropy(hidden: Tensor, *arguments: Any) -> Any:
     return _fused(found, hidden, *arguments)
 
 
-def _setup_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     needs_grad = inputs[-1]
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[1]:
@@ -373,9 +375,7 @@ def _setup_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Outpu
     ctx.save_for_backward(*output[1:])
 
 
-def _backward_linear_cross_entropy(
-    ctx: Any, dloss: Tensor | None, _ddrows: None, _dshare: None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor | None, _ddrows: None, _dshare: None) -> tuple[Tensor | None, ...]:
     if dloss is None or not ctx.needs_input_grad[0]:
         return (None,) * 8
     drows, share = ctx.saved_tensors
@@ -384,7 +384,7 @@ def _backward_linear_cross_entropy(
 
 op.autograd(
     "linear_cross_entropy",
-    setup_context=_setup_linear_cross_entropy,
-    backward=_backward_linear_cross_entropy,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 op.publish()

@@ -173,12 +173,7 @@ def _select(
     if prompt_ids is None and len(lengths) == 1:  # before the ids are listed: B may be symbolic
         return None, None, lengths[0], lengths[0] * sequences
     if isinstance(prompt_ids, Tensor):
-        if prompt_ids.is_floating_point():
-            fail(
-                "prompt_embed",
-                f"prompt_ids must have dtype int64 or int32, got {prompt_ids.dtype}",
-                TypeError,
-            )
+        check_tensor("prompt_embed", "prompt_ids", prompt_ids, (torch.int64, torch.int32))
         check_shape("prompt_embed", "prompt_ids", prompt_ids, (sequences,), "[B]")
         chosen = prompt_ids.tolist()
     else:
@@ -212,17 +207,21 @@ def _check(
     if prompts.dim() != 2 or prompts.shape[1] != D:
         fail(
             "prompt_embed",
-            f"prompts must have weight's width [P, D]=[P, {D}], got {list(prompts.shape)}",
+            f"prompts must have weight's width: shape [R, D]=[R, {D}], got {list(prompts.shape)}",
         )
     if prompts.dtype not in (weight.dtype, torch.float32, torch.float64):
+        own, got = (str(x.dtype).removeprefix("torch.") for x in (weight, prompts))
         fail(
             "prompt_embed",
-            f"prompts must have dtype float32 or weight's {weight.dtype}, got {prompts.dtype}. Keep a float32 master",
+            f"prompts must have dtype float32, float64 or weight's {own}, got {got}. Keep a float32 master",
             TypeError,
         )
     check_same_device("prompt_embed", "prompts", prompts, "weight", weight)
     if (starts is None) != (lens is None) or (cu_tokens is None) != (cu_rows is None):
-        fail("prompt_embed", "starts and lens, cu_tokens and cu_rows come in pairs")
+        fail(
+            "prompt_embed",
+            "starts and lens, cu_tokens and cu_rows come in pairs: pass both of each, or neither",
+        )
     for name, value, size in (
         ("starts", starts, sequences),
         ("lens", lens, sequences),
@@ -241,7 +240,7 @@ def _out_shape(input_ids: Tensor, weight: Tensor, cu_tokens: Tensor | None, rows
     return (input_ids.shape[0], rows, D) if cu_tokens is None else (rows, D)
 
 
-def _fake_prompt_embed(
+def _fake(
     input_ids: Tensor, weight: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
     cu_tokens: Tensor | None, cu_rows: Tensor | None, seed: Tensor | None, rows: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
@@ -252,7 +251,7 @@ def _fake_prompt_embed(
     "prompt_embed(Tensor input_ids, Tensor weight, Tensor prompts, Tensor? starts, Tensor? lens,"
     " Tensor? cu_tokens, Tensor? cu_rows, Tensor? seed, SymInt rows, float dropout_p) -> Tensor",
     check=_check,
-    fake=_fake_prompt_embed,
+    fake=_fake,
 )
 def prompt_embed_reference(
     input_ids: Tensor, weight: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
@@ -336,6 +335,11 @@ def _triton_prompt_embed(
     return out
 
 
+def _layout(dout: Tensor, cu_rows: Tensor | None) -> tuple[int, int]:
+    """B, and the rows per sequence L (padded) or N in all (packed)."""
+    return (dout.shape[0], dout.shape[1]) if cu_rows is None else (cu_rows.shape[0] - 1, dout.shape[0])
+
+
 def _check_backward(
     dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
     seed: Tensor | None, dropout_p: float,
@@ -355,7 +359,7 @@ def _check_backward(
         )
     check_same_device(name, "dout", dout, "prompts", prompts)
     if (starts is None) != (lens is None):
-        fail(name, "starts and lens come in pairs")
+        fail(name, "starts and lens come in pairs: pass both, or neither")
     B = _layout(dout, cu_rows)[0]
     for what, value, size in (("starts", starts, B), ("lens", lens, B), ("cu_rows", cu_rows, B + 1)):
         if value is not None:
@@ -370,7 +374,7 @@ def _check_backward(
     check_dropout(name, dropout_p, seed, dout)
 
 
-def _fake_prompt_embed_backward(
+def _fake_backward(
     dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
     seed: Tensor | None, dropout_p: float,
 ) -> Tensor:  # fmt: skip
@@ -381,7 +385,7 @@ def _fake_prompt_embed_backward(
     "prompt_embed_backward(Tensor dout, Tensor prompts, Tensor? starts, Tensor? lens, Tensor? cu_rows,"
     " Tensor? seed, float dropout_p) -> Tensor",
     check=_check_backward,
-    fake=_fake_prompt_embed_backward,
+    fake=_fake_backward,
 )
 def prompt_embed_backward_reference(
     dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None, cu_rows: Tensor | None,
@@ -442,11 +446,6 @@ def _triton_prompt_embed_backward(
         *contiguous(dout, starts, lens, cu_rows), seed, dprompts, B, rows, dropout_p
     )
     return dprompts
-
-
-def _layout(dout: Tensor, cu_rows: Tensor | None) -> tuple[int, int]:
-    """B, and the rows per sequence L (padded) or N in all (packed)."""
-    return (dout.shape[0], dout.shape[1]) if cu_rows is None else (cu_rows.shape[0] - 1, dout.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

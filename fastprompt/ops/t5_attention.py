@@ -141,6 +141,9 @@ def t5_attention(
 
 def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
     """int64 [B] of a tensor with one element or B."""
+    check_tensor("t5_attention", "q", q, FLOATS)
+    if cu_q is not None:
+        check_tensor("t5_attention", "cu_q", cu_q, (torch.int64, torch.int32))
     check_tensor("t5_attention", "offset", offset, (torch.int64, torch.int32))
     B = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     if offset.numel() not in (1, B) or offset.dim() > 1:
@@ -149,6 +152,7 @@ def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
 
 
 def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
+    check_tensor("t5_attention", "k", k, FLOATS)
     check_tensor("t5_attention", "key_mask", lengths, (torch.bool, torch.int64, torch.int32))
     if lengths.dim() == 2:
         check_tensor("t5_attention", "key_mask", lengths, (torch.bool,))  # a mask [B, S]
@@ -212,10 +216,10 @@ def _check(*arguments: Any) -> None:
 def _check_prompt(a: reference.Inputs, H: int, K: int) -> None:
     name = "t5_attention"
     if (a.prompt_k is None) != (a.prompt_v is None):
-        fail(name, "prompt_k and prompt_v come in pairs")
+        fail(name, "prompt_k and prompt_v come in pairs: pass both, or neither")
     if a.prompt_k is None or a.prompt_v is None:
         if a.prompt_ids is not None or a.prompt_lens is not None:
-            fail(name, "prompt_ids and prompt_lens need prompt_k and prompt_v")
+            fail(name, "prompt_ids and prompt_lens need prompt_k and prompt_v: pass those, too, or none")
         return
     if a.prompt_k.dim() != 4 or tuple(a.prompt_k.shape[2:]) != (H, K):
         fail(
@@ -477,6 +481,13 @@ def _triton_t5_attention_prompt_sum(
     return total
 
 
+def prompt_sum(share: Tensor, prompt_ids: Tensor | None, prompt: Tensor | None, need: bool) -> Tensor | None:
+    """The gradient of prompt_k or prompt_v, of the examples' shares; None if nobody needs one."""
+    if prompt is None or not need:
+        return None
+    return direct.t5_attention_prompt_sum(share, prompt_ids, prompt.shape[0], prompt.dtype)  # type: ignore[no-any-return]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     a = reference.Inputs(*inputs)
     ctx.set_materialize_grads(False)
@@ -497,14 +508,8 @@ def _backward(ctx: Any, dout: Tensor | None, _dstats: None) -> tuple[Tensor | No
     dq, dk, dv, share_k, share_v = direct.t5_attention_backward(dout, out, stats, *a)
     needs = ctx.needs_input_grad
     gradients = [d if need else None for d, need in zip((dq, dk, dv), needs[:3], strict=True)]
-    prompts = []
-    for share, prompt, need in ((share_k, a.prompt_k, needs[4]), (share_v, a.prompt_v, needs[5])):
-        wanted = need and prompt is not None
-        prompts.append(
-            direct.t5_attention_prompt_sum(share, a.prompt_ids, prompt.shape[0], prompt.dtype)
-            if wanted and prompt is not None
-            else None
-        )
+    shares = zip((share_k, share_v), (a.prompt_k, a.prompt_v), needs[4:6], strict=True)
+    prompts = [prompt_sum(share, a.prompt_ids, prompt, need) for share, prompt, need in shares]
     return (*gradients, None, *prompts, *nothing[6:])
 
 

@@ -6,14 +6,14 @@ The kernels for other CPUs, too: for what multiplies bfloat16, and for vectors o
 
 import ctypes
 import hashlib
+import math
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-
-import torch
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -47,7 +47,7 @@ class _Kernel(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("target", ctypes.c_char_p), ("signature", ctypes.c_char_p))
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """csrc/common/kernel.h's Tensor."""
 
     _fields_ = (
@@ -58,9 +58,12 @@ class _Tensor(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> "_Tensor":
-        sizes = ctypes.c_int64 * tensor.dim()
-        return cls(tensor.data_ptr(), tensor.dim(), sizes(*tensor.shape), sizes(*tensor.stride()))
+    def at(cls, address: int, shape: Sequence[int], strides: Sequence[int] | None = None) -> "Tensor":
+        """Without ``strides``: contiguous."""
+        if strides is None:
+            strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        sizes = ctypes.c_int64 * len(shape)
+        return cls(address, len(shape), sizes(*shape), sizes(*strides))
 
 
 class Kernel:
@@ -72,16 +75,19 @@ class Kernel:
         self.signature = record.signature.decode()
         self._library, self._address = library, address
 
-    def __call__(self, *arguments: torch.Tensor | int | float | None) -> int:
+    def __call__(self, *arguments: Any) -> int:
+        """Tensors may be PyTorch's, or of the class above."""
         if len(arguments) != len(self.signature):
             raise TypeError(f"{self.name}: takes {len(self.signature)} arguments, got {len(arguments)}")
+        given = [
+            Tensor.at(x.data_ptr(), x.shape, x.stride()) if hasattr(x, "data_ptr") else x for x in arguments
+        ]
         slots = (_Slot * len(arguments))()
-        tensors = [_Tensor.of(x) if isinstance(x, torch.Tensor) else None for x in arguments]
-        for slot, letter, value, tensor in zip(slots, self.signature, arguments, tensors, strict=True):
+        for slot, letter, value in zip(slots, self.signature, given, strict=True):
             if letter == "d":
                 slot.d = value
-            elif tensor is not None:
-                slot.i = ctypes.addressof(tensor) if letter == "t" else tensor.data or 0
+            elif isinstance(value, Tensor):
+                slot.i = ctypes.addressof(value) if letter == "t" else value.data or 0
             else:
                 slot.i = value or 0
         message = ctypes.create_string_buffer(1024)

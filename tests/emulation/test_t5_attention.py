@@ -390,29 +390,26 @@ def test_no_access_out_of_bounds(run_sanitized):
         def values(*shape):
             return random.integers(0, 2**15, shape).astype(numpy.uint16)  # of a two-byte dtype: NaN and inf too
 
-        def strides(*shape):
-            return [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]]
-
         def attend(dtype, B, T, S, H, K, R, P, M, shift=0):
             halves = 2 if dtype == 0 else 1  # of a float
             tensors = [
                 values(shift * halves + b * s * H * K * halves)
                 for b, s in ((B, T), (B, S), (B, S), (R, P), (R, P))
             ]
-            q, k, v, prompt_k, prompt_v = (p(x) + shift * halves * 2 for x in tensors)
+            shapes = (B, T, H, K), (B, S, H, K), (B, S, H, K), (R, P, H, K), (R, P, H, K)
+            q, k, v, prompt_k, prompt_v = (
+                build.Tensor.at(p(x) + shift * halves * 2, shape) for x, shape in zip(tensors, shapes)
+            )
             bias, mask = random.standard_normal((H, 2 * M + 1)).astype(numpy.float32), random.integers(0, 2, (B, S))
             mask = mask.astype(numpy.uint8)
             ids, lens, offsets = (random.choice(edges, n) for n in (B, R, B))
-            sizes = [B, T, S, H, K, B * T, R, P, M, 0]
-            for shape in (B, T, H, K), (B, S, H, K), (B, S, H, K), (R, P, H, K), (R, P, H, K):
-                sizes += strides(*shape)
-            sizes = numpy.array(sizes)
+            table = build.Tensor.at(p(bias), bias.shape)
             seed, out = numpy.zeros(1, numpy.int64), values(B, T, H, K * halves)
             stats = numpy.zeros((2, H, B * T), numpy.float32)
             for causal, dropout_p in ((0, 0.0), (1, 0.5)):
                 kernels.t5_attention(
-                    q, k, v, p(bias), prompt_k, prompt_v, p(ids), p(lens), p(mask), p(offsets), 0, 0, p(sizes),
-                    p(seed), p(out), p(stats), 0, causal, dropout_p, dtype, 0,
+                    q, k, v, table, prompt_k, prompt_v, p(ids), p(lens), p(mask), p(offsets), None, None, p(seed),
+                    p(out), p(stats), 0, causal, dropout_p, dtype, 0,
                 )
 
         def packed(queries, keys, H, K):
@@ -420,10 +417,9 @@ def test_no_access_out_of_bounds(run_sanitized):
             N, S = int(cu_q[-1]), int(cu_k[-1])
             q, k, v = values(N, H, K), values(S, H, K), values(S, H, K)
             out, stats = values(N, H, K), numpy.zeros((2, H, N), numpy.float32)
-            sizes = numpy.array([len(queries), 0, 0, H, K, N, 0, 0, 0, 1, *([0, H * K, K] * 3), *([0] * 6)])
-            kernels.t5_attention(
-                p(q), p(k), p(v), 0, 0, 0, 0, 0, 0, 0, p(cu_q), p(cu_k), p(sizes), 0, p(out), p(stats), 2, 1, 0.0, 1, 0
-            )
+            rows = (build.Tensor.at(p(x), x.shape) for x in (q, k, v))
+            cu = build.Tensor.at(p(cu_q), cu_q.shape), p(cu_k)
+            kernels.t5_attention(*rows, *[None] * 7, *cu, None, p(out), p(stats), 2, 1, 0.0, 1, 0)
 
         def prompt_sum(B, R, E, dtype):
             share, total = random.standard_normal((B, E)).astype(numpy.float32), values(R, E * (2 if dtype == 0 else 1))

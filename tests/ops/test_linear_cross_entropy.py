@@ -3,6 +3,7 @@
 
 import importlib
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,6 +169,7 @@ def test_num_items(backend, device):
         torch.tensor(5),
         torch.tensor(5.0, device=device),
         torch.tensor(5, dtype=torch.int32, device=device),
+        numpy.int64(5),
     ):
         got = value_and_gradient(ours, hidden, weight, labels, 1.0, number)
         assert all(map(torch.equal, got, expected))

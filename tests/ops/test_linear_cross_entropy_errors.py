@@ -42,6 +42,7 @@ REFUSED = [
     case(ValueError, r"num_items must have shape .*=\[\], got \[1\]", num_items=torch.tensor([3])),
     case(ValueError, "num_items must be on cpu like hidden, got meta", num_items=torch.tensor(3, device="meta")),
     case(ValueError, "chunk must be positive, got 0", chunk=0),
+    case(TypeError, "chunk must be an int, got str", chunk="a"),
     case(IndexError, r"labels must lie in \[0, V\)=\[0, 9\), got 9", labels=torch.tensor([2, 9])),
     case(IndexError, r"labels must lie in \[0, V\)=\[0, 9\), got -1", labels=torch.tensor([-1, 2])),
     case(IndexError, "labels must lie .*, got -100", labels=torch.tensor([-100, 2]), ignore_index=-1),

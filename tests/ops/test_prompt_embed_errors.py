@@ -36,11 +36,15 @@ REFUSED = [
     ),
     case(ValueError, "weight must be frozen, got", weight=torch.ones(9, 4, requires_grad=True)),
     case(ValueError, r"prompts must have shape \[P, D\] or \[n, P, D\], got \[4\]", prompts=torch.ones(4)),
-    case(ValueError, r"prompts must have .*\[P, 4\], got \[2, 5\]", prompts=torch.ones(2, 5)),
+    case(
+        ValueError,
+        r"prompts must have weight's width: shape \[R, D\]=\[R, 4\], got \[2, 5\]",
+        prompts=torch.ones(2, 5),
+    ),
     case(TypeError, "prompts must have dtype .*, got int64", prompts=torch.ones(2, 4, dtype=torch.int64)),
     case(
         TypeError,
-        "prompts must have dtype float32 or weight's.*got .*float16",
+        "prompts must have dtype float32, float64 or weight's float32, got float16",
         prompts=torch.ones(2, 4).half(),
     ),
     case(ValueError, "prompts must be on cpu like weight, got meta", prompts=torch.ones(2, 4, device="meta")),
@@ -63,6 +67,7 @@ REFUSED = [
     case(IndexError, r"prompt_ids\[0\] must lie in \[0, 1\), got -1", prompt_ids=torch.tensor([-1, 0])),
     case(IndexError, r"prompt_ids\[0\] must lie in \[0, 0\), got 0", prompts=torch.ones(0, 2, 4)),
     case(TypeError, "prompt_ids must have dtype int", prompt_ids=torch.tensor([0.5, 0.0])),
+    case(TypeError, "prompt_ids must have dtype int.*got bool", prompt_ids=torch.tensor([False, True])),
     case(TypeError, r"prompt_ids must be whole numbers, got \[0, 0.5\]", prompt_ids=[0, 0.5]),
     case(
         ValueError,
