@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastprompt: fused kernels for prompt tuning a frozen Hugging Face T5."""
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from fastprompt import hf_attention as hf_attention
 from fastprompt import ops
@@ -27,6 +29,13 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "training",
     "unpatch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "training":  # when it is asked for: it is of a layer above
+        return importlib.import_module("fastprompt.training")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ An op that has no use for a backend says so on its page, with the reason: "No cs
 
 import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,3 +95,9 @@ def test_documentation(name):
     assert sections[1::2] == ["Args", "Returns", "Raises"]
     documented = re.findall(r"^    ([\w, ]+):", sections[2], re.MULTILINE)
     assert ", ".join(documented).split(", ") == list(inspect.signature(function).parameters)
+
+
+def test_the_package_has_its_parts_without_further_imports():
+    script = "import fastprompt as f; print(f.training.tune, f.prompts.read_prompt, f.ops.rms_norm, f.patch)"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert not hasattr(fastprompt, "nothing_of_that_name")
