@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import fastprompt
 from fastprompt.cli import main
+from fastprompt.demo import run as demo
+from fastprompt.demo.task import AREAS, Example
 from fastprompt.prompts.files import write_prompt
 from fastprompt.prompts.prompt_file import PromptFile
 
@@ -68,6 +71,7 @@ def test_an_error_that_quotes_a_file_steers_no_terminal(tmp_path, capsys):
 
 
 def test_names_may_have_characters_that_the_terminal_has_not(tmp_path):
+    """Run as a module, in a process of its own."""
     path = os.fsencode(tmp_path) + b"/\xff\xd0.npy"
     write_prompt(os.fsdecode(path), PromptFile(torch.ones(2, 4)))
     run = subprocess.run(
@@ -105,17 +109,23 @@ def test_the_ending_decides_the_format(tmp_path):
     assert np.load(tmp_path / "p.npy").shape == (3, 8)
 
 
-def test_as_a_module():
-    run = subprocess.run([sys.executable, "-m", "fastprompt", "--version"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("fastprompt ")
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"fastprompt {fastprompt.__version__}\n"
 
 
 def test_a_reader_may_leave():
-    script = f"{sys.executable} -m fastprompt doctor | true"
+    """As `head` does, which has then read what it wants: there is nothing to complain of."""
+    read, write = os.pipe()
+    os.close(read)
     buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # what is said meets the pipe at the end alone
-    run = subprocess.run(script, shell=True, capture_output=True, text=True, env=buffered)
-    assert "BrokenPipe" not in run.stderr
+    command = [sys.executable, "-m", "fastprompt", "doctor"]
+    with subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered) as run:
+        os.close(write)
+        said = run.communicate()[1]
+    assert (run.returncode, said) == (1, "")
 
 
 def test_doctor_tells_what_is_installed_and_broken(monkeypatch, capsys):
@@ -133,7 +143,10 @@ def test_nothing_has_to_be_open_for_what_is_said(tmp_path, monkeypatch):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
 
 
-def test_slips_of_the_demo_are_told_in_a_line(tmp_path, capsys):
+def test_slips_of_the_demo_are_told_in_a_line(tmp_path, capsys, monkeypatch):
+    """Before the task is loaded, and where its prompt is made."""
+    few = {split: [Example("a text", area, "a") for area in AREAS] for split in ("train", "dev", "test")}
+    monkeypatch.setattr(demo, "load_task", lambda: few)
     taken = tmp_path / "taken"
     taken.touch()
     for more in (["--out", str(taken)], ["--out", str(tmp_path / "new"), "--steps", "1", "--seed", "-1"]):

@@ -57,9 +57,9 @@ def test_overlap_is_found_across_line_breaks_and_case():
     assert corpus.without_overlap([repeats, differs], held_out) == [differs]
 
 
-def test_the_running_interpreter_has_documents():
-    before = set(sys.modules)
+def test_the_running_interpreter_has_documents(monkeypatch):
+    monkeypatch.delitem(sys.modules, "poplib", raising=False)
     documents = corpus.read_documents(packages={"json", "poplib"})
     assert {document.module for document in documents} >= {"json", "json.decoder", "poplib"}
     assert documents == corpus.read_documents(packages={"json", "poplib"})
-    assert "poplib" not in set(sys.modules) - before
+    assert "poplib" not in sys.modules

@@ -29,9 +29,9 @@ def prompted(model):
     return new_prompt(model, tokenizer, Recipe(num_tokens=4))
 
 
-def test_main_writes_its_files_and_prints_the_table(tmp_path, capsys, monkeypatch):
-    full = run.load_task()
-    monkeypatch.setattr(run, "load_task", lambda: {split: examples[::6] for split, examples in full.items()})
+def test_main_writes_its_files_and_prints_the_table(splits, tmp_path, capsys, monkeypatch):
+    some = {split: examples[::6] for split, examples in splits.items()}
+    monkeypatch.setattr(run, "load_task", lambda: some)
     assert main(["--out", str(tmp_path / "out"), "--steps", "3", "--seed", "1"]) == 0
     output = capsys.readouterr().out
     assert all(len(line) < 80 for line in output.splitlines() if str(tmp_path) not in line)

@@ -30,9 +30,8 @@ def model():
     return AutoModelForSeq2SeqLM.from_pretrained(TINY_T5, dtype=torch.float32).eval()
 
 
-def test_quick_run_writes_lines_and_prints_their_table(tmp_path, capsys, monkeypatch):
-    task = kinds.load_task()
-    monkeypatch.setattr(kinds, "load_task", lambda: task)
+def test_quick_run_writes_lines_and_prints_their_table(splits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kinds, "load_task", lambda: splits)
     monkeypatch.setattr(kinds, "RATES", {kind: rates[:2] for kind, rates in kinds.RATES.items()})
     out = tmp_path / "new" / "kinds.jsonl"
     arguments = ["--quick", "--seeds", "2", "--out", str(out), "--kinds"]

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The classification task: nothing of dev or test may be seen in training, nor in pretraining."""
 
+import hashlib
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from fastprompt.demo import task
-from fastprompt.demo.corpus import read_documents
 
 
 @pytest.fixture(scope="module")
-def splits():
-    return task.load_task()
-
-
-@pytest.fixture(scope="module")
-def pretraining():
-    return task.pretraining_documents()
+def pretraining(from_documents):
+    return from_documents(task.pretraining_documents)
 
 
 def runs(text, words=8):
@@ -50,8 +49,8 @@ def test_texts_are_single_lines_long_enough_to_mean_something(splits):
         assert len({example.text for example in examples}) == len(examples)
 
 
-def test_nothing_held_out_is_in_the_pretraining_text(pretraining):
-    held_out = [document for document in read_documents() if task.split_of(document.module) != "train"]
+def test_nothing_held_out_is_in_the_pretraining_text(pretraining, documents):
+    held_out = [document for document in documents if task.split_of(document.module) != "train"]
     assert len(held_out) > 500
     assert {task.split_of(document.module) for document in pretraining} == {"train"}
     forbidden = set().union(*(runs(document.text) for document in held_out))
@@ -77,5 +76,23 @@ def test_submodules_follow_their_package():
     assert task.split_of("queues") == "train"
 
 
+IN_ANOTHER_PROCESS = """
+import hashlib, sys, types
+sys.modules["demo"] = package = types.ModuleType("demo")  # without what the rest of it imports
+package.__path__ = [sys.argv[1]]
+from demo.task import load_task
+print({split: hashlib.sha256(repr(examples).encode()).hexdigest() for split, examples in load_task().items()})
+"""
+
+
 def test_deterministic(splits):
-    assert task.load_task() == splits
+    """Another process, whose sets have another order, reads the same in the same order."""
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(Path(task.__file__).parent)]
+    environment = os.environ | {"PYTHONHASHSEED": seed}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    digests = {
+        split: hashlib.sha256(repr(examples).encode()).hexdigest() for split, examples in splits.items()
+    }
+    assert run.stdout.strip() == str(digests)

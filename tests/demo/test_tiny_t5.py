@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fastprompt.demo.run import TINY_T5
-from fastprompt.demo.task import load_task
 from fastprompt.training.batches import collate
 
 
@@ -49,8 +48,8 @@ def test_the_config_is_a_plain_t5(model):
     assert config["architectures"] == ["T5ForConditionalGeneration"]
 
 
-def test_it_continues_held_out_text_far_better_than_chance(tokenizer, model):
-    texts = [example.text for example in load_task()["test"]]
+def test_it_continues_held_out_text_far_better_than_chance(tokenizer, model, splits):
+    texts = [example.text for example in splits["test"]]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     pairs = [([*row[:32], tokenizer.eos_token_id], row[32:64]) for row in ids if len(row) >= 64][:64]
     with torch.no_grad():

@@ -56,6 +56,25 @@ int64_t reuse_without_barrier(const float* x, float* out, int64_t threads, void*
     return launch(reuse, dim3(1), dim3(threads), stream, x, out);
 }
 
+// Thread 41 writes what it has read itself, and one or two before it that no barrier makes it wait for.
+template <bool kBarrier>
+__global__ void write_after_reads(float* out) {
+    FP_SHARED(float, value, 1);
+    const unsigned t = threadIdx.x;
+    if (t == 0) value[0] = 1.0f;
+    __syncthreads();
+    if (t == 5 || t == 40 || t == 41) out[t] = value[0];
+    if (kBarrier) __syncthreads();
+    if (t >= 32) __syncwarp();
+    if (t == 41) value[0] = 2.0f;
+}
+int64_t written_after_reads(float* out, void* stream) {
+    return launch(write_after_reads<true>, dim3(1), dim3(64), stream, out);
+}
+int64_t written_among_reads(float* out, void* stream) {
+    return launch(write_after_reads<false>, dim3(1), dim3(64), stream, out);
+}
+
 enum Divergence { kSomeEnd, kSomeElsewhere };
 
 template <Divergence kHow>
@@ -137,6 +156,8 @@ FP_KERNEL(sum_unseen);
 FP_KERNEL(sum_without_barrier);
 FP_KERNEL(sum_without_barrier_unseen);
 FP_KERNEL(reuse_without_barrier);
+FP_KERNEL(written_after_reads);
+FP_KERNEL(written_among_reads);
 FP_KERNEL(barrier_that_some_miss);
 FP_KERNEL(barriers_in_two_places);
 FP_KERNEL(uninitialised);

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -44,6 +45,9 @@ struct Fiber {
     unsigned mask;
     uint64_t value, result;
     int source;
+
+    uint64_t warp_syncs[32];  // of each lane of its warp: how many __syncwarp that lane had passed when this one last
+                              // heard of it, itself or through others. What that lane did before is over.
 };
 
 enum Order { kForward, kReverse, kShuffled };
@@ -63,9 +67,8 @@ size_t scheduler_stack_bytes;
 void (*kernel_body)(void*);
 void* kernel_context;
 
-std::string error;                 // the first one; it ends the launch
-uint64_t barriers;                 // passed by the block
-std::vector<uint64_t> warp_syncs;  // passed by each warp of it
+std::string error;  // the first one; it ends the launch
+uint64_t barriers;  // passed by the block
 std::map<const void*, SharedMemory> arrays;
 
 // Fibers switch with __builtin_setjmp, which makes no system call; ucontext only enters a new stack. gcc wants both
@@ -125,6 +128,7 @@ void start_fibers() {
         if (fibers[i].stack == nullptr) fibers[i].stack = new_stack();
         fibers[i].thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
         fibers[i].state = kReady;
+        std::fill_n(fibers[i].warp_syncs, 32, uint64_t{0});
     }
 }
 
@@ -173,13 +177,26 @@ const Fiber* missing_partner(const Fiber& fiber) {
     return nullptr;
 }
 
+// Orders what the lanes of `mask` did; one that has ended does no more.
+void sync_lanes(size_t warp, unsigned mask) {
+    uint64_t passed[32] = {};
+    for (size_t i = warp; i < std::min(warp + 32, threads); ++i) {
+        if ((mask >> (i - warp) & 1) == 0) continue;
+        ++fibers[i].warp_syncs[i - warp];
+        for (size_t lane = 0; lane < 32; ++lane) passed[lane] = std::max(passed[lane], fibers[i].warp_syncs[lane]);
+    }
+    for (size_t i = warp; i < std::min(warp + 32, threads); ++i) {
+        if ((mask >> (i - warp) & 1) != 0) std::copy_n(passed, 32, fibers[i].warp_syncs);
+    }
+}
+
 void complete_exchange(const Fiber& fiber) {
     const size_t warp = index_of(fiber) / 32 * 32;
     uint64_t votes = 0;
     for (size_t i = warp; i < warp + 32; ++i) {
         if (is_partner(fiber, i) && fibers[i].value != 0) votes |= uint64_t{1} << (i - warp);
     }
-    if (fiber.kind == kSync) ++warp_syncs[warp / 32];
+    if (fiber.kind == kSync) sync_lanes(warp, fiber.mask);
     for (size_t i = warp; i < warp + 32; ++i) {
         if (!is_partner(fiber, i)) continue;
         Fiber& lane = fibers[i];
@@ -222,14 +239,16 @@ std::vector<size_t> arranged(size_t count) {
 
 void poison(SharedMemory& array) {
     memset(array.bytes.get(), 0xff, array.size);
-    array.elements.assign(array.elements.size(), {});
+    for (SharedMemory::Element& element : array.elements) {
+        element.write = {};
+        for (Reads& each : element.reads) each.lanes = 0;
+    }
     array.address_taken = false;
 }
 
 void run_block() {
     start_fibers();
     barriers = 0;
-    warp_syncs.assign((threads + 31) / 32, 0);
     for (auto& [key, array] : arrays) poison(array);
     while (error.empty()) {
         bool moved = false, waits = false;
@@ -248,12 +267,13 @@ void run_block() {
 
 Access access_now() {
     const size_t thread = index_of(*current);
-    return {static_cast<int>(thread), barriers, warp_syncs[thread / 32]};
+    return {static_cast<int>(thread), barriers, current->warp_syncs[thread % 32]};
 }
 
 void check_order(const SharedMemory& array, size_t index, const Access& before, const Access& now, const char* what) {
     if (before.thread < 0 || before.thread == now.thread || before.barriers != now.barriers) return;
-    if (before.thread / 32 == now.thread / 32 && before.warp_syncs != now.warp_syncs) return;
+    const bool one_warp = before.thread / 32 == now.thread / 32;
+    if (one_warp && before.warp_syncs < current->warp_syncs[before.thread % 32]) return;
     fail(std::string("race on shared ") + array.name + "[" + std::to_string(index) + "]: " + what + " thread " +
          name(fibers[static_cast<size_t>(before.thread)].thread) + " with no barrier between");
 }
@@ -290,8 +310,11 @@ void SharedMemory::check_read(size_t index) {
     }
     const Access now = access_now();
     check_order(*this, index, element.write, now, "it reads what was written by");
-    if (element.read.thread != now.thread) element.read_by_another = element.read;
-    element.read = now;
+    if (element.reads.empty()) element.reads.resize((threads + 31) / 32);
+    Reads& reads = element.reads[static_cast<size_t>(now.thread) / 32];
+    if (reads.barriers != now.barriers) reads.barriers = now.barriers, reads.lanes = 0;
+    reads.lanes |= 1u << now.thread % 32;
+    reads.warp_syncs[now.thread % 32] = now.warp_syncs;
 }
 
 void SharedMemory::check_write(size_t index) {
@@ -299,8 +322,15 @@ void SharedMemory::check_write(size_t index) {
     Element& element = elements[index];
     const Access now = access_now();
     check_order(*this, index, element.write, now, "it writes what was written by");
-    check_order(*this, index, element.read, now, "it writes what was read by");
-    check_order(*this, index, element.read_by_another, now, "it writes what was read by");
+    for (size_t warp = 0; warp < element.reads.size(); ++warp) {
+        Reads& reads = element.reads[warp];
+        for (unsigned lanes = reads.barriers == now.barriers ? reads.lanes : 0; lanes != 0; lanes &= lanes - 1) {
+            const int lane = __builtin_ctz(lanes), thread = static_cast<int>(32 * warp) + lane;
+            check_order(*this, index, {thread, reads.barriers, reads.warp_syncs[lane]}, now,
+                        "it writes what was read by");
+        }
+        reads.lanes = 0;
+    }
     element.write = now;
 }
 

@@ -76,16 +76,24 @@ inline unsigned ballot(Site site, unsigned mask, int predicate) {
 }
 inline void sync_warp(Site site, unsigned mask = 0xffffffffu) { exchange(site, kSync, mask, 0, 0); }
 
-// Who touched an element of shared memory, and how many barriers and __syncwarp of its warp had passed by then.
+// Who touched an element of shared memory, and how many barriers and __syncwarp that thread had passed by then.
 struct Access {
     int thread = -1;
     uint64_t barriers = 0, warp_syncs = 0;
 };
 
+// A warp's reads of an element since the element was written, and since the barrier that they came after.
+struct Reads {
+    uint64_t barriers = 0;
+    unsigned lanes = 0;       // a bit for each lane that read,
+    uint64_t warp_syncs[32];  // which then had passed so many
+};
+
 // One array of the running block's shared memory.
 struct SharedMemory {
     struct Element {
-        Access write, read, read_by_another;
+        Access write;
+        std::vector<Reads> reads;  // by warp
     };
     const char* name;
     size_t size;  // bytes

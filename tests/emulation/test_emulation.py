@@ -37,14 +37,19 @@ def test_missing_barrier_is_reported_in_every_order(planted, schedule, x):
         planted.sum_without_barrier(address(x), address(out), 4, 64, 0)
 
 
-def test_missing_barrier_out_of_sight_is_wrong_in_some_order(planted, build, x):
+@pytest.fixture
+def set_schedule(build):
+    yield build.set_schedule
+    build.set_schedule()
+
+
+def test_missing_barrier_out_of_sight_is_wrong_in_some_order(planted, build, set_schedule, x):
     wrong = []
     for order in build.SCHEDULES:
-        build.set_schedule(order, seed=1)
+        set_schedule(order, seed=1)
         out = np.full(4, np.nan, np.float32)
         planted.sum_without_barrier_unseen(address(x), address(out), 4, 64, 0)
         wrong.append(not np.allclose(out, x.reshape(4, 64).sum(1), rtol=1e-4))
-    build.set_schedule()
     assert any(wrong)
 
 
@@ -52,6 +57,15 @@ def test_shared_memory_reused_too_early(planted, schedule, x):
     out = np.zeros(128, np.float32)
     with pytest.raises(RuntimeError, match=r"race on shared value\[0\]: it (writes|reads) what was"):
         planted.reuse_without_barrier(address(x), address(out), 64, 0)
+
+
+def test_a_write_after_the_reads_of_three_threads(planted, schedule):
+    """Each of the reads counts, however many came after it."""
+    out = np.zeros(64, np.float32)
+    planted.written_after_reads(address(out), 0)
+    assert out[[5, 40, 41]].tolist() == [1.0] * 3
+    with pytest.raises(RuntimeError, match=r"race on shared value\[0\]: it (writes|reads) what was"):
+        planted.written_among_reads(address(out), 0)
 
 
 def test_barrier_that_some_threads_never_reach(planted, schedule):
@@ -142,6 +156,19 @@ def test_syncwarp_orders_shared_memory(planted, schedule):
     np.testing.assert_array_equal(out, (LANES + 1) % 32)
     with pytest.raises(RuntimeError, match=r"shared tile\[\d+\]"):
         planted.handed_on_without_sync(address(out), 0)
+
+
+def test_syncwarp_of_some_lanes_orders_those(planted, schedule):
+    out = np.zeros(32, np.int32)
+    for kernel in (planted.waits_for_writer, planted.waits_through_another):
+        out[0] = 0
+        kernel(address(out), 0)
+        assert out[0] == 102
+    planted.waits_for_readers(address(out), 0)
+    assert out[[5, 6]].tolist() == [102] * 2
+    for kernel in (planted.others_wait, planted.waits_alone, planted.waits_for_one_reader):
+        with pytest.raises(RuntimeError, match=r"(race on|reads) shared value\[0\]"):
+            kernel(address(out), 0)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,45 @@ int64_t handed_on_without_sync(int* out, void* stream) {
     return launch(hand_on<false>, dim3(1), dim3(32), stream, out);
 }
 
+// Lane 3 reads what lane 2 wrote, in a warp where some lanes wait for each other: those two; through lane 9, for which
+// each waits; others; or lane 3 alone. Or lane 7 writes what lanes 5 and 6 read: they wait, or lane 6 does.
+enum Waiting { kBoth, kThroughAnother, kOthers, kAlone, kReaders, kOneReader };
+
+template <Waiting kWho>
+__global__ void wait_for_some(int* out) {
+    FP_SHARED(int, value, 1);
+    const unsigned lane = threadIdx.x;
+    if (lane == 2) value[0] = 102;
+    if (kWho == kBoth && (lane == 2 || lane == 3)) __syncwarp(0x00cu);
+    if (kWho == kThroughAnother && (lane == 2 || lane == 9)) __syncwarp(0x204u);
+    if (kWho == kThroughAnother && (lane == 3 || lane == 9)) __syncwarp(0x208u);
+    if (kWho == kOthers && lane < 2) __syncwarp(0x003u);
+    if (kWho == kAlone && lane == 3) __syncwarp(0x008u);
+    if (kWho < kReaders) {
+        if (lane == 3) out[0] = value[0];
+        return;
+    }
+    __syncwarp();
+    if (lane == 5 || lane == 6) out[lane] = value[0];
+    if (kWho == kReaders && (lane == 5 || lane == 6 || lane == 7)) __syncwarp(0x0e0u);
+    if (kWho == kOneReader && (lane == 6 || lane == 7)) __syncwarp(0x0c0u);
+    if (lane == 7) value[0] = 107;
+}
+int64_t waits_for_writer(int* out, void* stream) {
+    return launch(wait_for_some<kBoth>, dim3(1), dim3(32), stream, out);
+}
+int64_t waits_through_another(int* out, void* stream) {
+    return launch(wait_for_some<kThroughAnother>, dim3(1), dim3(32), stream, out);
+}
+int64_t waits_for_readers(int* out, void* stream) {
+    return launch(wait_for_some<kReaders>, dim3(1), dim3(32), stream, out);
+}
+int64_t others_wait(int* out, void* stream) { return launch(wait_for_some<kOthers>, dim3(1), dim3(32), stream, out); }
+int64_t waits_alone(int* out, void* stream) { return launch(wait_for_some<kAlone>, dim3(1), dim3(32), stream, out); }
+int64_t waits_for_one_reader(int* out, void* stream) {
+    return launch(wait_for_some<kOneReader>, dim3(1), dim3(32), stream, out);
+}
+
 enum Fault { kLaneAtBarrier, kMasksDiffer, kAbsentLane, kNotInMask, kEndedLane };
 
 template <Fault kFault>
@@ -82,6 +121,12 @@ FP_KERNEL(exchanges);
 FP_KERNEL(warp_sums);
 FP_KERNEL(handed_on);
 FP_KERNEL(handed_on_without_sync);
+FP_KERNEL(waits_for_writer);
+FP_KERNEL(waits_through_another);
+FP_KERNEL(waits_for_readers);
+FP_KERNEL(others_wait);
+FP_KERNEL(waits_alone);
+FP_KERNEL(waits_for_one_reader);
 FP_KERNEL(shuffle_with_lane_at_barrier);
 FP_KERNEL(shuffle_with_different_masks);
 FP_KERNEL(shuffle_from_absent_lane);

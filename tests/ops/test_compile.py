@@ -6,6 +6,7 @@ import torch
 from samples import SAMPLES, SEED
 from torch.autograd import forward_ad
 
+import fastprompt.ops
 from fastprompt import use_backend
 from fastprompt._op import OPS
 from fastprompt.ops import prompt_embed, rms_norm
@@ -62,6 +63,22 @@ def test_a_forward_mode_derivative_is_refused(name, grad):
         ):
             getattr(torch.ops.fastprompt, member)(*arguments[:place], dual, *arguments[place + 1 :])
         getattr(torch.ops.fastprompt, member)(*arguments)  # without tangents
+
+
+@pytest.mark.parametrize("name", ["dropout_add", "frozen_linear", "gated_act", "relu_dropout"])
+def test_one_graph_of_the_function_alone(name):
+    """Its samples have the function's arguments by their names."""
+    function = getattr(fastprompt.ops, name)
+    names = [each.name for each in getattr(torch.ops.fastprompt, name).default._schema.arguments]
+    for arguments in [arguments for member, arguments in SAMPLES[name]() if member == name]:
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+        results = []
+        for each in (compiled, function):
+            y = each(**dict(zip(names, arguments, strict=True)))
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        assert all(map(torch.equal, *results))
 
 
 def embed_and_norm(ids, weight, prompt, w, p, seed):

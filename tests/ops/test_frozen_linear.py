@@ -12,7 +12,7 @@ import fastprompt
 from fastprompt import _native
 from fastprompt.ops import frozen_linear
 from fastprompt.ops.frozen_linear import COLUMNS, FEW_ROWS_DEPTH, ROWS
-from fastprompt.testing import saved_bytes
+from fastprompt.testing import _ulp, saved_bytes
 
 OP = "frozen_linear"
 CPU_TARGETS = [isa for isa in _native.CPU_TARGETS if hasattr(_native.TARGETS[isa], OP)]
@@ -58,14 +58,20 @@ def check(M, N, K, layout="rows", number=0, dtype=KERNEL):
 def assert_as_exact(ours, x, b, slack=1.1):
     """Within the bound that rounding sets to any order of summation, and on the whole as close as x @ b.
 
-    The bound is Higham's, K units of roundoff times |x| |b|: a term too many or too few exceeds it. Of two long sums,
-    whose errors have long tails, only the root mean square tells which order is better, and of a few not even that.
+    The bound is Higham's, K units of roundoff times |x| |b|: a term too many or too few exceeds it. Half precision is
+    summed in fp32 and rounded once, by half an ulp; or by PyTorch's library, with errors no larger than its own.
+    Of two long sums, whose errors have long tails, only the root mean square tells which order is better, and of a few
+    not even that.
     """
     a, c = x.double(), b.double()
     truth, scale, eps = a @ c, (a.square() @ c.square()).sqrt(), torch.finfo(x.dtype).eps
     error, stock_error = ((y.double() - truth) for y in (ours, x @ b))
     assert ours.shape == truth.shape
-    assert bool((error.abs() <= x.shape[1] * eps / 2 * (a.abs() @ c.abs())).all())
+    sum_eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    bound = x.shape[1] * sum_eps / 2 * (a.abs() @ c.abs())
+    if sum_eps < eps:
+        bound = bound + _ulp(torch.maximum(truth.abs(), ours.double().abs()), x.dtype) / 2
+    assert bool((error.abs() <= torch.maximum(bound, stock_error.abs())).all())
     rms, stock = ((each / scale).square().mean().sqrt() for each in (error, stock_error))
     assert truth.numel() <= 750 or rms <= slack * stock + 0.1 * eps, (
         f"{rms / eps:.3g} eps, stock {stock / eps:.3g}"
@@ -111,13 +117,16 @@ def test_half_precision(backend, no_half_instructions, shape, layout, dtype):
 
 @each_half
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("M", [ROWS, 100, 330])
+@pytest.mark.parametrize("M", [1, 3, ROWS, 100, 330])
 def test_half_precision_rounds_once(native_backend, no_half_instructions, M, layout, dtype):
-    x, weight, dy = draw(M, 70, 600, dtype=dtype)
+    """As among enough rows for the kernel to take them in fp32."""
+    x, weight, dy = draw(max(M, ROWS), 70, 600, dtype=dtype)
     half, wide = strided(weight, layout), strided(weight.float(), layout)
     backward = torch.ops.fastprompt.frozen_linear_backward
-    assert torch.equal(frozen_linear(x, half), frozen_linear(x.float(), wide).to(dtype))
-    assert torch.equal(backward([dy, dy], [half] * 2), backward([dy.float()] * 2, [wide] * 2).to(dtype))
+    expected, expected_dx = frozen_linear(x.float(), wide), backward([dy.float()] * 2, [wide] * 2)
+    x, dy = x[:M], dy[:M]
+    assert torch.equal(frozen_linear(x, half), expected[:M].to(dtype))
+    assert torch.equal(backward([dy, dy], [half] * 2), expected_dx[:M].to(dtype))
 
 
 @pytest.mark.parametrize("layout", ["rows", "part"])
@@ -248,14 +257,15 @@ def test_threads_change_no_bit_of_a_few_rows(native_backend, one_thread):
 
 
 @pytest.mark.parametrize("M", [3, 50])
+@pytest.mark.skipif(not {"avx2", "avx512"} <= set(CPU_TARGETS), reason="needs a CPU with avx512")
 def test_vectors_of_any_width_give_the_same_bits(M):
     """A lane is a column, its chain of fused products the same one. (Scalar code rounds every product.)"""
     x, weight, _ = draw(M, 60, FEW_ROWS_DEPTH)
     results = []
-    for backend in {"cpu:avx2", "cpu:avx512"} & set(fastprompt.backends(OP)):
+    for backend in ("cpu:avx2", "cpu:avx512"):
         with fastprompt.use_backend(OP, backend):
             results.append(frozen_linear(x, weight))
-    assert all(torch.equal(each, results[0]) for each in results)
+    assert torch.equal(*results)
 
 
 def test_infinities_and_nan_stay_in_their_rows(backend):
@@ -319,14 +329,6 @@ def test_the_default_is_what_is_faster_here():
 def test_float64_gradient():
     x, weight, _ = draw(3, 4, 5, dtype=torch.float64)
     torch.autograd.gradcheck(lambda x: frozen_linear(x, weight), x.requires_grad_())
-
-
-def test_fullgraph_compile():
-    x, weight, dy = draw(20, 50, 60)
-    y = torch.compile(frozen_linear, fullgraph=True, backend="aot_eager")(x.requires_grad_(), weight)
-    assert torch.equal(
-        torch.autograd.grad(y, x, dy)[0], torch.ops.fastprompt.frozen_linear_backward([dy], [weight])
-    )
 
 
 def case(error, message, **changes):

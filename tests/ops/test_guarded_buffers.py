@@ -114,6 +114,8 @@ def test_t5_attention(kernels, device, dtype, seed, sizes, p):
     """Two examples over prompts of 3 and 5 keys, a mask with holes, causal with offsets."""
     if not serves(kernels.t5_attention, dtype):
         pytest.skip("another kernel's dtype")
+    if sizes[0] > 7 and not hasattr(kernels, "t5_attention_backward"):
+        pytest.skip("the CUDA kernel has one way for all sizes")
     (T, S), B, H, K, R, P = sizes, 2, 2, 16, 2, 5
     q, k, v, dout = (torch.randn(B, n, H, K).to(device, dtype) for n in (T, S, S, T))
     prompt_k, prompt_v = (torch.randn(R, P, H, K).to(device, dtype) for _ in "kv")
@@ -149,7 +151,7 @@ def test_frozen_linear(kernels, device, M, columns_are_dense, dtype):
     chain or more.
     """
     if not hasattr(kernels, "frozen_linear"):
-        return  # there is no CUDA kernel
+        pytest.skip("there is no CUDA kernel")
     B, columns, depth = 2, 70, 300
     shapes = (B, M, depth), (B, columns, depth), (B, M, columns)
     x, weight, y = (torch.randn(shape, device=device) for shape in shapes)

@@ -184,16 +184,6 @@ def test_an_output_larger_than_the_caches(backend, device, dtype, D):
     assert torch.equal(prompt_embed(input_ids, weight, prompt), peft(input_ids, weight, prompt))
 
 
-def test_seed_is_drawn_from_torchs_generator(backend, device):
-    weight, prompt = torch.ones(3, 33, device=device), torch.ones(5, 33, device=device)
-    input_ids, results = torch.zeros(2, 6, dtype=torch.int64, device=device), []
-    for number in (1, 1, 2):
-        torch.manual_seed(number)
-        results.append(prompt_embed(input_ids, weight, prompt, dropout_p=0.5))
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[1], results[2])
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rounding_of_a_master_copy(backend, device, dtype):
     """Halfway cases, overflow to infinity, subnormals, infinities and NaNs of any payload round as in torch."""

@@ -4,32 +4,9 @@
 import pytest
 import torch
 from fastprompt.triton_kernels import linear_cross_entropy as kernels
+from loss_chunks import FIRST, D, expected, statistics
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FIRST, D = 1000, 37
-
-
-def statistics(N, C, dtype, device):
-    """Of N rows: chunk of logits, labels (in the chunk, outside, hostile), top, total, picked, others."""
-    labels = FIRST + torch.randint(C, (N,))
-    labels[:4] = torch.tensor([FIRST - 1, FIRST + C, -(2**62), FIRST + C - 1])
-    top, total = 3 * torch.randn(N), 1 + torch.rand(N)
-    top[5], total[5] = -torch.inf, 0.0
-    inputs = (3 * torch.randn(N, C)).to(dtype), labels, top, total, torch.randn(N), torch.randn(N, D)
-    return [x.to(device) for x in inputs]
-
-
-def expected(logits, labels, top, total, picked, others):
-    """The same in float64, differences rounded to fp32, with the weights that are left in the place of logits."""
-    logits = logits.to(torch.float32, copy=True)
-    inside = (labels >= FIRST) & (labels < FIRST + logits.shape[1])
-    index = torch.where(inside, labels - FIRST, 0)[:, None]
-    picked = torch.where(inside, logits.gather(1, index)[:, 0], picked)
-    logits[inside] = logits[inside].scatter(1, index[inside], -torch.inf)
-    now = torch.maximum(top, logits.amax(-1))
-    base = now.masked_fill(now == -torch.inf, 0.0)
-    weights, factor = (logits - base[:, None]).double().exp(), (top - base).double().exp()
-    return weights, now, total * factor + weights.sum(-1), picked, others * factor[:, None]
 
 
 @pytest.mark.parametrize("columns", [2048, 16])
