@@ -5,8 +5,8 @@ On a CPU with AVX512_BF16 or AMX the tests of tests/ops run with its instruction
 cpu:avx512_bf16 and cpu:amx.
 """
 
+import attention_case
 import pytest
-import test_t5_attention as attention
 import torch
 
 from fastprompt import _native, _op, backend_used, use_backend
@@ -33,7 +33,7 @@ def check(case):
 @pytest.mark.parametrize("K", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("T", [1, 7, 40])
 def test_head_widths(K, T):
-    check(attention.Case("cpu", BF16, B=1, T=T, S=19, K=K, P=3))
+    check(attention_case.Case("cpu", BF16, B=1, T=T, S=19, K=K, P=3))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -41,8 +41,8 @@ def test_head_widths(K, T):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_masks(causal, mask, p):
     for P in (0, 3):
-        key_mask = attention.key_mask(mask, 2, 11, "cpu")
-        check(attention.Case("cpu", BF16, P=P, causal=causal, dropout_p=p, key_mask=key_mask))
+        key_mask = attention_case.key_mask(mask, 2, 11, "cpu")
+        check(attention_case.Case("cpu", BF16, P=P, causal=causal, dropout_p=p, key_mask=key_mask))
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_masks(causal, mask, p):
 )
 def test_blocks(options):
     """More queries and keys than a block, a chunk and a tile hold, and rests of each."""
-    check(attention.Case("cpu", BF16, H=1, K=32, **options))
+    check(attention_case.Case("cpu", BF16, H=1, K=32, **options))
 
 
 def test_a_nan_of_a_query_spreads_as_in_transformers():
     """Not to the rows that share its tiles or registers."""
-    case = attention.Case("cpu", BF16, B=1, T=40, S=40, P=3)
+    case = attention_case.Case("cpu", BF16, B=1, T=40, S=40, P=3)
     case.q[0, 5, 1, 3] = float("nan")
     stock = case.results(
         case.hf, [x.float() for x in case.tensors]
@@ -73,7 +73,7 @@ def test_a_nan_of_a_query_spreads_as_in_transformers():
 @pytest.mark.parametrize("S", [1, 34])
 def test_an_infinite_value_stays_one(S):
     """Beside keys that fill up a factor, whose weights are zero: times infinity that would be NaN."""
-    case = attention.Case("cpu", BF16, B=1, T=40, S=S)
+    case = attention_case.Case("cpu", BF16, B=1, T=40, S=S)
     case.v[0, -1, 1, 3] = float("inf")
     out = case.ours(*case.tensors)
     assert out[0, :, 1, 3].isposinf().all()
@@ -101,7 +101,7 @@ def test_the_emulation_is_as_exact_as_the_cpu(isa):
     """The sums of both are in one order; what surrounds them has other vectors, and so other roundings."""
     if isa not in _native.CPU_TARGETS:
         pytest.skip(f"needs a CPU with {isa}")
-    case = attention.Case("cpu", BF16, B=1, T=40, S=70, K=64)
+    case = attention_case.Case("cpu", BF16, B=1, T=40, S=70, K=64)
     emulated = case.results(case.ours, case.tensors)
     with use_backend("t5_attention", f"cpu:{isa}"):
         for ours, other in zip(case.results(case.ours, case.tensors), emulated, strict=True):

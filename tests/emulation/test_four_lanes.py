@@ -5,8 +5,8 @@ instructions, for which portable code stands in.
 
 import pytest
 import test_frozen_linear
-import test_t5_attention
 import torch
+from attention_case import Case
 from samples import SAMPLES
 
 from fastprompt import _op, backend_used, use_backend
@@ -76,7 +76,7 @@ def test_rows_have_the_bits_of_single_floats(name, dtype):
 @pytest.mark.parametrize("T", [1, 3, 80])
 def test_attention(T, dtype):
     with use_backend("t5_attention", BACKEND):
-        test_t5_attention.Case("cpu", dtype, T=T, S=86, K=32, P=3, dropout_p=0.1).check()
+        Case("cpu", dtype, T=T, S=86, K=32, P=3, dropout_p=0.1).check()
 
 
 @pytest.mark.parametrize("shape", [(17, 51, 49), (103, 70, 129), (305, 130, 300), (3, 70, 600)], ids=str)

@@ -5,6 +5,10 @@ import pytest
 import torch
 from layouts import LAYOUTS, TINY, VOCAB
 
+from fastprompt import _op, hf_attention
+from fastprompt.modules.attention import FrozenAttention
+from fastprompt.modules.ff import FrozenFF
+
 
 @pytest.fixture
 def make(device):
@@ -39,3 +43,65 @@ def labels(device):
     labels = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
     labels[-1, -2:] = -100
     return labels.to(device)
+
+
+@pytest.fixture
+def layers_ran(monkeypatch):
+    """How often each fused layer ran."""
+    counts = {"FrozenFF": 0, "FrozenAttention": 0}
+    for function in (FrozenFF, FrozenAttention):
+
+        def counted(*args, name=function.__name__, forward=function.forward):
+            counts[name] += 1
+            return forward(*args)
+
+        monkeypatch.setattr(function, "forward", staticmethod(counted))
+    return counts
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """One entry per call of t5_attention that the door made: its keyword arguments. backend_used knows of no others
+    before.
+    """
+    calls, op = [], hf_attention.t5_attention
+    monkeypatch.setattr(_op.OPS["t5_attention"], "last_backend", {})
+
+    def counted(*args, **kwargs):
+        out = op(*args, **kwargs)
+        calls.append(kwargs)
+        return out
+
+    monkeypatch.setattr(hf_attention, "t5_attention", counted)
+    return calls
+
+
+@pytest.fixture
+def make_door(device):
+    """A model of a class whose attention is the function of a name, such as "fastprompt"; equal calls give equal
+    weights.
+    """
+
+    def make(model_class, config_class, attention, dtype=torch.float32, **changes):
+        torch.manual_seed(0)
+        model = model_class._from_config(config_class(**(TINY | changes)), attn_implementation=attention)
+        for parameter in model.parameters():  # wide enough that a wrong mask or position shows
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return model.to(device, dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def pair(make_door):
+    """(eager, ours): two models of equal weights, frozen as in prompt tuning."""
+
+    def pair(layout="v1_1", dtype=torch.float32, frozen=True, **changes):
+        model_class, config_class, special = LAYOUTS[layout]
+        changes = special | changes
+        models = [
+            make_door(model_class, config_class, name, dtype, **changes) for name in ("eager", "fastprompt")
+        ]
+        return [model.requires_grad_(not frozen) for model in models]
+
+    return pair

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models that these tests use, and what they compare."""
 
+import pytest
 import torch
 from transformers import (
     LongT5Config,
@@ -14,6 +15,8 @@ from transformers import (
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
+
+from fastprompt._cache_name import CACHE, cache_of
 
 VOCAB = 64
 TINY = {
@@ -41,7 +44,14 @@ LAYOUTS = {
     "switch": (SwitchTransformersForConditionalGeneration, SwitchTransformersConfig, {"num_experts": 2}),
 }
 FULL = ("t5", "v1_1", "ul2", "mt5")  # every layer is served
+LAYERS = {"t5": 6, "v1_1": 7, "mt5": 6, "umt5": 6}  # attention layers: encoder, and two per decoder block
 MEMORY = ("speed", "balanced", "lean", "minimal")
+
+each_memory = pytest.mark.parametrize("memory", MEMORY)
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
 
 
 def step(model, batch, labels, **options):
@@ -50,6 +60,13 @@ def step(model, batch, labels, **options):
     output = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels, **options)
     output.loss.backward()
     return output.logits.detach(), output.loss.detach(), embeds.grad
+
+
+def continued(model, inputs, embeds):
+    """Logits of one more token behind two that a cache holds."""
+    start = torch.zeros(3, 2, dtype=torch.int64, device=embeds.device)
+    past = cache_of(model(**inputs, decoder_input_ids=start, use_cache=True))
+    return model(**inputs, decoder_inputs_embeds=embeds, **{CACHE: past}).logits
 
 
 def close(ours, theirs, tolerance=1e-5):

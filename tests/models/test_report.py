@@ -123,3 +123,11 @@ def test_what_falls_back_says_why(make):
     assert "its heads are 24 wide" in rows["T5LayerSelfAttention"]
     assert "lm_head has a bias" in rows["T5ForConditionalGeneration"]
     assert rows["T5LayerFF"] is None
+
+
+def test_explain_says_the_same_in_any_mode(make):
+    model = patch(make(frozen=False))
+    expected = explain(model)
+    assert any("is trained" in (row.reason or "") for row in expected)
+    with torch.no_grad():
+        assert explain(model) == expected

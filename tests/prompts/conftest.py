@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from bank import KINDS, SIZES
+from packing import CONFIGS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -20,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import patch
 from fastprompt.model import PromptModel
-from fastprompt.prompts import PromptConfig
+from fastprompt.prompts import PromptConfig, PromptStore, write_store
+from fastprompt.prompts.loading import file_of
 
 VOCAB, D = 64, 32
 
@@ -170,3 +173,46 @@ def hf():
         return model(encoder_outputs=encoded, attention_mask=seen, **arguments)
 
     return run
+
+
+@pytest.fixture
+def make_pair(make_model):
+    """(padded, packed) over equal weights, and the rows that the second one's encoder ran."""
+
+    def make(layout="v1_1", memory=None, pack=None, **special):
+        found = []
+        for choice in (False, pack):
+            model = make_model(layout, attention="fastprompt", **({"d_kv": 16} | special))
+            prompted = PromptModel(model, CONFIGS, pack=choice)
+            found.append(prompted if memory is None else patch(prompted, memory=memory))
+        rows = []
+        block = found[1].model.get_encoder().block[0]
+        block.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape[:2])))
+        return (*found, rows)
+
+    return make
+
+
+@pytest.fixture
+def bank(make_keyed):
+    """One prompt of each kind, with values of its own."""
+    model = make_keyed(KINDS, **SIZES)
+    for parameter in model.prompts.parameters():
+        parameter.data += torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def empty(make_keyed):
+    def make():
+        return make_keyed({}, **SIZES)
+
+    return make
+
+
+@pytest.fixture
+def stored(bank, tmp_path):
+    """The store of all prompts of ``bank``, and their own identity."""
+    files = {n: file_of(bank.prompts[n], bank.kind(n), None, n, bank._identity()) for n in KINDS}
+    write_store(tmp_path / "store", files)
+    return PromptStore(tmp_path / "store")

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """save_prompt and load_prompt: a prompt comes back exactly, and only into the model it was trained for."""
 
+import copy
 from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from bank import KINDS, logits, same
 from torch import nn
 
 from fastprompt.model import PromptModel
-from fastprompt.prompts import PromptConfig, identity
+from fastprompt.prompts import PromptConfig, PromptFile, identity, read_prompt
 from fastprompt.prompts.identity import embedding_sha256
 
 
@@ -157,3 +159,82 @@ def test_a_name_is_checked_before_a_file_is_written(make_prompted, tmp_path):
     with pytest.raises(ValueError, match=r"no prompt 'p6'; there are \['p5'\]"):
         make_prompted().save_prompt("p6", tmp_path / "prompt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_saved_prompt_of_any_kind_gives_the_same_logits(name, bank, empty, make_batch, tmp_path):
+    bank.save_prompt(name, tmp_path / "prompt")
+    other, batch = empty(), make_batch()
+    other.load_prompt("p", tmp_path / "prompt")
+    same(logits(other, batch, "p"), logits(bank, batch, name))
+    assert other.kind("p") == bank.kind(name)
+    assert all(parameter.requires_grad for parameter in other.prompts.parameters())
+    again = other.configs["p"]
+    assert (again.num_tokens, again.kind, again.sites, again.parameterization) == (
+        KINDS[name].num_tokens,
+        KINDS[name].kind,
+        KINDS[name].sites,
+        KINDS[name].parameterization,
+    )
+    other.save_prompt("p", tmp_path / "again")
+    first, second = read_prompt(tmp_path / "prompt").tensors, read_prompt(tmp_path / "again").tensors
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+def test_how_a_prompt_began_is_not_forgotten(bank, empty, tmp_path):
+    bank.add_prompt("zeros", PromptConfig(3, init="zeros"))
+    bank.save_prompt("zeros", tmp_path / "first")
+    other = empty()
+    other.load_prompt("p", tmp_path / "first")
+    other.rename_prompt("p", "q")
+    other.save_prompt("q", tmp_path / "second")
+    assert read_prompt(tmp_path / "second").init == "zeros"
+    other.load_prompt("q", PromptFile(torch.ones(3, 32)))  # says nothing of it
+    other.save_prompt("q", tmp_path / "third")
+    assert read_prompt(tmp_path / "third").init == "file"
+    other.remove_prompt("q")
+    assert not other._inits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_loading_over_a_prompt_keeps_its_parameters(name, bank, make_batch, tmp_path):
+    bank.save_prompt(name, tmp_path / "prompt")
+    batch = make_batch()
+    before, parameters = logits(bank, batch, name), dict(bank.prompts.named_parameters())
+    bank.eval()
+    if bank.kind(name) != "prepend":
+        bank.cache_prompts(name)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1)
+    assert not torch.equal(logits(bank, batch, name), before)
+    bank.load_prompt(name, tmp_path / "prompt")
+    same(logits(bank, batch, name), before)
+    assert all(each is parameters[key] for key, each in bank.prompts.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("prepend", "cached", "must be of kind 'cached' with"),
+        ("cached", "prepend", "must be of kind 'prepend' with"),
+        ("rows", "mlp", r"'prefix' with {'encoder': \[3, 2, 32\]"),
+        ("kv", "rows", "like prompt 'rows', got 'prefix' with .*'decoder_k'"),
+        ("rows", "prepend", "got 'prefix'"),
+    ],
+)
+def test_loading_over_another_kind_of_prompt_is_refused(name, other, message, bank, tmp_path):
+    bank.save_prompt(name, tmp_path / "prompt")
+    before, configs = copy.deepcopy(bank.state_dict()), dict(bank.configs)
+    with pytest.raises(ValueError, match=f"{message}.*Load it under another name, or begin a prompt from it"):
+        bank.load_prompt(other, tmp_path / "prompt")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in bank.state_dict().items())
+    assert bank.configs == configs
+
+
+def test_a_prefix_of_another_model_is_refused(bank, make_keyed, tmp_path):
+    bank.save_prompt("rows", tmp_path / "prompt")
+    deeper = make_keyed({}, num_layers=4, num_decoder_layers=2)
+    with pytest.raises(ValueError, match=r"tensor 'encoder' must have shape .*=\[4, 3, 32\], as the model"):
+        deeper.load_prompt("p", tmp_path / "prompt", strict=False)
+    assert "p" not in deeper.prompts
