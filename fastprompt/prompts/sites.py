@@ -107,7 +107,8 @@ def serve(model: Any) -> None:
     Raises:
         ValueError: the layers are not numbered as their keys are, or torch.export is recording.
     """
-    if torch.compiler.is_exporting():
+    # PyTorch 2.11 answers the first question with yes in torch.compile, too.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise ValueError(
             "PromptModel: torch.export takes prompts of kind 'prepend' alone. Use kind='prepend'"
         )
