@@ -2,6 +2,8 @@
 #define FP_TARGET "bindings"
 #include "torch_tensor.h"
 
+#include <initializer_list>
+
 namespace {
 
 // The part of DLPack's ABI that is read here: https://dmlc.github.io/dlpack/latest/c_api.html
@@ -35,12 +37,28 @@ struct Torch {
 
 Torch torch{};  // for as long as the process lives
 
-PyObject* attribute(PyObject* owner, const char* first, const char* second) {
-    PyObject* between = PyObject_GetAttrString(owner, first);
-    if (between == nullptr) return nullptr;
-    PyObject* found = PyObject_GetAttrString(between, second);
-    Py_DECREF(between);
-    return found;
+// owner.name, then .name of that, ...; null, without an exception, where there is none.
+PyObject* attribute(PyObject* owner, std::initializer_list<const char*> names) {
+    Py_INCREF(owner);
+    for (const char* name : names) {
+        PyObject* found = PyObject_GetAttrString(owner, name);
+        Py_DECREF(owner);
+        owner = found;
+        if (owner == nullptr) {
+            PyErr_Clear();
+            break;
+        }
+    }
+    return owner;
+}
+
+const ExchangeApi* exchange_api(PyObject* module) {
+    PyObject* capsule = attribute(module, {"Tensor", "__dlpack_c_exchange_api__"});
+    if (capsule == nullptr) return nullptr;
+    const auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    Py_DECREF(capsule);
+    PyErr_Clear();
+    return api != nullptr && api->major == kMajor && api->tensor_from_object != nullptr ? api : nullptr;
 }
 
 }  // namespace
@@ -76,21 +94,14 @@ bool read_keys(PyObject* value, uint64_t& keys) {
 }
 
 PyObject* learn_torch(PyObject* /*module*/, PyObject* module) {
-    Torch found{};
-    found.tensor = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(module, "Tensor"));
-    found.parameter = reinterpret_cast<PyTypeObject*>(attribute(module, "nn", "Parameter"));
-    found.dtype = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(module, "dtype"));
-    found.dispatch_keys = attribute(module, "_C", "_dispatch_keys");
-    found.raw_repr = PyUnicode_InternFromString("raw_repr");
-    PyObject* capsule = attribute(module, "Tensor", "__dlpack_c_exchange_api__");
-    if (capsule != nullptr) {
-        found.api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-        Py_DECREF(capsule);
-    }
-    const bool complete = found.tensor != nullptr && found.parameter != nullptr && found.dtype != nullptr &&
-                          found.dispatch_keys != nullptr && found.raw_repr != nullptr && found.api != nullptr;
-    if (!complete || found.api->major != kMajor || found.api->tensor_from_object == nullptr) {
-        PyErr_Clear();
+    const Torch found = {reinterpret_cast<PyTypeObject*>(attribute(module, {"Tensor"})),
+                         reinterpret_cast<PyTypeObject*>(attribute(module, {"nn", "Parameter"})),
+                         reinterpret_cast<PyTypeObject*>(attribute(module, {"dtype"})),
+                         attribute(module, {"_C", "_dispatch_keys"}),
+                         PyUnicode_InternFromString("raw_repr"),
+                         exchange_api(module)};
+    if (found.tensor == nullptr || found.parameter == nullptr || found.dtype == nullptr ||
+        found.dispatch_keys == nullptr || found.raw_repr == nullptr || found.api == nullptr) {
         PyErr_SetString(PyExc_ImportError, "this PyTorch does not share its tensors by DLPack 1's exchange protocol");
         return nullptr;
     }
