@@ -198,8 +198,12 @@ def _same_random_state(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _padded(model: nn.Module) -> Iterator[None]:
     """Packing a batch waits for its mask."""
-    # A PromptModel, which is of a layer above: no other module's ``pack`` is None or True.
-    packing = [module for module in model.modules() if getattr(module, "pack", False) in (None, True)]
+    # A PromptModel, which is of a layer above: other modules may have a method or a tensor of that name.
+    packing = [
+        module
+        for module in model.modules()
+        if (pack := getattr(module, "pack", False)) is None or pack is True
+    ]
     before = [module.pack for module in packing]
     for module in packing:
         module.pack = False  # type: ignore[assignment]
