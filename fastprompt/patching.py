@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """patch: a Hugging Face T5 whose layers run fused kernels; unpatch: as it was."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
+from fastprompt._warn import warn
 from fastprompt.hf_attention import FAMILY
 from fastprompt.modules import TORCH, fast_class, mixin_for
 from fastprompt.modules.attention import FastAttention, FastSelfAttention
@@ -112,7 +112,7 @@ def patch(
             if on_unsupported == "error":
                 before.put_back(model)
                 raise ValueError(message)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
     return model
 
 

@@ -7,14 +7,13 @@ Source: Lester et al. 2021, section 3.2; google-research/prompt-tuning, prompt_t
 (from_sample_of_embeddings, from_embedded_list, from_embedded_string, from_array).
 """
 
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastprompt._warn import warn
 from fastprompt.prompts.config import PromptConfig
 from fastprompt.prompts.files import read_prompt
 from fastprompt.prompts.rows import checked_rows
@@ -55,7 +54,7 @@ def _vocab(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
     if config.num_tokens <= population:
         ids = torch.randperm(population, generator=_generator(config), device="cpu")[: config.num_tokens]
     else:
-        _warn(
+        warn(
             f"PromptConfig: num_tokens={config.num_tokens} exceeds the {population} token ids to draw from; "
             "they are drawn with replacement"
         )
@@ -66,7 +65,7 @@ def _vocab(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
 def _labels(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
     labels = config.labels or ()
     if len(labels) > config.num_tokens:
-        _warn(
+        warn(
             f"PromptConfig: {len(labels)} labels for num_tokens={config.num_tokens}; "
             f"those from {labels[config.num_tokens]!r} on have no row"
         )
@@ -79,7 +78,7 @@ def _labels(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
 def _text(config: PromptConfig, weight: Tensor, tokenizer: Any) -> Tensor:
     ids = _pieces("text", config.text or "", weight, tokenizer)
     if len(ids) > config.num_tokens:
-        _warn(
+        warn(
             f"PromptConfig: {len(ids)} pieces of text for num_tokens={config.num_tokens}; the last have no row"
         )
         ids = ids[: config.num_tokens]
@@ -161,11 +160,3 @@ def _pieces(argument: str, string: str, weight: Tensor, tokenizer: Any) -> Tenso
             f"{weight.shape[0]} rows. Pass the tokenizer of this model"
         )
     return torch.tensor(ids, device="cpu")
-
-
-def _warn(message: str) -> None:
-    """At the line that called this package, whatever decorators of PyTorch lie between."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastprompt.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

@@ -101,3 +101,9 @@ def test_errors(make):
     with pytest.warns(UserWarning, match="heads are 24 wide") as told:
         patch(model, on_unsupported="warn")
     assert told[0].filename == __file__
+    with (
+        pytest.warns(UserWarning, match="heads are 24 wide") as told,
+        patched(make(d_kv=24), on_unsupported="warn"),
+    ):
+        pass
+    assert told[0].filename == __file__
