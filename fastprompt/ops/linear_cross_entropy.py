@@ -86,7 +86,7 @@ def linear_cross_entropy(
     ignore_index = as_int("linear_cross_entropy", "ignore_index", ignore_index)
     if chunk is not None:
         chunk = as_int("linear_cross_entropy", "chunk", chunk)
-    if isinstance(num_items, SupportsIndex) and not isinstance(num_items, Tensor):
+    if not isinstance(num_items, Tensor) and isinstance(num_items, SupportsIndex):
         num_items = as_int("linear_cross_entropy", "num_items", num_items)
     _check(hidden, weight, labels, None if isinstance(num_items, int) else num_items, chunk)
     check_frozen("linear_cross_entropy", "weight", weight)
