@@ -53,7 +53,7 @@ class Example(NamedTuple):
 
 def rows(x: Tensor) -> Tensor:
     """[B, T, H, K] or [N, H, K] -> [N, H, K]."""
-    return x.reshape(-1, *x.shape[-2:])
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
 
 
 def bounds(cu: Tensor | None, x: Tensor) -> list[int]:

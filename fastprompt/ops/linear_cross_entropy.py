@@ -176,7 +176,7 @@ def linear_cross_entropy_reference(
     """Holds all logits."""
 
     with torch.autocast(hidden.device.type, enabled=False):
-        rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        rows, row_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
         counts = row_labels != ignore_index
         if values_are_at_hand(hidden.device):
             _check_labels(row_labels[counts], weight.shape[0])
@@ -246,7 +246,7 @@ def _fused(
     if hidden.dtype not in DTYPE_CODES:
         return NotImplemented
     with torch.autocast(hidden.device.type, enabled=False):
-        rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
+        rows, row_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1).contiguous()
         kept = None
         if values_are_at_hand(hidden.device):
             kept = (row_labels != ignore_index).nonzero()[:, 0]

@@ -108,7 +108,7 @@ def _table(prompts: Prompts) -> tuple[Tensor, list[int]]:
         if prompts.dim() == 2:
             return prompts, [prompts.shape[0]]
         if prompts.dim() == 3:
-            return prompts.reshape(-1, prompts.shape[-1]), [prompts.shape[1]] * prompts.shape[0]
+            return prompts.flatten(0, 1), [prompts.shape[1]] * prompts.shape[0]
         fail("prompt_embed", f"prompts must have shape [P, D] or [n, P, D], got {list(prompts.shape)}")
     if not isinstance(prompts, Sequence) or not prompts:
         fail(

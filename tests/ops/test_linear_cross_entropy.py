@@ -2,6 +2,7 @@
 """linear_cross_entropy against HF's lines, a linear layer and then CrossEntropyLoss: values, gradients, memory."""
 
 import importlib
+import math
 
 import numpy
 import pytest
@@ -176,6 +177,15 @@ def test_num_items(backend, device):
         assert all(map(torch.equal, got, expected))
     mean = ours(hidden, weight, labels)
     assert torch.equal(ours(hidden, weight, labels, 1.0, 6), mean)
+
+
+def test_no_columns(backend, device):
+    """All logits are 0."""
+    hidden, weight = torch.ones(3, 0, device=device), torch.ones(5, 0, device=device)
+    labels = torch.tensor([1, IGNORED, 4], device=device)
+    loss, gradient = value_and_gradient(ours, hidden, weight, labels)
+    torch.testing.assert_close(loss.item(), math.log(5), rtol=1e-6, atol=0)
+    assert gradient.shape == (3, 0)
 
 
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(0)])

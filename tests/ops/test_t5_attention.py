@@ -220,3 +220,10 @@ def test_nothing_to_do(backend, device):
         assert out.shape == (B, T, 2, 16)
         assert not out.any()
         assert not any(x.any() for x in gradients)
+
+
+def test_no_heads(backend, device):
+    q = torch.ones(2, 3, 0, 16, device=device, requires_grad=True)
+    out = t5_attention(q, q, q)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == q.shape
