@@ -40,8 +40,7 @@ constexpr size_t kMaxArguments = 48;
 struct KernelObject {
     PyObject_HEAD;
     vectorcallfunc call;
-    const fp::Kernel* kernel;
-    const char *name, *target, *signature;
+    fp::Kernel kernel;
 };
 
 bool refuse(const fp::Kernel& kernel, const char* what, size_t number) {
@@ -79,7 +78,7 @@ PyObject* fail(PyObject* error, const fp::Kernel& kernel, const char* what) {
 }
 
 PyObject* call(PyObject* self, PyObject* const* arguments, size_t count_and_flag, PyObject* names) {
-    const fp::Kernel& kernel = *reinterpret_cast<KernelObject*>(self)->kernel;
+    const fp::Kernel& kernel = reinterpret_cast<KernelObject*>(self)->kernel;
     const auto count = static_cast<size_t>(PyVectorcall_NARGS(count_and_flag));
     const size_t expected = std::strlen(kernel.signature);
     if (count != expected || count > kMaxArguments || names != nullptr) {
@@ -111,9 +110,9 @@ PyObject* call(PyObject* self, PyObject* const* arguments, size_t count_and_flag
 }
 
 std::array<PyMemberDef, 5> kernel_members = {{
-    {"name", T_STRING, offsetof(KernelObject, name), READONLY, nullptr},
-    {"target", T_STRING, offsetof(KernelObject, target), READONLY, nullptr},
-    {"signature", T_STRING, offsetof(KernelObject, signature), READONLY, nullptr},
+    {"name", T_STRING, offsetof(KernelObject, kernel.name), READONLY, nullptr},
+    {"target", T_STRING, offsetof(KernelObject, kernel.target), READONLY, nullptr},
+    {"signature", T_STRING, offsetof(KernelObject, kernel.signature), READONLY, nullptr},
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(KernelObject, call), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 }};
@@ -130,14 +129,11 @@ PyType_Spec kernel_spec = {"fastprompt._C.Kernel", sizeof(KernelObject), 0,
 
 PyObject* kernel_type = nullptr;
 
-py::object kernel_object(const fp::Kernel* kernel) {
+py::object kernel_object(const fp::Kernel& kernel) {
     auto* made = PyObject_New(KernelObject, reinterpret_cast<PyTypeObject*>(kernel_type));
     if (made == nullptr) throw py::error_already_set();
     made->call = &call;
     made->kernel = kernel;
-    made->name = kernel->name;
-    made->target = kernel->target;
-    made->signature = kernel->signature;
     return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(made));
 }
 
@@ -192,7 +188,7 @@ py::dict kernels(const std::string& target) {
     py::dict found;
     if (!runs_here(target)) return found;
     for (const fp::Kernel* const* entry = __start_fp_kernels; entry != __stop_fp_kernels; ++entry) {
-        if (target == (*entry)->target) found[(*entry)->name] = kernel_object(*entry);
+        if (target == (*entry)->target) found[(*entry)->name] = kernel_object(**entry);
     }
     return found;
 }

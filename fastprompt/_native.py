@@ -60,9 +60,8 @@ def _load(isas: Sequence[str]) -> tuple[dict[str, SimpleNamespace], bool, Callab
 
 
 TARGETS, CPU_IS_AMD, describe = _load(_isas())
-CPU_TARGETS = tuple(
-    isa for isa in CPU_ISAS if isa in TARGETS
-)  # the instruction sets that can run here, best first
+# The instruction sets that can run here, best first.
+CPU_TARGETS = tuple(isa for isa in CPU_ISAS if isa in TARGETS)
 
 
 _thread = threading.local()

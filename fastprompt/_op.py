@@ -366,7 +366,7 @@ def _direct(op: Op, member: str) -> Function:
             return overload(*args)
         result = found[-1](*args)
         if described is not None:
-            if len(known) == MOST_KNOWN:
+            if len(known) >= MOST_KNOWN:
                 known.clear()
             known[described] = key
         return result

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastprompt._cache_name import CACHE_NAMES, rename_cache
 from fastprompt.prompts import checks
-from fastprompt.prompts.bank import Names
+from fastprompt.prompts.bank import Choice, Names
 from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
 from fastprompt.prompts.generation import generation_option
@@ -230,7 +230,8 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError, IndexError: as in ``forward``.
         """
         size = self._batch_size(input_ids, None)
-        return self._batch(input_ids, attention_mask, prompts, size, SITES[:1]).encoder_mask()
+        tokens, choice, as_rows = self._chosen(input_ids, attention_mask, prompts, size)
+        return tokens.real_rows(choice.lengths if as_rows else [0])
 
     @torch.no_grad()
     def rank(
@@ -404,6 +405,13 @@ class PromptModel(KeyKeeper):
         sites: Sequence[str] = SITES,
     ) -> RowBatch | KeyBatch:
         """The tokens of a call with the prompts that are named: as rows, or as the keys that these sites read."""
+        tokens, choice, as_rows = self._chosen(input_ids, attention_mask, prompts, size)
+        return RowBatch(tokens, choice) if as_rows else KeyBatch(tokens, self._site_keys(choice, size, sites))
+
+    def _chosen(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, prompts: Names, size: int
+    ) -> tuple[Tokens, Choice, bool]:
+        """The tokens of a call, the prompts that are named, and whether these are rows in the encoder."""
         choice, table = self.prompts.choose(prompts, size), self._table()
         self.prompts.trim(self._caches, choice.names)
         for prompt in choice.prompts:
@@ -414,9 +422,7 @@ class PromptModel(KeyKeeper):
         for kind in kinds.values():  # a store has prompts of any kind
             checks.check_kind(kind, self.model)
         tokens = Tokens(self.model, table, input_ids, attention_mask, self.pack)
-        if "prepend" in kinds.values():
-            return RowBatch(tokens, choice)
-        return KeyBatch(tokens, self._site_keys(choice, size, sites))
+        return tokens, choice, "prepend" in kinds.values()
 
 
 def _encoded(batch: RowBatch | KeyBatch, flags: dict[str, Any]) -> BaseModelOutput:

@@ -9,8 +9,8 @@ struct Forward : Work {
     static constexpr bool kHasParts = true;
     Factor* value_rows = nullptr;  // [keys][K]
     float* out = nullptr;          // [kQueries][K]
-    float* mean = nullptr;         // [K], of the values of
-    int64_t mean_of = -1;          // this example and head, b * H + h
+    float* mean = nullptr;         // [K], of the values of example and head mean_of
+    int64_t mean_of = -1;          // b * H + h
 
     void cut(Arena& arena, const Limits& most) {
         Work::cut(arena, most, 1);

@@ -39,13 +39,6 @@ class KeyBatch(NamedTuple):
         keys = Allowed(_as_bool(mask), 0, False, prompt)
         return encoder(inputs_embeds=embeds, attention_mask=keys, return_dict=True, **flags)
 
-    def encoder_mask(self) -> Tensor:
-        """Which rows of the encoder's output are real: [B, S] int64."""
-        _, table, ids, mask, _ = self.tokens
-        self.tokens.check_mask(ids)
-        real = torch.ones(ids.shape, device=table.device) if mask is None else mask
-        return real.ne(0).long()
-
     def forward(self, encoder_outputs: Any, arguments: dict[str, Any]) -> Any:
         """The model's forward on what ``encode`` gave. ``arguments`` are its own to change."""
         model, mask = self.tokens.model, self.tokens.mask

@@ -46,14 +46,6 @@ class RowBatch(NamedTuple):
         mark_prompt_rows(embeds, encoder, max(choice.lengths), flags)
         return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
 
-    def encoder_mask(self) -> Tensor:
-        """Which rows of the encoder's output are real: [B, L] int64."""
-        (_, table, ids, mask, _), choice = self
-        self.tokens.check_mask(ids)
-        found = prepend_mask(mask, choice.lengths, ids.shape[1], table.device)
-        B, L = ids.shape[0], max(choice.lengths) + ids.shape[1]
-        return torch.ones(B, L, dtype=torch.int64, device=table.device) if found is None else found
-
     def forward(self, encoder_outputs: Any, arguments: Mapping[str, Any]) -> Any:
         """The model's forward on what ``encode`` gave."""
         model, mask = self.tokens.model, self._cross_mask(encoder_outputs[0])

@@ -4,9 +4,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastprompt.prompts import checks, packed
+from fastprompt.prompts.mask import prepend_mask
 
 
 class Tokens(NamedTuple):
@@ -26,3 +28,10 @@ class Tokens(NamedTuple):
         """How to pack them, behind prompts of these lengths in the encoder; None to run them padded."""
         device = self.table.device
         return packed.layout(self.model, self.mask, self.ids.shape, lengths, self.pack, flags, device)
+
+    def real_rows(self, lengths: Sequence[int]) -> Tensor:
+        """Which rows of the encoder's output are real, where it has prompts of these lengths: [B, L] int64."""
+        self.check_mask(self.ids)
+        (B, S), device = self.ids.shape, self.table.device
+        found = prepend_mask(self.mask, lengths, S, device)
+        return torch.ones(B, max(lengths) + S, dtype=torch.int64, device=device) if found is None else found

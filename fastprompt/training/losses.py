@@ -33,9 +33,7 @@ def model_loss(prompted: Any, *, prompts: str | None = None) -> Loss:
     )
 
 
-def choice_loss(
-    model: Any, choices: Sequence[Sequence[int]], *, prompts: str | Sequence[str] | None = None
-) -> Loss:
+def choice_loss(model: Any, choices: Sequence[Sequence[int]], *, prompts: str | None = None) -> Loss:
     """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
 
     A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, ended by

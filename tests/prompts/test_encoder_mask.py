@@ -26,9 +26,10 @@ def test_rows_of_prompts_and_tokens(make_prompted, make_batch, padding, names):
     torch.testing.assert_close(states[0][found[0].bool()], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_kinds_without_rows_in_the_encoder(make_model, make_batch):
+def test_kinds_without_rows_in_the_encoder(make_model, make_batch, monkeypatch):
     model, batch = PromptModel(make_model("ul2"), PromptConfig(5, kind="cached")), make_batch()
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    monkeypatch.setattr(model, "_site_keys", lambda *_: pytest.fail("keys that nobody reads"))
     assert torch.equal(model.encoder_mask(ids, mask.float()), mask)
     assert torch.equal(model.encoder_mask(ids), torch.ones_like(ids))
     with pytest.raises(ValueError, match="attention_mask must have shape"):

@@ -373,3 +373,6 @@ def test_the_state_of_a_model_is_told_from_a_prompt(tmp_path):
     save_file({"prompts.default": torch.ones(2, 4)}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"the state of a PromptModel.*tuned\.load_state_dict"):
         read_prompt(path)
+    save_file({}, path)
+    with pytest.raises(ValueError, match=r"holds other tensors \[\], not a prompt"):
+        read_prompt(path)
