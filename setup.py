@@ -51,7 +51,8 @@ elif platform.machine() in ("aarch64", "arm64"):
     CPU_TARGETS["neon"] = (4, [])
 # Targets that multiply bfloat16, and what does so; their other kernels would be AVX-512's.
 BF16_TARGETS = ("avx512_bf16", "amx")
-BF16_SOURCES = ("t5_attention", "t5_attention_backward")
+BF16_ALONE = ("frozen_linear_pairs",)  # for no other target
+BF16_SOURCES = (*BF16_ALONE, "t5_attention", "t5_attention_backward")
 
 
 def compiler_knows(flags: list[str]) -> bool:
@@ -65,7 +66,7 @@ def cpu_targets() -> dict[str, tuple[int, list[str]]]:
     for target in BF16_TARGETS:
         flags = known.get(target, (0, []))[1]
         if flags and not compiler_knows(flags):
-            print(f"{CXX} does not know {target}: attention in bfloat16 goes without")
+            print(f"{CXX} does not know {target}: what multiplies bfloat16 goes without")
             del known[target]
     return known
 
@@ -194,7 +195,7 @@ class NinjaBuild(build_ext):
         targets = cpu_targets()
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             for target, (lanes, isa) in targets.items():
-                if target in BF16_TARGETS and source.stem not in BF16_SOURCES:
+                if source.stem not in BF16_SOURCES if target in BF16_TARGETS else source.stem in BF16_ALONE:
                     continue
                 defines = ["-fno-exceptions", f"-DFP_TARGET='\"{target}\"'", f"-DFP_LANES={lanes}"]
                 compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)

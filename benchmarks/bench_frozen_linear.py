@@ -19,12 +19,12 @@ OTHERS = [
     {"M": 64, "N": 512, "K": 512},
     {"M": 8, "N": 2048, "K": 768},
 ]
-FEW_ROWS = [  # one, two or four sequences: the head of v1.1-small, and a layer of v1.1-base
-    {"M": 1, "N": 32128, "K": 512},
-    {"M": 2, "N": 32128, "K": 512},
-    {"M": 4, "N": 32128, "K": 512},
+FEW_ROWS = [  # sequences that generate: the head of v1.1-small, and a layer of v1.1-base
+    *({"M": M, "N": 32128, "K": 512} for M in (1, 2, 4, 8, 16)),
+    {"M": 1, "N": 2048, "K": 768},
     {"M": 4, "N": 2048, "K": 768},
 ]
+HALF_ROWS = [{"M": M, "N": 32128, "K": 512} for M in (1, 4, 8, 16, 32)]  # in bf16, on a CPU
 HALF = {"M": 64, "N": 1024, "K": 512}  # in bf16 and fp16, on a CPU
 QUICK = {"M": 40, "N": 48, "K": 64}
 
@@ -33,12 +33,14 @@ def specs(options: Options) -> list[Spec]:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     shapes = [QUICK] if options.quick else [GOAL, *OTHERS]
     few = [{"M": 2, "N": 48, "K": 512}] if options.quick else FEW_ROWS
+    half_rows = [] if options.device == "cuda" else few if options.quick else HALF_ROWS
     steps = [Spec(STEP, dtype, tuple(sizes.items()), number == 0) for number, sizes in enumerate(shapes)]
     halves = [] if options.device == "cuda" else [torch.bfloat16, torch.float16]
     sizes = tuple((QUICK if options.quick else HALF).items())
     return [
         *steps,
         *(Spec(FORWARD, dtype, tuple(each.items())) for each in few),
+        *(Spec(FORWARD, torch.bfloat16, tuple(each.items())) for each in half_rows),
         *(Spec(STEP, half, sizes) for half in halves),
     ]
 

@@ -14,7 +14,7 @@ FLAGS = [
     "-std=c++17", "-fopenmp", '-DFP_TARGET="scalar"', "-DFP_LANES=4", f"-I{ROOT / 'csrc'}",
     f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}",
 ]  # fmt: skip
-BF16_SOURCES = ("t5_attention", "t5_attention_backward")
+BF16_SOURCES = ("frozen_linear_pairs", "t5_attention", "t5_attention_backward")
 PAIRS = ["-DFP_HAS_PAIRS"]
 TILES = [*PAIRS, "-DFP_HAS_TILES", "-DFP_EMULATED_AMX", f"-isystem{ROOT / 'tests' / 'emulation'}"]
 

@@ -5,8 +5,9 @@
 // A panel of the weight, kPanelDepth x kPanelColumns, is copied so that a tile reads it in one line, and stays in the
 // caches while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
 // Where x has few rows, which do not pay for copying the weight, the two change places if the weight's rows are dense:
-// x is copied, and the weight read where it lies, once and in order. Rows that fit in one tile are not copied either:
-// the weight is turned in registers. Every sum is over the same chains in the same order.
+// x is copied, and the weight read where it lies, once and in order. With fewer still the weight is turned in
+// registers. Every sum is over the same chains in the same order. Of bf16 frozen_linear_pairs.cpp may multiply a few
+// rows.
 #include <omp.h>
 #include <stdlib.h>
 
@@ -22,6 +23,7 @@ constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kC
 constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
 constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
 constexpr int64_t kFewRows = 300;                            // of x
+constexpr int64_t kStreamedRows = FP_LANES == 16 ? 16 : kTileRows;
 constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
 constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
 
@@ -237,7 +239,9 @@ float* packing_space(int64_t floats) {
 // Columns [n, n + kLanes) of y[ROWS], those of b being dense: kLanes of its columns and rows are turned at a time. The
 // columns before `begin` are somebody else's.
 template <int ROWS, class W>
-void streamed_columns(const Product<W>& p, int64_t n, int64_t begin) {
+void streamed_columns(const Product<W>& p, const float* x, int64_t n, int64_t begin) {
+    constexpr bool kPacked = ROWS > kTileRows;  // x is [K][ROWS], not [ROWS][K]
+    const int64_t x_row = kPacked ? 1 : p.K, x_column = kPacked ? ROWS : 1;
     const W* b = p.b.data + n * p.b.column;
     const W* next = n + 2 * kLanes <= p.N ? b + kLanes * p.b.column : b;
     vfloat total[ROWS] = {};
@@ -245,7 +249,8 @@ void streamed_columns(const Product<W>& p, int64_t n, int64_t begin) {
         const int64_t end = least(p.K, chain + kChain);
         vfloat sum[ROWS] = {};
         const auto multiply = [&](int64_t k, vfloat right) {
-            for (int64_t i = 0; i < ROWS; ++i) sum[i] = fused_multiply_add(splat(p.x[i * p.K + k]), right, sum[i]);
+            const float* left = x + k * x_column;
+            for (int64_t i = 0; i < ROWS; ++i) sum[i] = fused_multiply_add(splat(left[i * x_row]), right, sum[i]);
         };
         int64_t k = chain;
         for (; k + kLanes <= end; k += kLanes) {
@@ -261,21 +266,45 @@ void streamed_columns(const Product<W>& p, int64_t n, int64_t begin) {
         }
         for (int64_t i = 0; i < ROWS; ++i) total[i] = chain > 0 ? total[i] + sum[i] : sum[i];
     }
-    for (int64_t i = 0; i < ROWS; ++i) {
+    for (int64_t i = 0; i < least(ROWS, p.M); ++i) {
         float columns[kLanes];
         store(columns, total[i]);
         copy(p.y + i * p.N + begin, columns + (begin - n), n + kLanes - begin);
     }
 }
 
-// Reading the weight is what takes time here, so it passes by once, in order.
+// body(std::integral_constant<int, rows>) for 1 to kStreamedRows rows, or for some more than there are.
+template <class Body>
+FP_INLINE void with_streamed_rows(int64_t rows, const Body& body) {
+    if constexpr (kStreamedRows > kTileRows) {
+        if (rows > 12) return body(std::integral_constant<int, 16>{});
+        if (rows > 8) return body(std::integral_constant<int, 12>{});
+        if (rows > kTileRows) return body(std::integral_constant<int, 8>{});
+    }
+    with_rows(rows, body);
+}
+
+// Reading the weight is what takes time here, so it passes by once, in order. More rows of x than a tile's are packed:
+// they would be too many addresses, and rows of 4 KB share lines of the first-level cache.
 template <class W>
 int64_t multiply_streamed(const Product<W>& p) {
+    int64_t status = 0;
+    with_streamed_rows(p.M, [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        float* packed = kRows > kTileRows ? packing_space(p.K * kRows) : nullptr;
+        if (kRows > kTileRows && packed == nullptr) {
+            status = fp::kNoMemory;
+            return;
+        }
+        for (int64_t k = 0; packed != nullptr && k < p.K; ++k) {
+            for (int64_t i = 0; i < kRows; ++i) packed[k * kRows + i] = i < p.M ? p.x[i * p.K + k] : 0.0f;
+        }
+        const float* x = packed == nullptr ? p.x : packed;
 #pragma omp parallel for schedule(static) if (p.N * p.K >= kParallelWeights)
-    for (int64_t n = 0; n < p.N; n += kLanes) {
-        with_rows(p.M, [&](auto rows) { streamed_columns<decltype(rows)::value>(p, least(n, p.N - kLanes), n); });
-    }
-    return 0;
+        for (int64_t n = 0; n < p.N; n += kLanes) streamed_columns<kRows>(p, x, least(n, p.N - kLanes), n);
+        free(packed);
+    });
+    return status;
 }
 
 // Few rows, and columns of b that are dense: x and b change places.
@@ -357,7 +386,7 @@ int64_t multiply_many_rows(const Product<W>& p) {
 template <class W>
 int64_t multiply(const Product<W>& p) {
     if (p.M > kFewRows) return multiply_many_rows(p);
-    if (p.M <= kTileRows && p.b.row == 1 && p.N >= kLanes && !p.adds) return multiply_streamed(p);
+    if (p.M <= kStreamedRows && p.b.row == 1 && p.N >= kLanes && !p.adds) return multiply_streamed(p);
     if constexpr (std::is_same_v<W, float>) {
         if (p.b.column != 1) return multiply_turned(p);
     }
@@ -380,18 +409,36 @@ int64_t multiply_each(int64_t B, const Product<W>& p, int64_t b_step) {
     return status;
 }
 
-// w[b * w_example + n * w_row + k * w_column] is element (n, k) of example b's weight, of `dtype`.
-int64_t frozen_linear(const float* x, const void* w, float* y, int64_t B, int64_t M, int64_t N, int64_t K,
+// w[b * w_example + n * w_row + k * w_column] is element (n, k) of example b's weight; all are of `dtype`.
+int64_t frozen_linear(const void* x, const void* w, void* y, int64_t B, int64_t M, int64_t N, int64_t K,
                       int64_t w_example, int64_t w_row, int64_t w_column, int64_t dtype, void* /*stream*/) {
     int64_t status = fp::kBadOption;
     if (!is_dtype(dtype)) return status;
     with_type(dtype, [&](auto type) {
-        const Weight<decltype(type)> b{static_cast<const decltype(type)*>(w), w_column, w_row};
-        status = multiply_each<decltype(type)>(B, {x, b, y, M, K, N, false, false}, w_example);
+        using T = decltype(type);
+        const Weight<T> b{static_cast<const T*>(w), w_column, w_row};
+        if constexpr (std::is_same_v<T, float>) {
+            const Product<T> p{static_cast<const T*>(x), b, static_cast<T*>(y), M, K, N, false, false};
+            status = multiply_each(B, p, w_example);
+        } else {
+            float* wide = packing_space(B * M * (K + N));
+            if (wide == nullptr) {
+                status = fp::kNoMemory;
+                return;
+            }
+            float* sums = wide + B * M * K;
+            copy(wide, static_cast<const T*>(x), B * M * K);
+            status = multiply_each<T>(B, {wide, b, sums, M, K, N, false, false}, w_example);
+            each_vector(status == 0 ? B * M * N : 0, [&](int64_t i, auto extent) {
+                store_at(static_cast<T*>(y), i, extent, load_at(sums, i, extent));
+            });
+            free(wide);
+        }
     });
     return status;
 }
 
+// The same, but for dy and dx, to which several add: they are fp32.
 int64_t frozen_linear_backward(const float* dy, const void* w, float* dx, int64_t B, int64_t M, int64_t N, int64_t K,
                                int64_t w_example, int64_t w_row, int64_t w_column, int64_t dtype, int64_t adds,
                                void* /*stream*/) {

@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kLanes = FP_LANES;
 
-FP_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+FP_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 using vfloat = float __attribute__((vector_size(FP_LANES * 4)));
 using vuint = uint32_t __attribute__((vector_size(FP_LANES * 4)));

@@ -16,7 +16,9 @@ many threads. It is the default where it is faster than PyTorch's library, which
 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
 
 On a CPU of any maker without instructions for bf16 or fp16 the kernel also takes those, of any number of rows: it
-computes in fp32, reads the weight as it is, and rounds once. PyTorch needs 6 to 120 times what fp32 takes there.
+computes in fp32, reads the weight as it is, and rounds once. PyTorch needs 6 to 120 times what fp32 takes there. Where
+there are such instructions for bf16, another kernel takes up to 32 rows of it, which PyTorch's library reads the weight
+for at half the speed of memory: its sums have 16 lanes, and again a row's bits are its own.
 
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.
@@ -46,6 +48,7 @@ from fastprompt.ops._checks import (
 ROWS, COLUMNS, DEPTH = 6, 48, 32
 # Of fewer rows it is not, but it sums them lane by lane, with a smaller error than our chains have up to this depth.
 FEW_ROWS_DEPTH = 512
+BF16_ROWS = 32  # the most for which the kernel that multiplies bf16 is faster than PyTorch's library
 
 
 def _slow_halves() -> tuple[torch.dtype, ...]:
@@ -76,6 +79,7 @@ op = Op(
     native_first=HAS_VECTORS and _native.CPU_IS_AMD and torch.backends.mkl.is_available(),
     native_for=_is_slow_half,
 )
+MULTIPLIES_BF16 = op.native_first and _native.CPU_TARGETS[0] in _native.BF16_ISAS
 
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -170,22 +174,30 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def takes(dtype: torch.dtype) -> bool:
-    """On a CPU, is the kernel for this dtype?"""
+    """On a CPU, is there a kernel for this dtype?"""
+    return _takes_many(dtype) or (dtype == torch.bfloat16 and MULTIPLIES_BF16)
+
+
+def _takes_many(dtype: torch.dtype) -> bool:
+    """Also for more rows than BF16_ROWS?"""
     return dtype == torch.float32 or dtype in SLOW_HALVES
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """On a CPU, is the op worth the time that it keeps the host busy?
 
-    Reading a small weight for a few rows takes no longer than that, and a single row MKL multiplies nearly as fast.
+    Reading a small weight for a few rows takes no longer than that; a single row in fp16 PyTorch multiplies as fast.
     """
     rows = x.numel() // x.shape[-1]
-    return rows >= ROWS or weight.numel() >= (1 << 16 if rows > 1 else 1 << 21)
+    if not _takes_many(x.dtype):
+        return rows <= BF16_ROWS and weight.numel() >= 1 << 16 and takes(x.dtype)
+    one = 1 << (17 if x.dtype == torch.float32 else 21)
+    return rows >= ROWS or weight.numel() >= (1 << 16 if rows > 1 else one)
 
 
 def pays_backward(dy: Tensor) -> bool:
     """The same for the gradient of the input."""
-    return dy.numel() >= _least_rows(dy.dtype) * dy.shape[-1]
+    return _takes_many(dy.dtype) and dy.numel() >= _least_rows(dy.dtype) * dy.shape[-1]
 
 
 def _least_rows(dtype: torch.dtype) -> int:
@@ -194,7 +206,7 @@ def _least_rows(dtype: torch.dtype) -> int:
 
 def _covered(x: Tensor, weight: Tensor, columns: int, few_rows: bool = False) -> bool:
     """Does the kernel take products of this dtype and size, and is one of the weight's dimensions dense?"""
-    if not takes(x.dtype) or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
+    if not _takes_many(x.dtype) or weight.numel() == 0 or 1 not in weight.stride()[-2:]:
         return False
     least = 1 if few_rows else _least_rows(x.dtype)
     return _sizes(x, weight)[1] >= least and columns >= COLUMNS and x.shape[-1] >= DEPTH
@@ -205,18 +217,29 @@ def _place(weight: Tensor) -> tuple[int, ...]:
     return weight.stride() if weight.dim() == 3 else (0, *weight.stride())
 
 
+def _covered_in_bf16(x: Tensor, weight: Tensor) -> bool:
+    """The same of the kernel that multiplies bf16: few rows, and a weight whose rows are dense."""
+    if x.dtype != torch.bfloat16 or _takes_many(x.dtype) or weight.numel() == 0 or weight.stride(-1) != 1:
+        return False
+    return 1 <= _sizes(x, weight)[1] <= BF16_ROWS
+
+
 @op.native
 def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -> Any:
     N, K = weight.shape[-2:]
-    if not _covered(x, weight, N, few_rows=weight.stride(-1) == 1 and K >= FEW_ROWS_DEPTH):
+    if kernels.frozen_linear.target in _native.BF16_ISAS:
+        covered = _covered_in_bf16(x, weight)
+    else:
+        covered = _covered(x, weight, N, few_rows=weight.stride(-1) == 1 and K >= FEW_ROWS_DEPTH)
+    if not covered:
         return NotImplemented
-    rows = x.float().contiguous()
-    y = rows.new_empty((*x.shape[:-1], N))
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], N))
     kernels.frozen_linear(
-        rows, weight, y, *_sizes(x, weight), N, K, *_place(weight),
+        x, weight, y, *_sizes(x, weight), N, K, *_place(weight),
         DTYPE_CODES[weight.dtype], stream(x),
     )  # fmt: skip
-    return y.to(x.dtype)
+    return y
 
 
 def _fake_backward(dy: list[Tensor], weight: list[Tensor]) -> Tensor:

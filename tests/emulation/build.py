@@ -30,6 +30,7 @@ CPU_FLAGS = [
     *("-fopenmp", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
 ]
 BF16_FLAGS = [*CPU_FLAGS, "-DFP_LANES=1", "-DFP_HAS_PAIRS"]
+BF16_ALONE = [ROOT / "csrc" / "cpu" / "frozen_linear_pairs.cpp"]  # for no other instruction set
 TILE_FLAGS = ["-DFP_HAS_TILES", "-DFP_EMULATED_AMX"]
 NEON_FLAGS = [*CPU_FLAGS, "-DFP_LANES=4", '-DFP_TARGET="neon"']
 ADDRESS = "-fsanitize=address"
@@ -111,11 +112,11 @@ def emulated_kernels(sources: Sequence[Path] | None = None, *, sanitize: bool = 
 
 
 def bf16_kernels(isa: str) -> SimpleNamespace:
-    """Name -> kernel of t5_attention for an instruction set that multiplies bfloat16, whose instructions are functions
-    here: of pairs (csrc/cpu/pairs.h) or of AMX's tiles (amx.h).
+    """Name -> kernel, of those that multiply bfloat16, by instructions that are functions here: of pairs
+    (csrc/cpu/pairs.h) or of AMX's tiles (amx.h).
     """
     flags = [*BF16_FLAGS, f'-DFP_TARGET="{isa}"', *(TILE_FLAGS if isa == "amx" else ())]
-    return _load_kernels(sorted(ROOT.glob("csrc/cpu/t5_attention*.cpp")), flags)
+    return _load_kernels(sorted(ROOT.glob("csrc/cpu/t5_attention*.cpp")) + BF16_ALONE, flags)
 
 
 def set_schedule(order: str = "forward", seed: int = 0) -> None:
@@ -128,7 +129,7 @@ def set_schedule(order: str = "forward", seed: int = 0) -> None:
 
 def four_lane_kernels() -> SimpleNamespace:
     """Name -> kernel of every op, in portable vectors of four floats."""
-    return _load_kernels(sorted(ROOT.glob("csrc/cpu/*.cpp")), NEON_FLAGS)
+    return _load_kernels(sorted({*ROOT.glob("csrc/cpu/*.cpp")} - {*BF16_ALONE}), NEON_FLAGS)
 
 
 def _load_kernels(sources: Sequence[Path], flags: list[str]) -> SimpleNamespace:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt import explain, patch, unpatch
 from fastprompt.modules.head import FastHead
+from fastprompt.ops.frozen_linear import BF16_ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_a_cpu")
 page = sys.modules["fastprompt.ops.frozen_linear"]
@@ -111,9 +112,21 @@ def test_half_precision_is_ours_where_torch_is_slow(make, dtype, monkeypatch):
     assert head_row(model).reason is None
 
 
+@pytest.mark.parametrize(("rows", "ours"), [(1, 1), (BF16_ROWS, 1), (BF16_ROWS + 1, 0)])
+def test_few_rows_of_a_large_head_in_bf16_are_ours_where_they_are_multiplied(make, rows, ours, monkeypatch):
+    monkeypatch.setattr(page, "SLOW_HALVES", ())
+    monkeypatch.setattr(page, "MULTIPLIES_BF16", True)
+    model, x = make(dtype=torch.bfloat16, vocab_size=1500), torch.randn(rows, 48).bfloat16()
+    found, count = counted(patch(model), lambda: model.lm_head(x))
+    torch.testing.assert_close(found, (x.float() @ model.lm_head.weight.float().t()).bfloat16())
+    assert count == ours
+    assert head_row(model).reason is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_torchs(make, dtype, monkeypatch):
     monkeypatch.setattr(page, "SLOW_HALVES", ())
+    monkeypatch.setattr(page, "MULTIPLIES_BF16", False)
     model, x = make(dtype=dtype), torch.randn(8, 48, dtype=dtype)
     expected = model.lm_head(x)
     found, count = counted(patch(model), lambda: model.lm_head(x))

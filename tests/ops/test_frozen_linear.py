@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fastprompt
 from fastprompt import _native
 from fastprompt.ops import frozen_linear
-from fastprompt.ops.frozen_linear import COLUMNS, FEW_ROWS_DEPTH, ROWS
+from fastprompt.ops.frozen_linear import BF16_ROWS, COLUMNS, FEW_ROWS_DEPTH, ROWS
 from fastprompt.testing import _ulp, saved_bytes
 
 OP = "frozen_linear"
@@ -19,6 +19,9 @@ CPU_TARGETS = [isa for isa in _native.CPU_TARGETS if hasattr(_native.TARGETS[isa
 page = sys.modules["fastprompt.ops.frozen_linear"]
 KERNEL = torch.float32
 SHAPES = [  # M, N, K: whole tiles, edges of every kind, few rows and many, slices of the depth, two panels
+    (7, 51, 49),
+    (9, 70, 129),
+    (13, 1100, 800),
     (16, 48, 48),
     (17, 51, 49),
     (96, 64, 128),
@@ -129,6 +132,74 @@ def test_half_precision_rounds_once(native_backend, no_half_instructions, M, lay
     assert torch.equal(backward([dy, dy], [half] * 2), expected_dx[:M].to(dtype))
 
 
+@pytest.fixture
+def bf16_backend(backend):
+    """One with instructions that multiply bf16. tests/emulation has these tests on any CPU."""
+    if backend.removeprefix("cpu:") not in _native.BF16_ISAS:
+        frozen_linear(*draw(20, 48, 48)[:2])  # so that it has run
+        pytest.skip("multiplies no bf16")
+    return backend
+
+
+FEW_IN_BF16 = [  # M, N, K: part of a vector, of a group of columns, of rows; several of each
+    *(
+        (1, 1, 1),
+        (1, 48, 48),
+        (2, 17, 31),
+        (3, 25, 33),
+        (4, 24, 96),
+        (5, 2, 7),
+        (6, 8, 64),
+        (7, 70, 129),
+        (8, 23, 32),
+    ),
+    *((9, 50, 64), (BF16_ROWS - 1, 7, 65), (BF16_ROWS, 130, 600), (1, 3000, 512), (8, 1000, 770)),
+]
+
+
+@pytest.mark.parametrize("shape", FEW_IN_BF16, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "part"])
+def test_few_rows_in_bf16(bf16_backend, shape, layout):
+    x, weight, _ = draw(*shape, dtype=torch.bfloat16)
+    assert_as_exact(frozen_linear(x, strided(weight, layout)), x, weight.t())
+
+
+def test_a_row_in_bf16_is_the_same_alone_and_among_others(bf16_backend):
+    x, weight, _ = draw(BF16_ROWS, 131, 170, dtype=torch.bfloat16)
+    y = frozen_linear(x, weight)
+    for count in range(1, BF16_ROWS):
+        first = BF16_ROWS - count
+        assert torch.equal(frozen_linear(x[first:], weight), y[first:])
+    assert torch.equal(frozen_linear(x, weight[40:77]), y[:, 40:77])
+
+
+def test_a_weight_per_example_in_bf16(bf16_backend):
+    x, weight = torch.randn(3, 5, 90).bfloat16(), torch.randn(3, 70, 90).bfloat16()
+    y = frozen_linear(x, strided(weight, "part"))
+    for b in range(3):
+        assert torch.equal(y[b], frozen_linear(x[b], weight[b]))
+
+
+def test_infinities_and_nan_in_bf16_stay_where_they_are(bf16_backend):
+    x, weight, _ = draw(20, 70, 141, dtype=torch.bfloat16)
+    x[3, 2], x[5, 140], x[19, 0], weight[8, 7] = *map(float, ("inf", "nan", "-inf")), float("nan")
+    y, stock = frozen_linear(x, weight), x.float() @ weight.float().t()
+    assert torch.equal(y.isnan(), stock.isnan())
+    assert torch.equal(y.isinf(), stock.isinf())
+
+
+@pytest.mark.falls_back(OP)
+def test_more_in_bf16_is_torchs(bf16_backend):
+    """More rows, and weights whose rows have gaps: the library multiplies those as fast."""
+    x, weight, _ = draw(BF16_ROWS + 1, 48, 64, dtype=torch.bfloat16)
+    for rows, placed in ((x, weight), (x[:3], strided(weight, "columns"))):
+        y = frozen_linear(rows, placed)
+        assert fastprompt.backend_used(OP) == "reference"
+        assert torch.equal(y, torch.nn.functional.linear(rows, placed))
+    frozen_linear(x[:3], weight)
+    assert fastprompt.backend_used(OP) == bf16_backend
+
+
 @pytest.mark.parametrize("layout", ["rows", "part"])
 def test_a_row_or_a_few(backend, layout, examples):
     """Deep enough, forward, and of a weight whose rows are dense; else they are PyTorch's.
@@ -232,7 +303,8 @@ def test_a_row_is_the_same_alone_and_among_others(native_backend, N, K):
     backward = torch.ops.fastprompt.frozen_linear_backward
     y, dx = frozen_linear(x, weight), backward([dy], [weight])
     few = ((5, 1), (9, 2), (50, 4)) if K >= FEW_ROWS_DEPTH else ()
-    for first, count in (*few, (0, ROWS), (7, 23), (95, 98), (100, 130), (20, 305)):
+    some = ((0, ROWS), (40, 8), (3, 11), (60, 16), (9, 17), (7, 23), (95, 98), (100, 130), (20, 305))
+    for first, count in (*few, *some):
         some = slice(first, first + count)
         assert torch.equal(frozen_linear(x[some], weight), y[some])
         if count >= ROWS:  # fewer are PyTorch's, backward
@@ -249,14 +321,22 @@ def test_threads_change_no_bit(native_backend, one_thread, M):
     assert torch.equal(backward([dy], [weight]), alone_dx)
 
 
-def test_threads_change_no_bit_of_a_few_rows(native_backend, one_thread):
-    x, weight, _ = draw(3, 1001, FEW_ROWS_DEPTH)
+@pytest.mark.parametrize("M", [3, 9, 16])
+def test_threads_change_no_bit_of_a_few_rows(native_backend, one_thread, M):
+    x, weight, _ = draw(M, 1001, FEW_ROWS_DEPTH)
     alone = frozen_linear(x, weight)
     torch.set_num_threads(3)
     assert torch.equal(frozen_linear(x, weight), alone)
 
 
-@pytest.mark.parametrize("M", [3, 50])
+def test_threads_change_no_bit_of_a_few_rows_in_bf16(bf16_backend, one_thread):
+    x, weight, _ = draw(9, 1001, FEW_ROWS_DEPTH, dtype=torch.bfloat16)
+    alone = frozen_linear(x, weight)
+    torch.set_num_threads(3)
+    assert torch.equal(frozen_linear(x, weight), alone)
+
+
+@pytest.mark.parametrize("M", [3, 16, 50])
 @pytest.mark.skipif(not {"avx2", "avx512"} <= set(CPU_TARGETS), reason="needs a CPU with avx512")
 def test_vectors_of_any_width_give_the_same_bits(M):
     """A lane is a column, its chain of fused products the same one. (Scalar code rounds every product.)"""
@@ -324,6 +404,30 @@ def test_the_default_is_what_is_faster_here():
     frozen_linear(x, weight)
     assert fastprompt.backend_used(OP) == fastprompt.backends(OP)[0]
     assert set(fastprompt.backends(OP)) >= {"reference", *(f"cpu:{isa}" for isa in CPU_TARGETS)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "M", "N", "expected"),
+    [
+        *((KERNEL, 1, 128, False), (KERNEL, 1, 256, True), (KERNEL, 2, 64, False), (KERNEL, 2, 128, True)),
+        *((KERNEL, ROWS, 1, True), (KERNEL, 900, 1024, True)),
+        *((torch.float16, 1, 2048, False), (torch.float16, 1, 4096, True), (torch.float16, 2, 128, True)),
+        *(
+            (torch.bfloat16, 1, 64, False),
+            (torch.bfloat16, 1, 128, True),
+            (torch.bfloat16, BF16_ROWS, 128, True),
+        ),
+        *((torch.bfloat16, BF16_ROWS + 1, 1024, False), (torch.float64, 900, 1024, False)),
+    ],
+    ids=str,
+)
+def test_small_products_are_not_worth_the_hosts_time(monkeypatch, dtype, M, N, expected):
+    """On a CPU that multiplies bf16, and no fp16."""
+    monkeypatch.setattr(page, "SLOW_HALVES", (torch.float16,))
+    monkeypatch.setattr(page, "MULTIPLIES_BF16", True)
+    x, weight = torch.empty(M, 512, dtype=dtype), torch.empty(N, 512, dtype=dtype)
+    assert page.pays(x, weight) == expected
+    assert page.pays_backward(x) == (dtype == torch.float16 or (dtype == KERNEL and M >= ROWS))
 
 
 def test_float64_gradient():

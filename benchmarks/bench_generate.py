@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generating with a whole patched T5 beside the stock one: 16 tokens, greedy or by beams, of inputs of 64.
+
+Random weights in the shapes of v1.1-small and v1.1-base, in fp32, on a CPU that multiplies bf16 in that, too; on a GPU
+in bf16 alone. Of the time, at most the encoder's pass over B S rows is not spent on steps of B rows, or B beams, which
+read every weight of the decoder once.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from _harness import OURS, Case, Contender, Options, Spec, main
+from bench_training_step import EAGER, MODELS, SDPA
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+from fastprompt import patch
+from fastprompt.testing import share
+
+NEW_TOKENS = 16
+
+
+def specs(options: Options) -> list[Spec]:
+    def spec(model: str, dtype: torch.dtype, B: int, S: int, beams: int) -> Spec:
+        sizes = (("B", B), ("S", S), ("beams", beams))
+        return Spec(model, dtype, sizes, model != "v1.1-small" and (B, beams) in ((1, 1), (2, 1)))
+
+    if options.quick:
+        return [spec("tiny", torch.float32, 2, 12, beams) for beams in (1, 2)]
+    dtypes = [torch.bfloat16] if options.device == "cuda" else [torch.float32]
+    if options.device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.append(torch.bfloat16)
+    return [
+        spec(model, dtype, B, 64, beams)
+        for model in ("v1.1-small", "v1.1-base")
+        for dtype in dtypes
+        for B, beams in ((1, 1), (4, 1), (8, 1), (1, 4))
+    ]
+
+
+def contenders(spec: Spec, options: Options) -> list[str]:
+    return [OURS, EAGER, SDPA]
+
+
+def build(spec: Spec, options: Options) -> Case:
+    B, S, beams = (size for _, size in spec.sizes)
+    config = T5Config(
+        **MODELS[spec.what],
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        stock = T5ForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=spec.dtype)
+        ids = torch.randint(2, config.vocab_size, (B, S))
+    stock.requires_grad_(False).eval()
+    models = {OURS: patch(share(stock)), EAGER: stock, SDPA: share(stock, "sdpa")}
+    new = 3 if options.quick else NEW_TOKENS
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    generation = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": beams}
+    calls = {
+        name: Contender(partial(model.generate, **batch, **generation)) for name, model in models.items()
+    }
+    weights = sum(parameter.nbytes for parameter in stock.parameters())
+    check = partial(check_generation, models, calls, batch)
+    return Case("generate", spec, calls, weights, check, {}, calls=None if options.quick else 1)
+
+
+def check_generation(models: dict[str, Any], calls: dict[str, Contender], batch: dict[str, Tensor]) -> None:
+    """Equal logits, and in fp32 equal tokens: random weights give no token a lead that bf16 could not turn round."""
+    tokens = calls[EAGER].call()
+    rows = len(batch["input_ids"])
+    results = {}
+    for name, model in models.items():
+        with torch.no_grad():
+            results[name] = model(**batch, decoder_input_ids=tokens[:rows]).logits
+    stock = results[EAGER]
+    tolerance, scale = 64 * torch.finfo(stock.dtype).eps, float(stock.abs().max())
+    for name, logits in results.items():
+        torch.testing.assert_close(logits, stock, rtol=tolerance, atol=tolerance * scale)
+        assert stock.dtype != torch.float32 or torch.equal(calls[name].call(), tokens)
+
+
+def test_alone(time_alone):
+    time_alone()
+
+
+def test_together(time_together):
+    time_together()
+
+
+if __name__ == "__main__":
+    main(specs, build)
