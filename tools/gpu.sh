@@ -34,8 +34,8 @@ if [[ $parts == *tests* ]]; then
     grep -aoE '(FAILED|ERROR) tests/.*' "$OUT/tests.log" | sort -u
 fi
 if [[ $parts == *benchmarks* ]]; then
-    for limit_of in training_step:260 t5_attention:140 prompt_kinds:150 generate:90 linear_cross_entropy:60 rms_norm:40 gated_act:40 \
-        dropout_add:40 relu_dropout:40 prompt_embed:40; do
+    for limit_of in training_step:260 t5_attention:140 prompt_kinds:150 generate:90 linear_cross_entropy:60 rms_norm:40 \
+        gated_act:40 dropout_add:40 relu_dropout:40 prompt_embed:40; do
         name=${limit_of%:*}
         step "$name" "${limit_of#*:}" "$PYTHON" "benchmarks/bench_$name.py" --device cuda --seconds 0.3 --results "$OUT" || failed=1
     done

@@ -4,8 +4,6 @@
 // Reading the weight is what takes time, so it passes by once, in order, and nothing is packed or turned: a sum has a
 // lane for every kLanes-th pair of products, and lanes are added up at its end. A row's result is the same bits
 // whatever other rows there are. Formulas: fastprompt/ops/frozen_linear.py.
-#include <omp.h>
-
 #include "common/kernel.h"
 #include "cpu/pairs.h"
 
