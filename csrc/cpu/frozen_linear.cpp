@@ -42,6 +42,11 @@ void copy(float* to, const W* from, int64_t count) {
     each_vector(count, [&](int64_t i, auto extent) { store_at(to, i, extent, load_at(from, i, extent)); });
 }
 
+template <class W>
+void narrow(W* to, const float* from, int64_t count) {
+    each_vector(count, [&](int64_t i, auto extent) { store_at(to, i, extent, load_at(from, i, extent)); });
+}
+
 // A matrix of W whose element (k, n) is data[k * row + n * column]; one of the two is 1.
 template <class W>
 struct Weight {
@@ -427,10 +432,12 @@ int64_t frozen_linear(const void* x, const void* w, void* y, int64_t B, int64_t 
                 return;
             }
             float* sums = wide + B * M * K;
-            copy(wide, static_cast<const T*>(x), B * M * K);
+            each_chunk_parallel(B * M * K, [&](int64_t begin, int64_t count) {
+                copy(wide + begin, static_cast<const T*>(x) + begin, count);
+            });
             status = multiply_each<T>(B, {wide, b, sums, M, K, N, false, false}, w_example);
-            each_vector(status == 0 ? B * M * N : 0, [&](int64_t i, auto extent) {
-                store_at(static_cast<T*>(y), i, extent, load_at(sums, i, extent));
+            each_chunk_parallel(status == 0 ? B * M * N : 0, [&](int64_t begin, int64_t count) {
+                narrow(static_cast<T*>(y) + begin, sums + begin, count);
             });
             free(wide);
         }
