@@ -26,6 +26,7 @@ constexpr int64_t kFewRows = 300;                            // of x
 constexpr int64_t kStreamedRows = FP_LANES == 16 ? 16 : kTileRows;
 constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
 constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
+constexpr int64_t kLineFloats = kLine / 4;
 
 static_assert(kPanelDepth % kChain == 0 && kPanelColumns % kTileColumns == 0 && kBlockRows % kTileRows == 0, "whole");
 
@@ -109,11 +110,16 @@ void pack_tiles(const Product<W>& p, int64_t k, int64_t depth, int64_t n, int64_
     for (int64_t t = whole; t < tiles; ++t) pack_tile(p, k, depth, n + t * kTileColumns, to + t * size);
 }
 
-// y[ROWS][VECTORS * kLanes] = or += its products over the depth of a panel.
+// y[ROWS][VECTORS * kLanes] = or += its products over the depth of a panel. ROWS rows from `ahead` on, which lie as
+// x's, are asked for meanwhile.
 template <int ROWS, int VECTORS>
-FP_INLINE void chains(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t depth,
-                      bool adds) {
+FP_INLINE void chains(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t depth, bool adds,
+                      bool asks_ahead = false) {
     for (int64_t k = 0; k < depth; k += kChain, adds = true) {
+        for (int64_t i = 0; asks_ahead && i < ROWS; ++i) {
+            const int64_t end = least(depth, k + kChain);
+            for (int64_t j = k; j < end; j += kLineFloats) fetch(x + (ROWS + i) * x_row + j);
+        }
         multiply_tile<ROWS, VECTORS>(Matrix{x + k, x_row, 1}, b + k * kTileColumns, kTileColumns, y, y_row,
                                      least(depth - k, kChain), adds);
     }
@@ -131,16 +137,16 @@ void tile(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row
 // The same into y[ROWS][kTileColumns], of which only `columns` exist. No more vectors are computed than it takes.
 template <int ROWS>
 FP_INLINE void some_columns(const float* x, int64_t x_row, const float* b, float* y, int64_t columns, int64_t depth,
-                            bool adds) {
+                            bool adds, bool asks_ahead = false) {
     constexpr int kThree = kTileVectors < 3 ? kTileVectors : 3;
     if (columns <= kLanes) {
-        chains<ROWS, 1>(x, x_row, b, y, kTileColumns, depth, adds);
+        chains<ROWS, 1>(x, x_row, b, y, kTileColumns, depth, adds, asks_ahead);
     } else if (columns <= 2 * kLanes) {
-        chains<ROWS, 2>(x, x_row, b, y, kTileColumns, depth, adds);
+        chains<ROWS, 2>(x, x_row, b, y, kTileColumns, depth, adds, asks_ahead);
     } else if (columns <= kThree * kLanes) {
-        chains<ROWS, kThree>(x, x_row, b, y, kTileColumns, depth, adds);
+        chains<ROWS, kThree>(x, x_row, b, y, kTileColumns, depth, adds, asks_ahead);
     } else {
-        chains<ROWS, kTileVectors>(x, x_row, b, y, kTileColumns, depth, adds);
+        chains<ROWS, kTileVectors>(x, x_row, b, y, kTileColumns, depth, adds, asks_ahead);
     }
 }
 
@@ -159,6 +165,7 @@ void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t 
 template <int COLUMNS>
 void turned_tiles(const Product<float>& p, int64_t n, const float* packed) {
     const float* b = p.b.data + n * p.b.column;
+    const bool has_next = p.N - n >= 2 * static_cast<int64_t>(COLUMNS);
     const int64_t all_rows = round_up(p.M, kTileColumns);
     for (int64_t m = 0; m < p.M; m += kTileColumns) {
         const int64_t rows = least(p.M - m, kTileColumns);
@@ -170,7 +177,8 @@ void turned_tiles(const Product<float>& p, int64_t n, const float* packed) {
         for (int64_t k = 0; k < p.K; k += kPanelDepth) {
             const int64_t depth = least(p.K - k, kPanelDepth);
             const float* tile = packed + k * all_rows + m * depth;
-            some_columns<COLUMNS>(b + k, p.b.column, tile, turned, rows, depth, p.adds || k > 0);
+            const bool adds = p.adds || k > 0, asks_ahead = m == 0 && has_next;
+            some_columns<COLUMNS>(b + k, p.b.column, tile, turned, rows, depth, adds, asks_ahead);
         }
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t j = 0; j < COLUMNS; ++j) y[i * p.N + j] = turned[j * kTileColumns + i];
