@@ -415,7 +415,8 @@ class PromptModel(KeyKeeper):
         choice, table = self.prompts.choose(prompts, size), self._table()
         self.prompts.trim(self._caches, choice.names)
         for prompt in choice.prompts:
-            tensor = prompt if isinstance(prompt, Tensor) else next(iter(prompt.parameters()))
+            # A replica of DataParallel has no parameters().
+            tensor = prompt if isinstance(prompt, Tensor) else getattr(prompt, prompt.names[0])
             checks.check_device("prompts", tensor, table)
         kinds = {name: self.kind(name) for name in choice.names}
         checks.check_one_family(kinds)

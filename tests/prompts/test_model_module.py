@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from bank import KINDS
 from torch import nn
 
 from fastprompt.model import PromptModel
@@ -121,6 +122,30 @@ def test_copies_are_whole_and_independent(duplicate, make_prompted, make_batch):
     twin.bfloat16()
     assert prompted.dtype == torch.float32
     assert twin.prompts["p5"].dtype == torch.float32
+
+
+def replica(module):
+    """As DataParallel makes it for a device: its tensors are attributes, and in no parameters()."""
+    twin = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        setattr(twin, name, replica(child))
+    for name, parameter in module._parameters.items():
+        setattr(twin, name, None if parameter is None else parameter.clone())
+    return twin
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_replicas_of_data_parallel_bring_the_gradient(name, bank, make_batch):
+    batch = make_batch()
+    expected = bank(**batch, prompts=name).loss
+    expected.backward()
+    gradients = {key: each.grad for key, each in bank.prompts.named_parameters()}
+    bank.zero_grad()
+    loss = replica(bank)(**batch, prompts=name).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for key, each in bank.prompts.named_parameters():
+        torch.testing.assert_close(each.grad, gradients[key])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
