@@ -107,7 +107,7 @@ class PromptModel(KeyKeeper):
             input_ids: [B, S] int32 or int64. With ``encoder_outputs`` it may be left out; "prepend" takes S from it
                 where there is no mask.
             attention_mask: [B, S], 0 where a token is padding, on either side; None: every token counts.
-            labels: [B, T] int64, -100 where ignored; asks for the loss.
+            labels: [B, T] int64, T of 1 or more, -100 where ignored; asks for the loss.
             prompts: one name for all rows, or one name per row (lengths may differ; "prepend" does not mix with the
                 other kinds); None: the first prompt.
             return_logits: False leaves the logits out of the output.
@@ -135,7 +135,7 @@ class PromptModel(KeyKeeper):
         batch = self._batch(input_ids, attention_mask, prompts, size)
         return_dict = kwargs.pop("return_dict", True)
         arguments = dict(
-            labels=labels,
+            labels=None if labels is None else labels.contiguous(),  # T5 views them
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             return_dict=True,

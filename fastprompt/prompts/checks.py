@@ -164,7 +164,7 @@ def check_mask(mask: object, batch: int, num_tokens: int, table: Tensor) -> None
 
 
 def check_labels(labels: object, batch: int, vocab_size: int) -> None:
-    """``labels`` must be None, or int64 [B, T]. Their values are checked on the CPU; a GPU would have to wait."""
+    """``labels`` must be None, or int64 [B, T >= 1]. Their values are checked on the CPU; a GPU would have to wait."""
     if labels is None:
         return
     if not isinstance(labels, Tensor):
@@ -172,6 +172,11 @@ def check_labels(labels: object, batch: int, vocab_size: int) -> None:
     if labels.dtype != torch.int64 or labels.ndim != 2 or labels.shape[0] != batch:
         got = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
         raise ValueError(f"PromptModel: labels must be int64 [B, T]=[{batch}, T], got {got}")
+    if not labels.shape[1]:
+        raise ValueError(
+            f"PromptModel: labels must have at least one token, got {list(labels.shape)}. End targets with the end "
+            "marker, empty ones too"
+        )
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     outside = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]

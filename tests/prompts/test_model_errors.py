@@ -283,6 +283,11 @@ def test_bad_input(changes, error, message, call):
             r"labels must be int64 \[B, T\]=\[3, T\], got",
         ),
         ({"labels": torch.ones(3, 4)}, ValueError, "labels must be int64 .* got float32"),
+        (
+            {"labels": torch.ones(3, 0, dtype=torch.int64)},
+            ValueError,
+            r"labels must have at least one token, got \[3, 0\]. End targets with the end marker",
+        ),
         ({"labels": [[1] * 4] * 3}, TypeError, "labels must be a tensor .* got list"),
         (
             {"promts": "p2"},

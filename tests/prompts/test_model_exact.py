@@ -64,6 +64,14 @@ def test_int32_ids_and_an_input_of_no_tokens(make_prompted, make_batch):
     assert output.loss.isfinite()
 
 
+@pytest.mark.parametrize("kind", ["prepend", "cached"])
+def test_labels_may_be_a_part_of_longer_ones(kind, make_keyed, make_batch):
+    prompted, batch = make_keyed(PromptConfig(5, kind)), make_batch(T=6)
+    whole, batch["labels"] = batch["labels"][:, :4].contiguous(), batch["labels"][:, :4]
+    assert not batch["labels"].is_contiguous()
+    assert torch.equal(prompted(**batch).loss, prompted(**batch | {"labels": whole}).loss)
+
+
 @pytest.mark.parametrize("layout", ["v1_1", "umt5", "longt5"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_a_row_does_not_notice_the_prompts_of_the_other_rows(layout, padding, make_prompted, make_batch):
