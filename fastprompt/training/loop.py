@@ -54,7 +54,7 @@ def tune(
         prompted: in training mode meanwhile, in evaluation mode afterwards.
         batches: at least ``steps`` of them.
         loss: of a batch, a scalar with a gradient; see :func:`model_loss` and :func:`choice_loss`.
-        optimizer: of the prompts' Parameters; see :class:`Adafactor`.
+        optimizer: of the prompts' Parameters, whose step needs no closure; see :class:`Adafactor`.
         steps: 1 or more.
         micro_batch: so many rows of a batch go through the model at once, and need memory at once. The step is the
             whole batch's, dropout's draws and rounding apart. None: all rows. It needs a :class:`Loss`.
