@@ -23,7 +23,7 @@ constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kC
 constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
 constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
 constexpr int64_t kFewRows = 300;                            // of x
-constexpr int64_t kStreamedRows = FP_LANES == 16 ? 16 : kTileRows;
+constexpr int64_t kStreamedRows = FP_LANES == 16 ? 16 : kTileRows;             // of x, fewer still
 constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
 constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
 constexpr int64_t kLineFloats = kLine / 4;
@@ -110,8 +110,8 @@ void pack_tiles(const Product<W>& p, int64_t k, int64_t depth, int64_t n, int64_
     for (int64_t t = whole; t < tiles; ++t) pack_tile(p, k, depth, n + t * kTileColumns, to + t * size);
 }
 
-// y[ROWS][VECTORS * kLanes] = or += its products over the depth of a panel. ROWS rows from `ahead` on, which lie as
-// x's, are asked for meanwhile.
+// y[ROWS][VECTORS * kLanes] = or += its products over the depth of a panel. If it asks ahead, the next ROWS rows of x,
+// of which there must be as many, are on their way then.
 template <int ROWS, int VECTORS>
 FP_INLINE void chains(const float* x, int64_t x_row, const float* b, float* y, int64_t y_row, int64_t depth, bool adds,
                       bool asks_ahead = false) {
