@@ -2,9 +2,9 @@
 """Keys and values of prompts, computed once and kept for serving, and the memory of what they were computed from.
 
 A pool holds the prompts of one ``cache_prompts`` call side by side, so that a batch that names any of them reads them
-where they lie. It is stale once a stamp (fastprompt.prompts.stamp) of one of its prompts or of the model does not fit
-any more, and once an optimiser that holds one of their tensors has made a step, for fused ones leave no other trace;
-then it is computed again.
+where they lie. A prompt in it is stale once its stamp (fastprompt.prompts.stamp) does not fit any more, all of them
+once the model's does not, and once an optimiser that holds one of their tensors has made a step, for fused ones leave
+no other trace; then they are computed again, in a pool of their own.
 """
 
 import weakref
@@ -67,17 +67,21 @@ class PromptCaches:
                 stamp.note_step(parameters)
 
     def stale(self, prompts: Mapping[str, Any], model: nn.Module) -> list[str]:
-        """The prompts of all pools that have one of ``prompts`` whose kept keys are not its keys any more."""
+        """Those of ``prompts`` whose kept keys are not their keys any more; where that is because the model changed,
+        with all others of their pools.
+
+        A prompt that changed is computed again by itself: a server that exchanges one of hundreds does not wait for
+        the others.
+        """
         if not self._pools:
             return []
         state, found = State.of(model), []
         for pool in self._pools:
-            here = [name for name in pool.names if name in prompts]
-            if here and not (
-                pool.model.fits(state)
-                and all(pool.stamps[pool.names.index(name)].fits(State.of(prompts[name])) for name in here)
-            ):
+            here = {name: i for i, name in enumerate(pool.names) if name in prompts}
+            if here and not pool.model.fits(state):
                 found += [name for name in pool.names if name]
+            else:
+                found += [n for n, i in here.items() if not pool.stamps[i].fits(State.of(prompts[n]))]
         return found
 
     def parts(self, names: Sequence[str]) -> tuple[dict[str, list[Part]], list[int]]:

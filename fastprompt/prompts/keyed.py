@@ -150,8 +150,10 @@ def _projection_dtype(model: Any) -> torch.dtype:
 def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """R tensors [L, P_i, ...] -> for each of the L layers [R, P, ...], P the longest."""
     if len(tensors) == 1:
+        tensor, recorded = tensors[0], torch.is_grad_enabled()
+        if tensor.requires_grad and not recorded:  # as views of a Parameter would, which have none here
+            tensor = tensor.detach()
         # A copy of what is learned, so that an optimiser may write to it before a backward pass of earlier calls.
-        copy = tensors[0].requires_grad and torch.is_grad_enabled()
-        return list(tensors[0].to(dtype, copy=copy)[:, None].unbind(0))
+        return list(tensor.to(dtype, copy=tensor.requires_grad and recorded)[:, None].unbind(0))
     by_position = pad_sequence([tensor.to(dtype).transpose(0, 1) for tensor in tensors], batch_first=True)
     return list(by_position.transpose(1, 2).unbind(1))

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from prefixed import NAME, register, with_prefix
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastprompt.prompts import PromptConfig
 
@@ -254,6 +255,18 @@ def test_the_encoder_runs_no_prompt_rows(make_keyed, make_batch):
     block.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:2]))
     prompted(**batch).loss.backward()
     assert rows == [(3, 7)]
+
+
+@pytest.mark.parametrize("parameterization", ["rows", "kv"])
+def test_flops_of_generation_are_counted(parameterization, make_keyed, make_batch):
+    """PyTorch's counter asks each module's inputs that require a gradient for where that goes to."""
+    prompted, batch = make_keyed({"p": prefix(parameterization=parameterization)}), make_batch()
+    del batch["labels"]
+    expected = prompted.generate(**batch, max_new_tokens=2)
+    with FlopCounterMode(display=False) as counter:
+        found = prompted.generate(**batch, max_new_tokens=2)
+    assert torch.equal(found, expected)
+    assert counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("parameterization", ["rows", "kv"])
