@@ -123,10 +123,13 @@ def allowed_keys(**arguments: Any) -> Allowed | Tensor | None:
         if prompt is not None:
             _refuse_prompt("a mask of another form than [B, S]")
         return eager_mask(**arguments)
+    B = arguments["batch_size"]
     if mask is not None:
         S = arguments["kv_length"]  # more than the mask has: a static cache's free slots
         mask = functional.pad(mask, (0, max(S - mask.shape[1], 0)))[:, :S]
-    return Allowed(mask, offset, causal, prompt and prompt.for_batch(arguments["batch_size"]))
+        if mask.shape[0] == 1 < B:  # one for all, which transformers takes where it hides nothing
+            mask = mask.expand(B, -1)
+    return Allowed(mask, offset, causal, prompt and prompt.for_batch(B))
 
 
 def _refuse_prompt(what: str) -> NoReturn:

@@ -5,11 +5,11 @@ import copy
 
 import pytest
 import torch
-from layouts import TINY, close
+from layouts import LAYERS, TINY, close, step
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import causal_mask_function, create_causal_mask, eager_mask
 
-from fastprompt import hf_attention
+from fastprompt import hf_attention, patch
 from fastprompt.ops import t5_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +45,23 @@ def test_a_mask_has_a_column_per_key(columns, device):
         config=config, mask_function=causal_mask_function, attention_mask=mask, kv_length=7, batch_size=3
     )
     assert torch.equal(found.mask, (torch.arange(7, device=device) < columns).expand(3, -1))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("layout", ["v1_1", "umt5"])
+def test_a_mask_of_one_row_is_of_all_examples(layout, patched, pair, batch, labels, ran, layers_ran):
+    """As transformers lets it be where it hides nothing."""
+    eager, ours = pair(layout)
+    given, whole = batch(), batch()
+    given["attention_mask"] = whole["attention_mask"][:1]
+    assert given["attention_mask"].all()
+    whole["attention_mask"] = given["attention_mask"].expand(3, -1)
+    if patched:
+        patch(ours)
+    close(eager(**given, labels=labels).logits, eager(**whole, labels=labels).logits)
+    for our, their in zip(step(ours, given, labels), step(eager, whole, labels), strict=True):
+        close(our, their)
+    assert len(ran) + layers_ran["FrozenAttention"] == LAYERS[layout]
 
 
 def test_masks_with_patterns_of_their_own_come_in_full(device):

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
+from fastprompt import hf_attention
 from fastprompt.prompts import PromptConfig
 
 MODES = {
@@ -77,6 +78,30 @@ def test_logits_processor_and_allowed_tokens(make_prompted, make_batch, hf_input
     ours, hf = both(make_prompted(), make_batch(), hf_inputs, **options)
     assert torch.equal(ours, hf)
     assert set(ours[:, 1:].flatten().tolist()) <= {5, 7, 9}
+
+
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+def test_a_processor_may_ask_the_model_without_its_prompt(kind, make_keyed, make_batch):
+    prompted, batch = make_keyed({"p": PromptConfig(4, kind, init="uniform")}), make_batch()
+    del batch["labels"]
+    start = torch.zeros(2, 1, dtype=torch.int64, device=prompted.device)
+    other = {name: tensor[:2] for name, tensor in batch.items()} | {"decoder_input_ids": start}
+    with torch.no_grad():
+        alone, named = prompted.model(**other).logits, prompted(**other).logits
+    asked = []
+
+    class Asking(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            with hf_attention.no_prompt_keys(prompted.model):
+                asked.append((prompted.model(**other).logits, prompted(**other).logits))
+            return scores
+
+    found = prompted.generate(**batch, logits_processor=[Asking()], max_new_tokens=3)
+    assert torch.equal(found, prompted.generate(**batch, max_new_tokens=3))
+    assert asked
+    for without, with_prompt in asked:
+        torch.testing.assert_close(without, alone)
+        torch.testing.assert_close(with_prompt, named)
 
 
 @pytest.mark.parametrize("where", ["keyword", "config", "model"])
