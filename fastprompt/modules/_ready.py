@@ -2,7 +2,6 @@
 """When a layer's tensors can be read directly, in place of calling the modules that hold them."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from fastprompt.ops._checks import FLOATS
 Modules = Mapping[str, Any]
 Inputs = tuple[Tensor, ...]
 
+_NO_MODULES: Modules = {}  # torch.compile takes no MappingProxyType where keywords were written to before
+
 _STOCK_MODULES = ("transformers.models.", "transformers.activations", "torch.nn.modules.activation")
 
 
-def obstacle(
-    children: Modules, others: Modules = MappingProxyType({}), inputs: Inputs | None = None
-) -> str | None:
+def obstacle(children: Modules, others: Modules = _NO_MODULES, inputs: Inputs | None = None) -> str | None:
     """Why the linear layers and norms ``children`` cannot be computed from their weights alone; None if they can.
 
     A LoRA or quantised layer is another class or weight, an offloaded one has hooks or a meta weight; a weight that

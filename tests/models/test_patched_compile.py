@@ -21,6 +21,19 @@ def test_fullgraph_compile(make, batch, labels):
     no_further(step(compiled, inputs, labels, use_cache=False), expected, truth)
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_fullgraph_compile_of_a_stack_by_itself(part, make, batch):
+    """As a server compiles it, whose outermost call writes to its keywords."""
+    stack, inputs = getattr(patch(make()), part), batch()
+    if part == "decoder":
+        hidden = torch.randn(3, 17, 48, device=inputs["input_ids"].device)
+        inputs = {**inputs, "encoder_hidden_states": hidden, "use_cache": False}
+    with torch.no_grad():
+        expected = stack(**inputs)[0]
+        torch._dynamo.reset()
+        close(torch.compile(stack, fullgraph=True, backend="aot_eager")(**inputs)[0], expected)
+
+
 def test_compiled_layers_write_to_nothing_that_they_return(make, labels, device):
     """PyTorch 2.11's compiler gives a layer that does a gradient of zero."""
     graphs = []
