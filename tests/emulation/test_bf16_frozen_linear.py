@@ -14,7 +14,7 @@ ISA = "avx512_bf16"
 @pytest.fixture(autouse=True)
 def bf16_backend(build, monkeypatch):
     op = _op.OPS[tests.OP]
-    monkeypatch.setattr(tests.page, "SLOW_HALVES", ())  # where PyTorch multiplies none, all rows are widened
+    monkeypatch.setattr(tests.page, "SLOW_HALVES", ())
     op.add_native_backend("emulated_isa", build.bf16_kernels(ISA), "CPU")
     with use_backend(tests.OP, "emulated_isa"):
         yield "emulated_isa"
