@@ -407,17 +407,21 @@ int64_t multiply(const Product<W>& p) {
 }
 
 // The same for each of B examples, whose b lie b_step apart. Where they suffice for all threads, one takes whole ones:
-// the parallel regions inside are then its own.
+// the parallel regions inside are then its own. Otherwise there must be no region around those, not even one of a
+// single thread: OpenMP would start new threads for what it takes to be nested.
 template <class W>
 int64_t multiply_each(int64_t B, const Product<W>& p, int64_t b_step) {
     if (p.M < 1 || p.N < 1 || p.K < 1) return fp::kBadOption;
     int64_t status = 0;
-    const bool enough = B >= omp_get_max_threads() && B * p.M * p.N * p.K >= kParallelProducts;
-#pragma omp parallel for schedule(static) reduction(min : status) if (enough)
-    for (int64_t i = 0; i < B; ++i) {
+    const auto multiply_one = [&](int64_t i) {
         const Weight<W> b{p.b.data + i * b_step, p.b.row, p.b.column};
-        const Product<W> one{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse};
-        status = least(status, multiply(one));
+        return multiply(Product<W>{p.x + i * p.M * p.K, b, p.y + i * p.M * p.N, p.M, p.K, p.N, p.adds, p.sparse});
+    };
+    if (B >= omp_get_max_threads() && B * p.M * p.N * p.K >= kParallelProducts) {
+#pragma omp parallel for schedule(static) reduction(min : status)
+        for (int64_t i = 0; i < B; ++i) status = least(status, multiply_one(i));
+    } else {
+        for (int64_t i = 0; i < B; ++i) status = least(status, multiply_one(i));
     }
     return status;
 }
