@@ -55,6 +55,11 @@ BF16_ALONE = ("frozen_linear_pairs",)  # for no other target
 BF16_SOURCES = (*BF16_ALONE, "t5_attention", "t5_attention_backward")
 
 
+def compiles(source: Path, target: str) -> bool:
+    """Is this file of csrc/cpu for the target?"""
+    return source.stem in BF16_SOURCES if target in BF16_TARGETS else source.stem not in BF16_ALONE
+
+
 def compiler_knows(flags: list[str]) -> bool:
     probe = [*shlex.split(CXX), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(probe, capture_output=True).returncode == 0
@@ -195,7 +200,7 @@ class NinjaBuild(build_ext):
         targets = cpu_targets()
         for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             for target, (lanes, isa) in targets.items():
-                if source.stem not in BF16_SOURCES if target in BF16_TARGETS else source.stem in BF16_ALONE:
+                if not compiles(source, target):
                     continue
                 defines = ["-fno-exceptions", f"-DFP_TARGET='\"{target}\"'", f"-DFP_LANES={lanes}"]
                 compile_object("cxx", source, f"{source.stem}.{target}.o", *defines, *isa)

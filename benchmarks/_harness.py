@@ -140,6 +140,19 @@ def check_results(
                 assert_within_budget(value, stock_value, true_value, magnitude=scale, ulps=ulps)
 
 
+def assert_near(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> None:
+    """Of a whole model: equal but for 64 roundings to the dtype, or ``tolerance``, of the largest element."""
+    tolerance = tolerance or 64 * torch.finfo(theirs.dtype).eps
+    torch.testing.assert_close(
+        ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max())
+    )
+
+
+def multiplies_bf16(options: Options) -> bool:
+    """Is it a CPU on which PyTorch has instructions for bf16?"""
+    return options.device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def step(
     forward: Call, leaves: Tensor | Sequence[Tensor], grads: Tensor | Sequence[Tensor] | None = None
 ) -> Call:

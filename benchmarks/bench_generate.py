@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _harness import OURS, Case, Contender, Options, Spec, main
+from _harness import OURS, Case, Contender, Options, Spec, assert_near, main, multiplies_bf16
 from bench_training_step import EAGER, MODELS, SDPA
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
@@ -29,7 +29,7 @@ def specs(options: Options) -> list[Spec]:
     if options.quick:
         return [spec("tiny", torch.float32, 2, 12, beams) for beams in (1, 2)]
     dtypes = [torch.bfloat16] if options.device == "cuda" else [torch.float32]
-    if options.device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if multiplies_bf16(options):
         dtypes.append(torch.bfloat16)
     return [
         spec(model, dtype, B, 64, beams)
@@ -79,9 +79,8 @@ def check_generation(models: dict[str, Any], calls: dict[str, Contender], batch:
         with torch.no_grad():
             results[name] = model(**batch, decoder_input_ids=tokens[:rows]).logits
     stock = results[EAGER]
-    tolerance, scale = 64 * torch.finfo(stock.dtype).eps, float(stock.abs().max())
     for name, logits in results.items():
-        torch.testing.assert_close(logits, stock, rtol=tolerance, atol=tolerance * scale)
+        assert_near(logits, stock)
         assert stock.dtype != torch.float32 or torch.equal(calls[name].call(), tokens)
 
 

@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _harness import OURS, Case, Contender, Options, Spec, main
+from _harness import OURS, Case, Contender, Options, Spec, assert_near, main
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -316,7 +316,7 @@ def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
     half = min(each.dtype.itemsize for each in ours) == 2
     tolerance = 64 * torch.finfo(ours[0].dtype).eps if half else 1e-4
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+        assert_near(mine, other, tolerance)
 
 
 def test_alone(time_alone):

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _harness import OURS, Call, Case, Contender, Options, Spec, main
+from _harness import OURS, Call, Case, Contender, Options, Spec, assert_near, main, multiplies_bf16
 from _liger import liger
 from _machine import peak_bytes
 from torch import Tensor
@@ -76,7 +76,7 @@ def specs(options: Options) -> list[Spec]:
         for p in (0.1, 0.0)
         for model, B, S, T in sizes
     ]
-    if options.device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if multiplies_bf16(options):
         tables += [replace(spec, dtype=torch.bfloat16, headline=False) for spec in tables if spec.headline]
     return tables
 
@@ -181,9 +181,7 @@ def check_step(
         model.train()
     for result in results.values():
         for ours, theirs in zip(result, results.get(EAGER, results[OURS]), strict=True):
-            scale = float(theirs.detach().abs().max())
-            tolerance = 64 * torch.finfo(theirs.dtype).eps
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+            assert_near(ours, theirs)
 
 
 def test_alone(time_alone):

@@ -30,21 +30,13 @@ constexpr int64_t kLineFloats = kLine / 4;
 
 static_assert(kPanelDepth % kChain == 0 && kPanelColumns % kTileColumns == 0 && kBlockRows % kTileRows == 0, "whole");
 
-// Below so many products, or where a weight is only read below so many of its elements, a second thread costs more than
-// it brings.
-constexpr int64_t kParallelProducts = 1 << 20, kParallelWeights = 1 << 18;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+// Below so many products a second thread costs more than it brings.
+constexpr int64_t kParallelProducts = 1 << 20;
 
 void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
 
-template <class W>
-void copy(float* to, const W* from, int64_t count) {
-    each_vector(count, [&](int64_t i, auto extent) { store_at(to, i, extent, load_at(from, i, extent)); });
-}
-
-template <class W>
-void narrow(W* to, const float* from, int64_t count) {
+template <class To, class From>
+void copy(To* to, const From* from, int64_t count) {
     each_vector(count, [&](int64_t i, auto extent) { store_at(to, i, extent, load_at(from, i, extent)); });
 }
 
@@ -449,7 +441,7 @@ int64_t frozen_linear(const void* x, const void* w, void* y, int64_t B, int64_t 
             });
             status = multiply_each<T>(B, {wide, b, sums, M, K, N, false, false}, w_example);
             each_chunk_parallel(status == 0 ? B * M * N : 0, [&](int64_t begin, int64_t count) {
-                narrow(static_cast<T*>(y) + begin, sums + begin, count);
+                copy(static_cast<T*>(y) + begin, sums + begin, count);
             });
             free(wide);
         }

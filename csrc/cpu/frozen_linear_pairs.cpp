@@ -13,17 +13,12 @@ constexpr int64_t kRows = 8;      // of x, multiplied together
 constexpr int64_t kColumns = 24;  // of y: rows of the weight, which stay in the first-level cache for more rows of x
 constexpr int64_t kStep = 2 * kLanes;  // products in a vector of pairs
 
-// Below so many elements of the weights a second thread costs more than it brings.
-constexpr int64_t kParallelWeights = 1 << 18;
-
 // y[M][N] = x[M][K] w[N][K]^T, rows of w `row` elements apart.
 struct Product {
     const fp::bf16 *x, *w;
     fp::bf16* y;
     int64_t M, N, K, row;
 };
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 FP_INLINE vuint pairs_at(const fp::bf16* from, Whole) { return PairMatrix::right(from); }
 

@@ -25,6 +25,8 @@ constexpr int64_t kLanes = FP_LANES;
 
 FP_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+FP_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 using vfloat = float __attribute__((vector_size(FP_LANES * 4)));
 using vuint = uint32_t __attribute__((vector_size(FP_LANES * 4)));
 using vint = int32_t __attribute__((vector_size(FP_LANES * 4)));
@@ -608,8 +610,8 @@ FP_INLINE vuint lane_mask(uint32_t bits) {
     return bit_cast<vuint>((lane_bit & bits) != 0u);
 }
 
-// Below this many elements a second thread costs more than it brings.
-constexpr int64_t kParallelElements = 16384;
+// Below this many elements a second thread costs more than it brings; of weights that are only read, below so many.
+constexpr int64_t kParallelElements = 16384, kParallelWeights = 1 << 18;
 
 // each_chunk over `count` elements, shared out among the threads.
 template <class Body>

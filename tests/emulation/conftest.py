@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastprompt import _op
+
 NAME = "fastprompt_tests_emulation_build"
 
 
@@ -20,6 +22,20 @@ def build():
         sys.modules[NAME] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[NAME])
     return sys.modules[NAME]
+
+
+@pytest.fixture
+def offer():
+    """offer(op, backend, kernels): one more CPU backend of an op, while the test runs."""
+    given = []
+
+    def offer(op, backend, kernels):
+        _op.OPS[op].add_native_backend(backend, kernels, "CPU")
+        given.append((op, backend))
+
+    yield offer
+    for op, backend in given:
+        del _op.OPS[op]._extra[backend]
 
 
 @pytest.fixture(params=["forward", "reverse", "shuffled 1", "shuffled 2"])

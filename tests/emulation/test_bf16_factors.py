@@ -9,19 +9,17 @@ import attention_case
 import pytest
 import torch
 
-from fastprompt import _native, _op, backend_used, use_backend
+from fastprompt import _native, backend_used, use_backend
 from fastprompt.ops import t5_attention
 
 BF16 = torch.bfloat16
 
 
 @pytest.fixture(params=_native.BF16_ISAS, autouse=True)
-def isa(request, build):
-    op = _op.OPS["t5_attention"]
-    op.add_native_backend("emulated_isa", build.bf16_kernels(request.param), "CPU")
+def isa(request, build, offer):
+    offer("t5_attention", "emulated_isa", build.bf16_kernels(request.param))
     with use_backend("t5_attention", "emulated_isa"):
         yield request.param
-    del op._extra["emulated_isa"]
 
 
 def check(case):

@@ -6,19 +6,17 @@ tests of it, which run there on a CPU with AVX512_BF16.
 import pytest
 import test_frozen_linear as tests
 
-from fastprompt import _native, _op, backend_used, use_backend
+from fastprompt import _native, backend_used, use_backend
 
 ISA = "avx512_bf16"
 
 
 @pytest.fixture(autouse=True)
-def bf16_backend(build, monkeypatch):
-    op = _op.OPS[tests.OP]
+def bf16_backend(build, offer, monkeypatch):
     monkeypatch.setattr(tests.page, "SLOW_HALVES", ())
-    op.add_native_backend("emulated_isa", build.bf16_kernels(ISA), "CPU")
+    offer(tests.OP, "emulated_isa", build.bf16_kernels(ISA))
     with use_backend(tests.OP, "emulated_isa"):
         yield "emulated_isa"
-    del op._extra["emulated_isa"]
 
 
 @pytest.fixture

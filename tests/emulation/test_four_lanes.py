@@ -16,13 +16,10 @@ BACKEND = "four_lanes"
 
 
 @pytest.fixture(autouse=True)
-def _lanes(build):
+def _lanes(build, offer):
     kernels = build.four_lane_kernels()
-    for op in _op.OPS.values():
-        op.add_native_backend(BACKEND, kernels, "CPU")
-    yield
-    for op in _op.OPS.values():
-        del op._extra[BACKEND]
+    for op in _op.OPS:
+        offer(op, BACKEND, kernels)
 
 
 def with_gradient(function, x, *arguments, **options):

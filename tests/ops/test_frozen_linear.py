@@ -143,18 +143,20 @@ def bf16_backend(backend, monkeypatch):
 
 
 FEW_IN_BF16 = [  # M, N, K: part of a vector, of a group of columns, of rows; several of each
-    *(
-        (1, 1, 1),
-        (1, 48, 48),
-        (2, 17, 31),
-        (3, 25, 33),
-        (4, 24, 96),
-        (5, 2, 7),
-        (6, 8, 64),
-        (7, 70, 129),
-        (8, 23, 32),
-    ),
-    *((9, 50, 64), (BF16_ROWS - 1, 7, 65), (BF16_ROWS, 130, 600), (1, 3000, 512), (8, 1000, 770)),
+    (1, 1, 1),
+    (1, 48, 48),
+    (2, 17, 31),
+    (3, 25, 33),
+    (4, 24, 96),
+    (5, 2, 7),
+    (6, 8, 64),
+    (7, 70, 129),
+    (8, 23, 32),
+    (9, 50, 64),
+    (BF16_ROWS - 1, 7, 65),
+    (BF16_ROWS, 130, 600),
+    (1, 3000, 512),
+    (8, 1000, 770),
 ]
 
 
@@ -304,8 +306,8 @@ def test_a_row_is_the_same_alone_and_among_others(native_backend, N, K):
     backward = torch.ops.fastprompt.frozen_linear_backward
     y, dx = frozen_linear(x, weight), backward([dy], [weight])
     few = ((5, 1), (9, 2), (50, 4)) if K >= FEW_ROWS_DEPTH else ()
-    some = ((0, ROWS), (40, 8), (3, 11), (60, 16), (9, 17), (7, 23), (95, 98), (100, 130), (20, 305))
-    for first, count in (*few, *some):
+    more = ((0, ROWS), (40, 8), (3, 11), (60, 16), (9, 17), (7, 23), (95, 98), (100, 130), (20, 305))
+    for first, count in few + more:
         some = slice(first, first + count)
         assert torch.equal(frozen_linear(x[some], weight), y[some])
         if count >= ROWS:  # fewer are PyTorch's, backward
@@ -410,15 +412,20 @@ def test_the_default_is_what_is_faster_here():
 @pytest.mark.parametrize(
     ("dtype", "M", "N", "expected"),
     [
-        *((KERNEL, 1, 128, False), (KERNEL, 1, 256, True), (KERNEL, 2, 64, False), (KERNEL, 2, 128, True)),
-        *((KERNEL, ROWS, 1, True), (KERNEL, 900, 1024, True)),
-        *((torch.float16, 1, 2048, False), (torch.float16, 1, 4096, True), (torch.float16, 2, 128, True)),
-        *(
-            (torch.bfloat16, 1, 64, False),
-            (torch.bfloat16, 1, 128, True),
-            (torch.bfloat16, BF16_ROWS, 128, True),
-        ),
-        *((torch.bfloat16, BF16_ROWS + 1, 1024, False), (torch.float64, 900, 1024, False)),
+        (KERNEL, 1, 128, False),
+        (KERNEL, 1, 256, True),
+        (KERNEL, 2, 64, False),
+        (KERNEL, 2, 128, True),
+        (KERNEL, ROWS, 1, True),
+        (KERNEL, 900, 1024, True),
+        (torch.float16, 1, 2048, False),
+        (torch.float16, 1, 4096, True),
+        (torch.float16, 2, 128, True),
+        (torch.bfloat16, 1, 64, False),
+        (torch.bfloat16, 1, 128, True),
+        (torch.bfloat16, BF16_ROWS, 128, True),
+        (torch.bfloat16, BF16_ROWS + 1, 1024, False),
+        (torch.float64, 900, 1024, False),
     ],
     ids=str,
 )

@@ -14,17 +14,16 @@ import torch
 from fastprompt import ops, use_backend
 
 torch.set_num_threads(2)
-chosen = use_backend("frozen_linear", "cpu")  # elsewhere than on AMD's CPUs PyTorch's product is the default
-chosen.__enter__()
 x, weight, table = torch.randn(400, 1024, requires_grad=True), torch.randn(1024, 1024), torch.randn(50, 1024)
 seed, labels, ids = torch.tensor([1]), torch.arange(400), torch.arange(400).view(4, 100) % 50
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for rows in (1, 4, 16, 32, 64, 400):
-        some, w = x[:rows].to(dtype), weight.to(dtype)
-        (ops.frozen_linear(some, w) ** 2).sum().backward()
-    for examples in (1, 2):
-        some, w = x[: 50 * examples].view(examples, 50, -1).to(dtype), weight.to(dtype).expand(examples, -1, -1)
-        (ops.frozen_linear(some, w) ** 2).sum().backward()
+    with use_backend("frozen_linear", "cpu"):  # elsewhere than on AMD's CPUs PyTorch's product is the default
+        for rows in (1, 4, 16, 32, 64, 400):
+            some, w = x[:rows].to(dtype), weight.to(dtype)
+            (ops.frozen_linear(some, w) ** 2).sum().backward()
+        for examples in (1, 2):
+            some, w = x[: 50 * examples].view(examples, 50, -1).to(dtype), weight.to(dtype).expand(examples, -1, -1)
+            (ops.frozen_linear(some, w) ** 2).sum().backward()
     each = x.to(dtype)
     q = each.view(4, 100, 16, 64)
     for T in (1, 8, 100):
