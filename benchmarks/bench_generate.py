@@ -2,8 +2,9 @@
 """Generating with a whole patched T5 beside the stock one: 16 tokens, greedy or by beams, of inputs of 64.
 
 Random weights in the shapes of v1.1-small and v1.1-base, in fp32, on a CPU that multiplies bf16 in that, too; on a GPU
-in bf16 alone. Of the time, at most the encoder's pass over B S rows is not spent on steps of B rows, or B beams, which
-read every weight of the decoder once.
+in bf16 alone, and also by CUDA graphs (fastprompt.graphed), of the patched and of the stock model. Of the time, at most
+the encoder's pass over B S rows is not spent on steps of B rows, or B beams, which read every weight of the decoder
+once.
 """
 
 from functools import partial
@@ -11,11 +12,11 @@ from typing import Any
 
 import torch
 from _harness import OURS, Case, Contender, Options, Spec, assert_near, main, multiplies_bf16
-from bench_training_step import EAGER, MODELS, SDPA
+from bench_training_step import EAGER, GRAPHED, MODELS, SDPA
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from fastprompt import patch
+from fastprompt import graphed, patch
 from fastprompt.testing import share
 
 NEW_TOKENS = 16
@@ -40,7 +41,7 @@ def specs(options: Options) -> list[Spec]:
 
 
 def contenders(spec: Spec, options: Options) -> list[str]:
-    return [OURS, EAGER, SDPA]
+    return [OURS, EAGER, SDPA, *(GRAPHED if options.device == "cuda" else ())]
 
 
 def build(spec: Spec, options: Options) -> Case:
@@ -62,8 +63,11 @@ def build(spec: Spec, options: Options) -> Case:
     new = 3 if options.quick else NEW_TOKENS
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     generation = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": beams}
+    generators = dict(models)
+    if options.device == "cuda":
+        generators |= {name: graphed(models[kind]) for name, kind in GRAPHED.items()}
     calls = {
-        name: Contender(partial(model.generate, **batch, **generation)) for name, model in models.items()
+        name: Contender(partial(model.generate, **batch, **generation)) for name, model in generators.items()
     }
     weights = sum(parameter.nbytes for parameter in stock.parameters())
     check = partial(check_generation, models, calls, batch)
@@ -74,14 +78,15 @@ def check_generation(models: dict[str, Any], calls: dict[str, Contender], batch:
     """Equal logits, and in fp32 equal tokens: random weights give no token a lead that bf16 could not turn round."""
     tokens = calls[EAGER].call()
     rows = len(batch["input_ids"])
-    results = {}
-    for name, model in models.items():
-        with torch.no_grad():
-            results[name] = model(**batch, decoder_input_ids=tokens[:rows]).logits
+    with torch.no_grad():
+        results = {
+            name: model(**batch, decoder_input_ids=tokens[:rows]).logits for name, model in models.items()
+        }
     stock = results[EAGER]
-    for name, logits in results.items():
+    for logits in results.values():
         assert_near(logits, stock)
-        assert stock.dtype != torch.float32 or torch.equal(calls[name].call(), tokens)
+    for contender in calls.values():
+        assert stock.dtype != torch.float32 or torch.equal(contender.call(), tokens)
 
 
 def test_alone(time_alone):

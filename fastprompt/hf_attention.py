@@ -91,10 +91,15 @@ def no_prompt_keys(model: Any) -> AbstractContextManager[None]:
     return prompt_keys(model) if _open_blocks else nullcontext()
 
 
+def prompts_in_force(config: Any) -> dict[str, PromptKeys]:
+    """By site, of the block around the call, for the model that has this configuration."""
+    configs, prompts = _PROMPTS.get(((), {}))
+    return prompts if any(each is config for each in configs) else {}
+
+
 def _prompt_of(site: str, config: Any) -> PromptKeys | None:
     if not torch.compiler.is_compiling():
-        configs, prompts = _PROMPTS.get(((), {}))
-        return prompts.get(site) if any(each is config for each in configs) else None
+        return prompts_in_force(config).get(site)
     if _open_blocks:  # the compiler cannot read context variables
         _refuse_prompt("generation through torch.compile")
     return None

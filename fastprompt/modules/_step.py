@@ -39,6 +39,10 @@ def step(
     else:
         held: Any = past.cross_attention_cache.layers[layer]
         k, v = held.keys, held.values
+    offset: Any = allowed.offset if allowed.causal else 0
+    offsets = None
+    if isinstance(offset, Tensor):  # a static cache's, whose free slots come after the query
+        offset, offsets = 0, offset.expand(len(x))
     inputs = Inputs(
         q,
         k.transpose(1, 2),
@@ -46,7 +50,8 @@ def step(
         bias,
         *allowed.prompt_of(layer),
         allowed.mask,
-        offset=allowed.offset if allowed.causal else 0,  # type: ignore[arg-type]
+        offsets,
+        offset=offset,
         causal=allowed.causal,
     )
     out, _ = direct.t5_attention(*inputs)

@@ -170,39 +170,45 @@ class FastAttention:
         """Those of q, k, v, o and layer_norm, if the fused layer covers the call."""
         covers = (
             isinstance(allowed, Allowed)
-            and isinstance(allowed.offset, int)
             and not wants_weights(self._attention, kwargs)
             and self._other_scores(inputs) is None
         )
         return ready(*self._parts(), *inputs) if covers else None
 
-    def _held(self, past: Any) -> int | None:
-        """The number of keys that a cache holds for this layer; None of a cache that the fused layers leave alone."""
+    def _held(self, past: Any) -> int | Tensor | None:
+        """The number of keys that a cache holds for this layer, which a static one counts on its device; None of a
+        cache that the fused layers leave alone.
+        """
         if past is None:
             return 0
         if not isinstance(past, EncoderDecoderCache):
             return None
         cache = self._cache(past)
-        if cache.is_compileable:  # its layers are as long as they will be, and count on their device
-            return None
         length = cache.get_seq_length(self._attention.layer_idx)
+        if cache.is_compileable:  # as long as it will be; its first call has a mask for that many keys
+            first = isinstance(length, int) and self.attention_name == "SelfAttention"
+            return None if first or torch.compiler.is_compiling() else length
         return length if isinstance(length, int) else None
 
     def _way(self, allowed: Allowed, past: Any) -> Callable[..., Tensor] | None:
         """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
-        held, own = self._held(past), self.attention_name == "SelfAttention"
-        if own and held != allowed.offset:
+        held, own, layer = self._held(past), self.attention_name == "SelfAttention", self._attention.layer_idx
+        counted = isinstance(held, Tensor)  # its value would have to be waited for
+        if held is None or (own and counted != isinstance(allowed.offset, Tensor)):
             return None
-        if held == 0:
+        if own and not counted and held != allowed.offset:
+            return None
+        updated = own or (past is not None and past.is_updated.get(layer))
+        if not (updated if counted else held != 0):
             return self._run
         generates = (
-            held is not None
-            and (own or past.is_updated.get(self._attention.layer_idx))
+            updated
             and not torch.is_grad_enabled()
             and not self._attention.training
             and rate(self._modules["dropout"]) == 0.0
             and not torch.compiler.is_compiling()
             and allowed.cu is None
+            and (own or allowed.fits(self._cache(past).layers[layer].keys.shape[2]))
         )
         return self._step if generates else None
 
@@ -323,10 +329,9 @@ class FastSelfAttention(FastAttention):
         if way is not None:
             if bias is None and attention.has_relative_attention_bias:
                 bias = bias_table(attention)
-            T = hidden_states.shape[1]
-            dense = (1, attention.n_heads, T, attention_mask.offset + T)
+            T, offset = hidden_states.shape[1], attention_mask.offset
             # A trained bias comes dense, of a layer that was put in after patching.
-            if bias is None or bias.dim() == 2 or (bias.shape == dense and not bias.requires_grad):
+            if bias is None or bias.dim() == 2 or self._is_frozen_bias(bias, T, offset):
                 table = bias
                 if bias is not None:
                     table = table_of(bias, attention_mask, attention.layer_idx)
@@ -334,11 +339,17 @@ class FastSelfAttention(FastAttention):
                 # The bias goes on to the next layers as the table that it is; but if it could train as transformers
                 # hands it on, for the second run of a reentrant checkpoint of blocks will.
                 if bias is not None and bias.dim() == 2 and self._bias_trains():
-                    bias = dense_bias(bias, T, dense[3], attention_mask.offset).to(y.dtype)
+                    bias = dense_bias(bias, T, offset + T, offset).to(y.dtype)
                 return y, bias, None
         return super().forward(  # type: ignore[misc]
             hidden_states, attention_mask, position_bias, past, **kwargs
         )
+
+    def _is_frozen_bias(self, bias: Tensor, T: int, offset: int | Tensor) -> bool:
+        """Dense, without a gradient."""
+        if isinstance(offset, Tensor) or bias.requires_grad:
+            return False
+        return bias.shape == (1, self._attention.n_heads, T, offset + T)
 
     def _bias_trains(self) -> bool:
         (owner,) = self.fastprompt_bias

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastprompt import PromptConfig, PromptModel, graphed, graphs, patch
+from fastprompt import PromptConfig, PromptModel, graphed, patch
+from fastprompt.graphs import recording
+from fastprompt.graphs import step as step_graphs
 
 
 @pytest.fixture
@@ -210,14 +212,17 @@ def recorded(monkeypatch):
     """The length of each batch that would be recorded, and its pool; an empty one fails. Nothing is recorded."""
     seen, handles = [], itertools.count(1)
 
-    def record(model, batch, tensors, leaves, pool):
-        seen.append((len(batch["x"]), pool))
-        if not len(batch["x"]):
-            raise RuntimeError
-        return "graph"
+    def step(self, model, batch, tensors, leaves, pool):
+        pool.record(model, lambda: len(batch["x"]), None)
 
-    monkeypatch.setattr(graphs, "_Recorded", record)
-    monkeypatch.setattr(graphs._Replay, "apply", lambda *_: torch.ones(()))
+    def record(model, run, device, pool, before):
+        seen.append((run(), pool))
+        if not run():
+            raise RuntimeError
+
+    monkeypatch.setattr(step_graphs.RecordedStep, "__init__", step)
+    monkeypatch.setattr(recording, "Recording", record)
+    monkeypatch.setattr(step_graphs.Replay, "apply", lambda *_: torch.ones(()))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     return seen
 
@@ -260,7 +265,7 @@ def test_what_is_behind_the_loss_scales_its_gradients():
     mask, embeds, prompt, gradient = torch.ones(2), torch.ones(2), torch.ones(3), torch.arange(3.0)
     fake = SimpleNamespace(inputs=("mask", "embeds"))
     fake.replay = lambda inputs: (torch.ones(()), [torch.ones(2), gradient])
-    loss = graphs._Replay.apply(fake, mask, embeds.requires_grad_(), prompt.requires_grad_())
+    loss = step_graphs.Replay.apply(fake, mask, embeds.requires_grad_(), prompt.requires_grad_())
     (loss / 4).backward()
     assert torch.equal(embeds.grad, torch.ones(2) / 4)
     assert torch.equal(prompt.grad, gradient / 4)
@@ -276,7 +281,7 @@ def test_recording_leaves_other_modules_methods_alone(prompted):
     model = prompted()
     model.model.lm_head = Packed(4, 4)
     model.model.decoder.register_buffer("pack", torch.ones(2))
-    with graphs._padded(model):
+    with recording.padded(model):
         assert model.model.lm_head.pack() == "packed"
     assert "pack" not in vars(model.model.lm_head)
 
@@ -287,7 +292,7 @@ def test_what_recording_changes_is_put_back(prompted):
     model.pack = True
     (prompt,) = (p for p in model.parameters() if p.requires_grad)
     alias = torch.nn.Parameter(prompt.detach())
-    with suppress(KeyError), graphs._padded(model), graphs._replaced(model, {prompt: alias}):
+    with suppress(KeyError), recording.padded(model), step_graphs.replaced(model, {prompt: alias}):
         found = (model.pack, model.prompts["a"] is alias)
         raise KeyError
     assert found == (False, True)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""generate by CUDA graphs: the encoder's pass, and the decoder's for one token after the other.
+
+transformers' generate runs as it is: it asks the two stacks, which replay graphs in place of their forward, and keeps
+a cache, which is no more than a view of the decoder's keys and values. Those stay where the graphs read them. They have
+room for 64 tokens at first, then for twice as many as before, with graphs of their own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers.cache_utils import StaticLayer
+
+from fastprompt._cache_name import CACHE, CACHE_NAMES
+from fastprompt.graphs.places import Places, fixed
+from fastprompt.graphs.recording import Pool, Recording
+from fastprompt.hf_attention import SERVED, prompt_keys, prompts_in_force
+from fastprompt.prompts.generation import generation_option
+
+ROOM = 64  # tokens
+
+
+class Encoding:
+    """The encoder's forward on calls like ``call``, as a graph."""
+
+    def __init__(
+        self, forward: Callable[..., Any], encoder: nn.Module, call: dict[str, Any], pool: Pool
+    ) -> None:
+        self.places = Places()
+        places = self.places.put(call)
+        device = next(encoder.parameters()).device
+        self.recording = pool.record(encoder, lambda: forward(**places), device)
+
+    def __call__(self, call: dict[str, Any]) -> Any:
+        """The encoder's output, a tensor of its own."""
+        self.places.put(call)
+        found = self.recording.replay()
+        return type(found)(last_hidden_state=found.last_hidden_state.clone())
+
+
+class Decoding:
+    """The decoder's forward on one sequence after the other of B rows, token by token, as graphs."""
+
+    def __init__(
+        self, forward: Callable[..., Any], model: Any, call: dict[str, Any], room: int, pool: Pool
+    ) -> None:
+        """``call``: the first one of a sequence."""
+        self.forward, self.model, self.pool, self.room = forward, model, pool, room
+        self.decoder, self.places = model.get_decoder(), Places()
+        states: Tensor = call["arguments"]["encoder_hidden_states"]
+        config, device, (B, S, _) = self.decoder.config, states.device, states.shape
+        shape = len(self.decoder.block), 2, B, config.num_heads, -1, config.d_kv
+        with torch.inference_mode(False):  # a sequence in that mode is followed by others
+            self.own = torch.zeros([room if n < 0 else n for n in shape], dtype=states.dtype, device=device)
+            self.cross = torch.zeros([S if n < 0 else n for n in shape], dtype=states.dtype, device=device)
+            self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.seen = 0  # the value of count
+        own: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
+        self._cross_layers: list[Any] = [CrossKeys(keys, values) for keys, values in self.cross]
+        self.past = EncoderDecoderCache(Cache(layers=own), Cache(layers=self._cross_layers))
+        self._recorded: dict[Any, Recording] = {}
+
+    def begin(self) -> None:
+        """With no tokens: whatever the last sequence left, NaNs too, is gone."""
+        self.own.zero_()
+        self._go_to(0)
+
+    def go_on(self, other: "Decoding") -> None:
+        """Where ``other``, which has less room, has come to."""
+        self.own[..., : other.room, :] = other.own
+        self.cross.copy_(other.cross)
+        self._go_to(other.seen)
+
+    def _go_to(self, seen: int) -> None:
+        self.seen = seen
+        self.count.fill_(seen)
+
+    def __call__(self, call: dict[str, Any], tokens: int) -> Any:
+        """The decoder's output, a tensor of its own; its keys and values stay here."""
+        first = self.seen == 0
+        places = self.places.put(call)
+
+        def run() -> Any:
+            for layer, cross in enumerate(self._cross_layers):
+                self.past.is_updated[layer] = cross.is_filled = not first
+            with prompt_keys(self.model, **places["prompts"]):
+                found = self.forward(**places["arguments"], **{CACHE: self.past})
+            self.count.add_(tokens)
+            return found
+
+        found = self._replay((first, fixed(call)), run)
+        self.seen += tokens
+        return type(found)(last_hidden_state=found.last_hidden_state.clone())
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b goes on from row ``rows[b]``, of the same example: what cross-attention reads is the same."""
+        places = self.places.put({"rows": rows})
+        self._replay(
+            ("reorder", fixed(places)), lambda: self.own.copy_(self.own.index_select(2, places["rows"]))
+        )
+
+    def _replay(self, key: Any, run: Callable[[], Any]) -> Any:
+        recording = self._recorded.get(key)
+        if recording is None:
+            own = self.own.clone()
+
+            def before() -> None:
+                self.own.copy_(own)
+                self.count.fill_(self.seen)
+
+            recording = self._recorded[key] = self.pool.record(self.decoder, run, self.own.device, before)
+        return recording.replay()
+
+    def cache(self) -> EncoderDecoderCache:
+        """A copy of all that the decoder has seen, as one of transformers' own."""
+        found = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        for layer, (own, cross) in enumerate(zip(self.own, self.cross, strict=True)):
+            found.self_attention_cache.update(*own[..., : self.seen, :].clone(), layer)
+            found.cross_attention_cache.update(*cross.clone(), layer)
+            found.is_updated[layer] = True
+        return found
+
+
+class OwnKeys(StaticLayer):
+    """A layer's keys and values [B, H, room, K] of the tokens, of which all layers count the same."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor, count: Tensor) -> None:
+        super().__init__(max_cache_len=keys.shape[2])
+        self.keys, self.values, self.cumulative_length = keys, values, count
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        at = self.cumulative_length + torch.arange(key_states.shape[2], device=self.keys.device)
+        self.keys.index_copy_(2, at, key_states)
+        self.values.index_copy_(2, at, value_states)
+        return self.keys, self.values
+
+
+class CrossKeys(StaticLayer):
+    """Those [B, H, S, K] of the encoder's rows, which come at once."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__(max_cache_len=keys.shape[2])
+        self.keys, self.values = keys, values
+        self.is_initialized, self.is_filled = True, False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys.copy_(key_states)
+        self.values.copy_(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.max_cache_len if self.is_filled else 0
+
+
+class Sequences(EncoderDecoderCache):
+    """What generate takes for its cache: how many tokens there are, and which rows go on."""
+
+    def __init__(self) -> None:
+        super().__init__(DynamicCache(), DynamicCache())
+        self.decoding: Decoding | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.decoding is None else self.decoding.seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.decoding is not None:
+            self.decoding.reorder(beam_idx)
+
+
+@contextmanager
+def by_graphs(model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: Pool) -> Iterator[Sequences]:
+    """A ``with`` block in which the stacks of ``model`` replay graphs, for one call of generate over the given cache.
+
+    ``kept(key, make)`` finds what was made under a key before.
+    """
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encode, decode = encoder.forward, decoder.forward
+    past, thread, used = Sequences(), get_ident(), []
+
+    def use(key: Any, make: Callable[[], Any]) -> Any:
+        found = kept(key, make)
+        used.append(found)
+        return found
+
+    @wraps(encode)
+    def encoded(*args: Any, **arguments: Any) -> Any:
+        if args or get_ident() != thread or not _served(arguments):
+            return encode(*args, **arguments)
+        key = "encoder", fixed(arguments)
+        found: Encoding = use(key, lambda: Encoding(encode, encoder, arguments, pool))
+        return found(arguments)
+
+    @wraps(decode)
+    def decoded(*args: Any, **arguments: Any) -> Any:
+        if arguments.get(CACHE) is not past:
+            return decode(*args, **arguments)
+        del arguments[CACHE]
+        call = {"arguments": arguments, "prompts": prompts_in_force(decoder.config)}
+        rows, tokens = arguments["input_ids"].shape
+
+        def decoding(room: int) -> Decoding:
+            like = {**call, "arguments": {**arguments, "input_ids": rows}}
+            return use(("decoder", room, fixed(like)), lambda: Decoding(decode, model, call, room, pool))
+
+        if past.decoding is None:
+            past.decoding = decoding(_room(tokens))
+            past.decoding.begin()
+        elif past.decoding.seen + tokens > past.decoding.room:
+            longer = decoding(_room(past.decoding.seen + tokens))
+            longer.go_on(past.decoding)
+            past.decoding = longer
+        found = past.decoding(call, tokens)
+        setattr(found, CACHE, past)
+        return found
+
+    encoder.forward, decoder.forward = encoded, decoded
+    try:
+        yield past
+    finally:
+        del encoder.forward, decoder.forward
+        for each in used:
+            each.places.forget()
+
+
+def _room(tokens: int) -> int:
+    """A power of two times ROOM."""
+    return ROOM << max(0, ((tokens - 1) // ROOM).bit_length())
+
+
+def generator_of(model: Any) -> Any:
+    """The transformers model whose generate a call of ``model.generate`` ends in; None: not one with T5's stacks."""
+    found = model if isinstance(model, GenerationMixin) else getattr(model, "model", None)
+    if not isinstance(found, GenerationMixin):
+        return None
+    config: Any = getattr(found, "config", None)
+    return found if getattr(config, "model_type", None) in SERVED else None
+
+
+def is_served(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Can a call of generate with these keywords replay graphs?"""
+    if any(kwargs.get(name) is not None for name in _REFUSED):
+        return False
+    if any(generation_option(model, kwargs, name, False) for name in _OPTIONS):
+        return False
+    stacks = model.get_encoder(), model.get_decoder()
+    return (
+        generation_option(model, kwargs, "use_cache", True)
+        and not model.training
+        and is_on_one_gpu(model)
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.compiler.is_compiling()
+        # accelerate's, and torch's compiled ones, call the stack's forward as it was
+        and not any("forward" in vars(stack) or stack._compiled_call_impl is not None for stack in stacks)
+    )
+
+
+def is_on_one_gpu(model: nn.Module) -> bool:
+    devices = {parameter.device for parameter in model.parameters()}
+    return len(devices) == 1 and devices.pop().type == "cuda"
+
+
+# Keywords of generate, and what its configuration may say, too
+_REFUSED = (
+    *CACHE_NAMES,
+    "assistant_model",
+    "custom_generate",
+    "decoder_attention_mask",
+    "decoder_inputs_embeds",
+)
+_OPTIONS = ("cache_implementation", "prompt_lookup_num_tokens", "output_attentions", "output_hidden_states")
+
+
+def _served(arguments: dict[str, Any]) -> bool:
+    """Packed rows have a graph per layout; layers' states and weights are no output of a graph."""
+    allowed = arguments.get("attention_mask")
+    wanted = any(arguments.get(name) for name in ("output_attentions", "output_hidden_states"))
+    return not wanted and getattr(allowed, "cu", None) is None and arguments.get("return_dict") is not False

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""graphed: a training step, or the stacks of a call of generate, as CUDA graphs, recorded once per shape.
+
+A training step of a small T5 keeps a GPU busy for a few milliseconds, and the host for ten times as long: it launches a
+thousand kernels one by one. A token of generate is a tenth of that on either. A graph is launched as a whole.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt._cache_name import CACHE, cache_of
+from fastprompt.graphs.generation import by_graphs, generator_of, is_served
+from fastprompt.graphs.recording import Pool, padded
+from fastprompt.graphs.step import RecordedStep, Replay, check_batch, loss_of
+from fastprompt.ops import raise_device_errors
+
+
+class Graphed:
+    """What :func:`graphed` returns: ``loss = step(**batch)``, then ``loss.backward()``; ``step.generate(**inputs)``."""
+
+    def __init__(self, model: nn.Module, shapes: int) -> None:
+        self.model, self.shapes = model, shapes
+        self._recorded: OrderedDict[Any, Any] = OrderedDict()
+        self._pool = Pool()
+        self._generates = Lock()
+
+    def __len__(self) -> int:
+        """How many shapes are kept."""
+        return len(self._recorded)
+
+    def __bool__(self) -> bool:
+        """Not whether any graph is kept: ``if step:`` asks whether there is such a function."""
+        return True
+
+    def reset(self) -> None:
+        """Forget all graphs, and free their memory: after a change that no call can see, such as another patch."""
+        self._recorded.clear()
+        self._pool = Pool()
+
+    def __call__(self, **batch: Any) -> Tensor:
+        """The model's loss of the batch, as ``model(**batch).loss``."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        if torch.is_grad_enabled():
+            check_batch(batch)
+        parameters = list(self.model.parameters())
+        leaves = [parameter for parameter in parameters if parameter.requires_grad]
+        inputs = list(tensors.values())
+        if not (torch.is_grad_enabled() and inputs and all(x.is_cuda for x in (*inputs, *leaves))):
+            return loss_of(self.model, batch)
+        raise_device_errors()
+        recorded = self._kept(
+            self._key(batch, tensors, parameters),
+            lambda: RecordedStep(self.model, batch, tensors, leaves, self._pool),
+        )
+        loss: Tensor = Replay.apply(recorded, *inputs, *leaves)
+        return loss
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``generate``, with the encoder and each token of the decoder as graphs.
+
+        Greedy, sampled or by beams; other kinds of search, a cache of your own, attention weights or states as output,
+        training mode and autocast generate without graphs, and so does a second thread meanwhile.
+        """
+        model = generator_of(self.model)
+        if model is None or not is_served(model, kwargs) or not self._generates.acquire(blocking=False):
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        try:
+            raise_device_errors()
+            weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+
+            def kept(key: Any, make: Callable[[], Any]) -> Any:
+                return self._kept((weights, *key), make)
+
+            with padded(self.model), by_graphs(model, kept, self._pool) as past:
+                output = self.model.generate(*args, **kwargs, **{CACHE: past})  # type: ignore[operator]
+            if not isinstance(output, Tensor) and cache_of(output) is past and past.decoding is not None:
+                setattr(output, CACHE, past.decoding.cache())
+            return output
+        finally:
+            self._generates.release()
+
+    def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        recorded = self._recorded.pop(key, None)
+        if recorded is None:
+            while len(self._recorded) >= self.shapes:
+                self._recorded.popitem(last=False)
+            recorded = make()
+        self._recorded[key] = recorded  # the last used comes last
+        return recorded
+
+    def _key(self, batch: dict[str, Any], tensors: dict[str, Tensor], parameters: list[nn.Parameter]) -> Any:
+        """All that a graph has fixed: shapes, plain arguments, modes, and where the weights are."""
+        return (
+            tuple((name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in tensors.items()),
+            tuple((name, repr(value)) for name, value in batch.items() if name not in tensors),
+            tuple((p.data_ptr(), p.requires_grad) for p in parameters),
+            self.model.training,
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        )
+
+
+def graphed(model: nn.Module, *, shapes: int = 8) -> Graphed:
+    """Run ``model`` by CUDA graphs: the same losses, gradients and tokens, without the host's launches.
+
+        step = fastprompt.graphed(model)
+        loss = step(**batch)   # batch as the model takes it, with labels
+        loss.backward()
+
+    The first call with a shape runs the step three times and records it; later ones copy the batch in and launch the
+    graph, forward and backward in one. So pad batches to a few lengths. Dropout draws the masks that it would draw
+    without a graph. On a CPU, without gradients or with tensors on a CPU, the model itself is called.
+
+    Args:
+        model: a frozen T5, patched or not, a PromptModel, a PeftModel: anything whose output has a loss, that trains
+            few parameters (their gradients are copied), and whose forward waits for no value on the GPU. A PromptModel
+            runs padded in it (``pack=False``).
+        shapes: how many graphs are kept; the one not used for longest goes first. Each holds a step's activations, in
+            memory that they share.
+
+    Returns:
+        A callable. ``reset()`` forgets the graphs: call it after patching, freezing or replacing layers, or when single
+        modules changed between train and eval.
+
+    Raises:
+        ValueError: shapes is not positive, or, in a call, the output has no loss, or a tensor is inside another object.
+        RuntimeError: in a call, the model cannot be recorded.
+    """
+    if shapes < 1:
+        raise ValueError(f"fastprompt.graphed: shapes must be positive, got {shapes}")
+    return Graphed(model, shapes)

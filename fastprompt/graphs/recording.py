@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A function as a CUDA graph."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Recording:
+    """A function without arguments, recorded: a replay reads and writes the tensors that the recorded run did.
+
+    It runs twice before, and ``before`` ahead of each run, to undo what the last one left. Random numbers are those
+    that a replay would draw next. ``model`` is what it calls.
+
+    RuntimeError: it waits for a value on the GPU, or does what else no graph can hold.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[[], Any],
+        device: torch.device,
+        pool: Any,
+        before: Callable[[], object] = int,
+    ) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), _same_random_state(device):
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles kernels, and lets libraries take their memory
+                    before()
+                    run()
+                before()
+            current.wait_stream(stream)
+            try:
+                with torch.cuda.graph(self.graph, pool=pool):
+                    self.result = run()
+            except RuntimeError as error:
+                _clean_up(self.graph, current)
+                raise RuntimeError(
+                    f"fastprompt.graphed: {type(model).__name__} cannot be recorded as a CUDA graph ({error}). Does its"
+                    " forward wait for a value on the GPU? Call the model itself"
+                ) from error
+
+    def replay(self) -> Any:
+        """What the recorded run returned: tensors that the next replay overwrites."""
+        self.graph.replay()
+        return self.result
+
+
+class Pool:
+    """The memory that graphs share: they are replayed one at a time, and their results copied before the next."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def record(
+        self,
+        model: nn.Module,
+        run: Callable[[], Any],
+        device: torch.device,
+        before: Callable[[], object] = int,
+    ) -> Recording:
+        handle, self._handle = self._handle or torch.cuda.graph_pool_handle(), None
+        found = Recording(model, run, device, handle, before)
+        self._handle = handle  # unless recording has failed: the pool is of no use then
+        return found
+
+
+@contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    """Runs that only prepare a graph take no random numbers from those that follow."""
+    state = torch.cuda.get_rng_state(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def padded(model: nn.Module) -> Iterator[None]:
+    """Packing a batch waits for its mask."""
+    # A PromptModel, which is of a layer above: other modules may have a method or a tensor of that name.
+    packing = [
+        module
+        for module in model.modules()
+        if (pack := getattr(module, "pack", False)) is None or pack is True
+    ]
+    before = [module.pack for module in packing]
+    for module in packing:
+        module.pack = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, value in zip(packing, before, strict=True):
+            module.pack = value
+
+
+# Graphs whose recording failed: PyTorch's allocator goes on asking them whether they are being recorded.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Leave what PyTorch does not when recording fails: its stream, and the generator's state while recording."""
+    _broken.append(graph)
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""graphed(model).generate: the model's own tokens and scores, from CUDA graphs where there is a GPU.
+
+Elsewhere a recording is what it records, run again: on the same tensors, but with the host's values of then.
+"""
+
+import threading
+
+import pytest
+import torch
+from transformers import EncoderDecoderCache, LogitsProcessor
+
+from fastprompt import PromptConfig, PromptModel, graphed, patch
+from fastprompt._cache_name import CACHE, cache_of
+from fastprompt.graphs import generation, places, recording
+
+SCORES = {"return_dict_in_generate": True, "output_scores": True}
+SHORT = {"max_new_tokens": 6, "min_new_tokens": 6}
+MODES = [
+    {},
+    {"num_beams": 3},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"do_sample": True, "num_return_sequences": 2},
+    {"repetition_penalty": 1.3},
+]
+
+
+class Again:
+    """What Recording is where there is no GPU."""
+
+    def __init__(self, model, run, device, pool, before):
+        for _ in range(2):
+            before()
+            run()
+        before()
+        self.replay = run
+
+
+@pytest.fixture(autouse=True)
+def recordings(monkeypatch, device):
+    """Grows with every recording."""
+    made, kind = [], recording.Recording if device.type == "cuda" else Again
+
+    def record(*arguments):
+        made.append(arguments[0])
+        return kind(*arguments)
+
+    monkeypatch.setattr(recording, "Recording", record)
+    if device.type != "cuda":
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(generation, "is_on_one_gpu", lambda model: True)
+    return made
+
+
+@pytest.fixture
+def prompted(make):
+    def prompted(kind="prepend", **options):
+        prompts = {
+            name: PromptConfig(num_tokens=n, init="uniform", kind=kind, **options)
+            for name, n in (("a", 5), ("b", 3), ("c", 4))
+        }
+        model = PromptModel(patch(make()), prompts).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.pack = False
+        return model
+
+    return prompted
+
+
+def assert_the_same(step, *args, **kwargs):
+    """Sequences, scores and what the cache holds."""
+    found = []
+    for model in (step.model, step):
+        torch.manual_seed(7)
+        found.append(model.generate(*args, **(SHORT | SCORES | kwargs)))
+    theirs, ours = found
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for our, their in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(our, their, rtol=2e-5, atol=2e-5)
+    for name in ("self_attention_cache", "cross_attention_cache"):
+        our_layers, their_layers = (getattr(cache_of(each), name).layers for each in (ours, theirs))
+        assert len(our_layers) == step.model.config.num_decoder_layers
+        for our, their in zip(our_layers, their_layers, strict=False):  # theirs may have the encoder's number
+            torch.testing.assert_close(our.keys, their.keys, rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(our.values, their.values, rtol=2e-5, atol=2e-5)
+    return ours
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("layout", ["t5", "v1_1", "mt5", "umt5"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_models_own_tokens(make, batch, layout, mode, patched, recordings):
+    """A second call with other values of the same shape records nothing."""
+    model = make(layout, attention="sdpa")
+    step = graphed(patch(model) if patched else model)
+    assert_the_same(step, **batch(), **mode)
+    made = len(recordings)
+    assert made == (4 if mode.get("num_beams") else 3)  # encoder, first token, others; the order of beams
+    assert len(step) == 2
+    assert_the_same(step, **batch("left"), **mode)
+    assert len(recordings) == made
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+def test_prompts_of_every_kind(prompted, batch, kind, mode, recordings):
+    """Which of them a row reads, and what they are, may change from call to call, of as many of one length."""
+    step = graphed(prompted(kind))
+    for names in ("a", ["a", "b", "b"]):
+        assert_the_same(step, **batch(), prompts=names, **mode)
+    made = len(recordings)
+    with torch.no_grad():
+        for parameter in step.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(-0.7)
+    for names in ("a", ["b", "b", "a"]):
+        assert_the_same(step, **batch("left"), prompts=names, **mode)
+    assert len(recordings) == made
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_kept_prompts(prompted, batch, recordings, monkeypatch, copied):
+    """They stay where they are, and are read there if they are large."""
+    monkeypatch.setattr(places, "COPIED", places.COPIED if copied else 0)
+    model = prompted("cached")
+    model.cache_prompts()
+    step = graphed(model)
+    assert_the_same(step, **batch(), prompts=["a", "b", "c"])
+    made = len(recordings)
+    for names in (["c", "b", "a"], ["b", "c", "a"]):
+        assert_the_same(step, **batch(), prompts=names)
+    assert len(recordings) == made
+
+
+def test_more_tokens_than_there_is_room_for(make, batch, recordings, monkeypatch):
+    monkeypatch.setattr(generation, "ROOM", 4)
+    step = graphed(patch(make()), shapes=16)
+    for mode in ({}, {"num_beams": 2}):
+        assert_the_same(step, **batch(), **mode, max_new_tokens=19, min_new_tokens=19)
+    made = len(recordings)
+    assert_the_same(step, **batch(), max_new_tokens=19, min_new_tokens=19)
+    assert len(recordings) == made
+
+
+@pytest.mark.parametrize(
+    ("tokens", "room"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (257, 512)]
+)
+def test_room(tokens, room):
+    assert generation._room(tokens) == room
+
+
+def test_a_longer_start_of_the_decoder(make, batch, labels):
+    step = graphed(patch(make()))
+    for start in (labels.abs()[:, :5], labels.abs()[:, 1:4], labels.abs()[:, 2:7]):
+        assert_the_same(step, **batch(), decoder_input_ids=start)
+
+
+def test_an_encoding_of_ones_own(prompted, batch):
+    model = prompted()
+    step = graphed(model)
+    encoding = model.encode(**batch(), prompts="a")
+    assert_the_same(step, **batch(), prompts="a", encoder_outputs=encoding)
+    assert len(step) == 1
+
+
+def test_inference_mode_and_none(make, batch):
+    step = graphed(patch(make()))
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            assert_the_same(step, **batch())
+
+
+def test_nans_do_not_outlive_their_call(make, batch):
+    step = graphed(patch(make()))
+    good = batch()
+    embeds = step.model.get_input_embeddings()(good["input_ids"])
+    inputs = {"inputs_embeds": embeds, "attention_mask": good["attention_mask"]}
+    step.generate(**(inputs | {"inputs_embeds": embeds * float("nan")}), **SHORT)
+    assert_the_same(step, **inputs)
+
+
+def test_a_cache_that_comes_back_is_a_copy(make, batch):
+    step = graphed(patch(make()))
+    first = assert_the_same(step, **batch())
+    kept = cache_of(first)
+    assert type(kept) is EncoderDecoderCache
+    before = [layer.keys.clone() for layer in kept.self_attention_cache.layers]
+    step.generate(**batch("left"), **SHORT)
+    for layer, keys in zip(kept.self_attention_cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
+    ],
+    ids=str,
+)
+def test_other_kinds_of_generation_record_nothing(make, batch, mode, recordings):
+    step = graphed(make())
+    expected = step.model.generate(**batch(B=1), **SHORT, **mode)
+    assert torch.equal(step.generate(**batch(B=1), **SHORT, **mode), expected)
+    assert not recordings
+
+
+def test_training_mode_records_nothing(make, batch, recordings):
+    step = graphed(patch(make()).train())
+    step.generate(**batch(), **SHORT)
+    assert not recordings
+
+
+def test_a_cache_of_ones_own_records_nothing(make, batch, recordings):
+    model = make()
+    outputs = model.generate(**batch(), **SHORT, return_dict_in_generate=True)
+    more = outputs.sequences, {CACHE: cache_of(outputs), "max_new_tokens": 3}
+    graphed(model).generate(**batch(), decoder_input_ids=more[0], **more[1])
+    assert not recordings
+
+
+def test_the_stacks_forward_is_put_back(make, batch):
+    """Also where generate fails; and what is hooked in there by others is left alone."""
+    model = make()
+    step = graphed(model)
+
+    class Fails(LogitsProcessor):
+        def __call__(self, ids, scores):
+            assert "forward" in vars(model.decoder)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        step.generate(**batch(), logits_processor=[Fails()])
+    assert "forward" not in vars(model.encoder) | vars(model.decoder)
+    assert_the_same(step, **batch())
+    calls, forward = [], model.decoder.forward
+    model.decoder.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    step.generate(**batch(), **SHORT)
+    assert len(calls) == 6
+
+
+def test_a_call_within_a_call_and_another_thread(make, batch):
+    """Both generate as the model does."""
+    model = patch(make())
+    step = graphed(model)
+    expected = model.generate(**batch("left"), **SHORT)
+    found = []
+
+    class Asks(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if ids.shape[1] == 3:
+                found.append(step.generate(**batch("left"), **SHORT))
+                other = threading.Thread(target=lambda: found.append(step.generate(**batch("left"), **SHORT)))
+                other.start()
+                other.join()
+            return scores
+
+    ours = step.generate(**batch(), **SHORT, logits_processor=[Asks()])
+    assert torch.equal(ours, model.generate(**batch(), **SHORT))
+    assert len(found) == 2
+    assert all(torch.equal(each, expected) for each in found)
+
+
+def test_moved_weights_are_seen(make, batch, recordings):
+    step = graphed(patch(make()))
+    assert_the_same(step, **batch())
+    made = len(recordings)
+    for parameter in step.model.parameters():
+        parameter.data = 0.9 * parameter.data
+    assert_the_same(step, **batch())
+    assert len(recordings) == 2 * made
+
+
+def test_written_weights_need_no_other_graph(make, batch, recordings):
+    step = graphed(patch(make()))
+    assert_the_same(step, **batch())
+    made = len(recordings)
+    with torch.no_grad():
+        for parameter in step.model.parameters():
+            parameter.mul_(0.9)
+    assert_the_same(step, **batch())
+    assert len(recordings) == made
