@@ -20,6 +20,7 @@ from fastprompt import graphed, patch
 from fastprompt.testing import share
 
 NEW_TOKENS = 16
+STATIC = "HF sdpa, static cache, compiled"  # which generate does by itself, on a GPU
 
 
 def specs(options: Options) -> list[Spec]:
@@ -41,7 +42,13 @@ def specs(options: Options) -> list[Spec]:
 
 
 def contenders(spec: Spec, options: Options) -> list[str]:
-    return [OURS, EAGER, SDPA, *(GRAPHED if options.device == "cuda" else ())]
+    if options.device != "cuda":
+        return [OURS, EAGER, SDPA]
+    # Compiled for a minute, for one shape
+    static = (
+        [STATIC] if spec.what == "v1.1-base" and dict(spec.sizes) == {"B": 8, "S": 64, "beams": 1} else []
+    )
+    return [OURS, EAGER, SDPA, *GRAPHED, *static]
 
 
 def build(spec: Spec, options: Options) -> Case:
@@ -69,6 +76,11 @@ def build(spec: Spec, options: Options) -> Case:
     calls = {
         name: Contender(partial(model.generate, **batch, **generation)) for name, model in generators.items()
     }
+    if STATIC in contenders(spec, options):
+        model = share(stock, "sdpa")
+        calls[STATIC] = Contender(
+            partial(model.generate, **batch, **generation, cache_implementation="static")
+        )
     weights = sum(parameter.nbytes for parameter in stock.parameters())
     check = partial(check_generation, models, calls, batch)
     return Case("generate", spec, calls, weights, check, {}, calls=None if options.quick else 1)

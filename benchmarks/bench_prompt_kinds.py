@@ -18,8 +18,8 @@ In the packed tables the examples' lengths are the quantiles (b + 1/2) / B of a 
 and sigma 0.6, from 16 to 512, padded to the longest: as different as BoolQ, MultiRC and the short tasks of SuperGLUE
 are in one batch. Quantiles, so that no draw is lucky. In the other tables nothing is padded.
 
-On a GPU the models are bf16, and the training steps of nothing packed are CUDA graphs (fastprompt.graphed): otherwise a
-model of this size would time the host.
+On a GPU the models are bf16, and the training steps of nothing packed and what generates with our prompts are CUDA
+graphs (fastprompt.graphed): otherwise a model of this size would time the host.
 """
 
 import importlib.util
@@ -149,6 +149,9 @@ class Setting:
     def batch(self) -> dict[str, Tensor]:
         return {"input_ids": self.ids, "attention_mask": self.mask}
 
+    def generator(self, tuned: PromptModel) -> PromptModel | Graphed:
+        return graphed(tuned) if self.ids.is_cuda else tuned
+
     def generation_options(self) -> dict[str, int]:
         return {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens}
 
@@ -237,9 +240,9 @@ def encoding(spec: Spec, setting: Setting) -> Table:
 
 def generation(spec: Spec, setting: Setting) -> Table:
     tuned, plain = served(setting), setting.prompted(KINDS, patched=False)
-    options = setting.generation_options()
+    options, generator = setting.generation_options(), setting.generator(tuned)
     calls: Calls = {
-        each: partial(tuned.generate, **setting.batch(), prompts=name, **options)
+        each: partial(generator.generate, **setting.batch(), prompts=name, **options)
         for each, name in ((OURS, "cached"), ("prefix", "prefix"), ("prepend", "prepend"))
     }
     for name, attention in ((SDPA, "sdpa"), (EAGER, "eager")):
@@ -264,7 +267,7 @@ def bank(spec: Spec, setting: Setting) -> Table:
     tuned = setting.prompted(dict.fromkeys(names, "cached" if what == "generate" else what)).eval()
     tuned.cache_prompts()
     batch, options = setting.batch(), setting.generation_options()
-    generate = partial(tuned.generate, **batch, **options)
+    generate = partial(setting.generator(tuned).generate, **batch, **options)
     call = partial(encoded, tuned, setting) if what != "generate" else lambda name: generate(prompts=name)
     calls: Calls = {OURS: partial(call, names), "one prompt": partial(call, names[0])}
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from fastprompt.graphs import graphed
+from fastprompt.hf_attention import SERVED
 from fastprompt.training import Example, read_examples
 from fastprompt.training.batches import longer
 from fastprompt.training.examples import check_targets
@@ -54,6 +56,9 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TARGET",
         help="the answers there are: one is chosen, none generated",
     )
+    parser.add_argument(
+        "--no-graphs", action="store_true", help="on a GPU, launch kernels one by one, not as CUDA graphs"
+    )
 
 
 def read_file(arguments: argparse.Namespace, path: Path) -> list[Example]:
@@ -97,6 +102,12 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {arguments.device}: PyTorch cannot use it here: {reason}") from None
     return device, getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def by_graphs(arguments: argparse.Namespace, model: Any) -> Any:
+    """What runs steps and generates: on a GPU CUDA graphs, of models that are known to wait for no value there."""
+    served = model.device.type == "cuda" and model.config.model_type in SERVED
+    return graphed(model) if served and not arguments.no_graphs else model
 
 
 def check_model(name: str) -> None:

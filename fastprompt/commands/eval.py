@@ -9,6 +9,7 @@ from fastprompt import PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
+    by_graphs,
     load,
     positive,
     read_file,
@@ -78,11 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
         "max_new_tokens": arguments.max_target,
     }
     if arguments.no_targets:
-        answers = training.answer(model, inputs, tokenizer, **how)
+        answers = training.answer(by_graphs(arguments, model), inputs, tokenizer, **how)
         write(arguments.out, [{"input": text} for text in inputs], answers)
         print(f"{len(answers):,} inputs answered in {arguments.out}")
         return 0
-    found = training.evaluate(model, examples, tokenizer, **how)
+    found = training.evaluate(by_graphs(arguments, model), examples, tokenizer, **how)
     if arguments.out:  # before the score, which nobody may read
         write(arguments.out, [each._asdict() for each in examples], found.predictions)
     print(f"{found.score:.1%} of {len(examples):,} answers right")

@@ -18,6 +18,7 @@ from fastprompt import PromptConfig, PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
     add_model_arguments,
+    by_graphs,
     load,
     positive,
     read_file,
@@ -107,13 +108,16 @@ def run(arguments: argparse.Namespace) -> int:
     patch(model, memory=arguments.memory, lm_loss=True)
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
+    step = by_graphs(arguments, prompted)
     curve, existed = training.Curve(), arguments.out.exists()
     _say(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters")
     try:
         training.tune(
             prompted,
             training.shuffled(pairs, arguments.batch_size, arguments.seed),
-            _loss(arguments, prompted, choices),
+            training.choice_loss(prompted, choices)
+            if arguments.loss == "choice"
+            else training.model_loss(step),
             training.Adafactor(
                 prompted.prompts.parameters(),
                 lr=_rate(arguments, prompted),
@@ -121,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
             ),
             arguments.steps,
             micro_batch=arguments.micro_batch,
-            score=partial(_score, arguments, prompted, dev, tokenizer) if dev else None,
+            score=partial(_score, arguments, step, dev, tokenizer) if dev else None,
             score_every=arguments.dev_every,
             on_score=partial(_on_score, arguments, prompted, curve),
             curve=curve,
@@ -162,13 +166,11 @@ def _encoded(
     return pairs
 
 
-def _score(
-    arguments: argparse.Namespace, prompted: PromptModel, dev: list[training.Example], tokenizer: Any
-) -> float:
+def _score(arguments: argparse.Namespace, step: Any, dev: list[training.Example], tokenizer: Any) -> float:
     # No answer that reads as a target has more tokens: the least are a byte, two more mark begin and end.
     most = max(len(each.target.encode()) for each in dev) + 2
     return training.evaluate(
-        prompted,
+        step,
         dev,
         tokenizer,
         choices=arguments.choices,
@@ -207,12 +209,6 @@ def _say(text: str) -> None:
     with suppress(BrokenPipeError):  # nobody reads on, as behind `head`
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def _loss(arguments: argparse.Namespace, prompted: PromptModel, choices: list[list[int]]) -> training.Loss:
-    if arguments.loss == "target":
-        return training.model_loss(prompted)
-    return training.choice_loss(prompted, choices)
 
 
 def _rate(arguments: argparse.Namespace, prompted: PromptModel) -> float:

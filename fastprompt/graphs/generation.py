@@ -9,6 +9,7 @@ room for 64 tokens at first, then for twice as many as before, with graphs of th
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from math import prod
 from threading import get_ident
 from typing import Any
 
@@ -55,15 +56,20 @@ class Decoding:
         self.decoder, self.places = model.get_decoder(), Places()
         states: Tensor = call["arguments"]["encoder_hidden_states"]
         config, device, (B, S, _) = self.decoder.config, states.device, states.shape
-        shape = len(self.decoder.block), 2, B, config.num_heads, -1, config.d_kv
+        shapes = [
+            (len(self.decoder.block), 2, B, config.num_heads, length, config.d_kv) for length in (room, S)
+        ]
+        numbers = [prod(shape) for shape in shapes]
         with torch.inference_mode(False):  # a sequence in that mode is followed by others
-            self.own = torch.zeros([room if n < 0 else n for n in shape], dtype=states.dtype, device=device)
-            self.cross = torch.zeros([S if n < 0 else n for n in shape], dtype=states.dtype, device=device)
+            flat = pool.storage(sum(numbers) * states.dtype.itemsize, device).view(states.dtype)
+            self.own, self.cross = (
+                x.view(shape) for x, shape in zip(flat.split(numbers), shapes, strict=True)
+            )
             self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.seen = 0  # the value of count
-        own: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
+        self._layers: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
         self._cross_layers: list[Any] = [CrossKeys(keys, values) for keys, values in self.cross]
-        self.past = EncoderDecoderCache(Cache(layers=own), Cache(layers=self._cross_layers))
+        self.past = EncoderDecoderCache(Cache(layers=self._layers), Cache(layers=self._cross_layers))
         self._recorded: dict[Any, Recording] = {}
 
     def begin(self) -> None:
@@ -73,8 +79,10 @@ class Decoding:
 
     def go_on(self, other: "Decoding") -> None:
         """Where ``other``, which has less room, has come to."""
-        self.own[..., : other.room, :] = other.own
-        self.cross.copy_(other.cross)
+        own, cross = other.own.clone(), other.cross.clone()  # which lie in the same memory
+        self.begin()
+        self.own[..., : other.room, :] = own
+        self.cross.copy_(cross)
         self._go_to(other.seen)
 
     def _go_to(self, seen: int) -> None:
@@ -87,7 +95,11 @@ class Decoding:
         places = self.places.put(call)
 
         def run() -> Any:
-            for layer, cross in enumerate(self._cross_layers):
+            at = (
+                self.count[None] if tokens == 1 else self.count + torch.arange(tokens, device=self.own.device)
+            )
+            for layer, (own, cross) in enumerate(zip(self._layers, self._cross_layers, strict=True)):
+                own.at = at
                 self.past.is_updated[layer] = cross.is_filled = not first
             with prompt_keys(self.model, **places["prompts"]):
                 found = self.forward(**places["arguments"], **{CACHE: self.past})
@@ -132,6 +144,7 @@ class OwnKeys(StaticLayer):
 
     keys: Tensor
     values: Tensor
+    at: Tensor  # int64 [T], where those of the tokens now computed go
 
     def __init__(self, keys: Tensor, values: Tensor, count: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
@@ -141,9 +154,8 @@ class OwnKeys(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        at = self.cumulative_length + torch.arange(key_states.shape[2], device=self.keys.device)
-        self.keys.index_copy_(2, at, key_states)
-        self.values.index_copy_(2, at, value_states)
+        self.keys.index_copy_(2, self.at, key_states)
+        self.values.index_copy_(2, self.at, value_states)
         return self.keys, self.values
 
 

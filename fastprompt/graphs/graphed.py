@@ -104,7 +104,7 @@ class Graphed:
         )
 
 
-def graphed(model: nn.Module, *, shapes: int = 8) -> Graphed:
+def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
     """Run ``model`` by CUDA graphs: the same losses, gradients and tokens, without the host's launches.
 
         step = fastprompt.graphed(model)

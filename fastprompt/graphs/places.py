@@ -54,7 +54,7 @@ def with_tensors(call: Any, place: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(call, dict):
         return {name: with_tensors(value, place) for name, value in call.items()}
     if isinstance(call, PromptKeys) and not _are_copied(call):
-        return call._replace(ids=with_tensors(call.ids, place), lens=with_tensors(call.lens, place))
+        return PromptKeys(call.keys, call.values, *(with_tensors(value, place) for value in call[2:]))
     if isinstance(call, PromptKeys | Allowed):
         return type(call)(*(with_tensors(value, place) for value in call))
     if isinstance(call, tuple):

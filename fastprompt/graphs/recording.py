@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Recording:
@@ -57,6 +57,17 @@ class Pool:
 
     def __init__(self) -> None:
         self._handle: Any = None
+        self._storage: Tensor | None = None
+
+    def storage(self, nbytes: int, device: torch.device) -> Tensor:
+        """uint8 [nbytes], the same memory for all that ask: what one wrote is gone when another is in use."""
+        if self._storage is None or self._storage.device != device or len(self._storage) < nbytes:
+            least = (
+                0 if self._storage is None else 2 * len(self._storage)
+            )  # of those that grew, the last is half
+            with torch.inference_mode(False):  # it is written to outside that mode, too
+                self._storage = torch.empty(max(nbytes, least), dtype=torch.uint8, device=device)
+        return self._storage[:nbytes]
 
     def record(
         self,

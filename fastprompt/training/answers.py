@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from fastprompt._evaluating import evaluating
 from fastprompt.model import PromptModel
 from fastprompt.prompts.rank import choice_ids, choice_scores, rank_of
-from fastprompt.training.batches import Batch, encode, in_order, on
+from fastprompt.training.batches import Batch, encode, in_order, on, to_few_lengths
 from fastprompt.training.examples import Example
-from fastprompt.training.losses import check_choices
+from fastprompt.training.losses import check_choices, of_graphed
 
 
 def answer(
@@ -31,7 +31,8 @@ def answer(
     """The model's answer to each input. It is in evaluation mode meanwhile, each of its modules.
 
     Args:
-        model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt.
+        model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt; or one of them
+            ``graphed``, which generates by CUDA graphs on a GPU, and inputs are padded to few lengths for it.
         inputs: texts.
         tokenizer: the model's.
         prompts: of a PromptModel: a name (None: its first prompt), or several, which vote (section 6 of the paper).
@@ -46,6 +47,7 @@ def answer(
     """
     if prompts is not None and not prompts:
         raise ValueError("answer: prompts must be one or more names, or None for the first one, got none")
+    generator, (model, by_graphs) = model, of_graphed(model)
     if prompts is not None and not isinstance(model, PromptModel):
         raise ValueError(f"answer: prompts={prompts!r} needs a PromptModel, got {type(model).__name__}")
     names = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
@@ -57,7 +59,8 @@ def answer(
         for batch in in_order(pairs, batch_size):
             given = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
             if choices is None:
-                answers += _generated(model, given, tokenizer, names, max_new_tokens)
+                given = to_few_lengths(given) if by_graphs else given
+                answers += _generated(generator, given, tokenizer, names, max_new_tokens)
             else:
                 answers += [choices[index] for index in _ranked(model, given, names, ids)]
     return answers
@@ -78,15 +81,16 @@ def _ranked(
 
 
 def _generated(
-    model: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], max_new_tokens: int
+    generator: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], max_new_tokens: int
 ) -> list[str]:
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    model, _ = of_graphed(generator)
     how["logits_processor"] = LogitsProcessorList([_Numbers(model)])
     if len(names) > 1:
         ids = model.ensemble_generate(**batch, prompts=names, **how).sequences
     else:
         named = {} if names[0] is None else {"prompts": names[0]}
-        ids = model.generate(**batch, **named, **how)
+        ids = generator.generate(**batch, **named, **how)
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 

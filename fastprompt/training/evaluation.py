@@ -32,7 +32,8 @@ def evaluate(
     """Ask the model for every example's target. It is in evaluation mode meanwhile, each of its modules.
 
     Args:
-        model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt.
+        model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt; or one of them
+            ``graphed``, which generates by CUDA graphs on a GPU, and inputs are padded to few lengths for it.
         examples: one or more.
         tokenizer: the model's.
         prompts: of a PromptModel: a name (None: its first prompt), or several, which vote (section 6 of the paper).

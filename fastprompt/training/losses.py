@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprompt.graphs import Graphed
 from fastprompt.prompts.rank import choice_scores
-from fastprompt.training.batches import Batch, on
+from fastprompt.training.batches import Batch, on, to_few_lengths
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,26 @@ class Loss:
 def model_loss(prompted: Any, *, prompts: str | None = None) -> Loss:
     """The paper's: the target's likelihood, in nats per token, with the prompt of that name (None: the first one). It
     leaves out the logits. A batch may have ``prompts`` of its own, a name per row.
+
+    Of ``fastprompt.graphed(prompted)`` a step is a CUDA graph, on a GPU, and batches are padded to few lengths for it;
+    those that name prompts of their own run without.
     """
-    return Loss(
-        lambda batch: prompted(**on(prompted.device, {"prompts": prompts} | batch), return_logits=False).loss,
-        lambda batch: int((batch["labels"] != -100).sum()),
-    )
+
+    def mean(batch: Batch) -> Tensor:
+        model, by_graphs = of_graphed(prompted)
+        there = on(model.device, {"prompts": prompts} | batch)
+        if by_graphs and "prompts" not in batch:
+            return prompted(**to_few_lengths(there), return_logits=False)
+        return model(**there, return_logits=False).loss
+
+    return Loss(mean, lambda batch: int((batch["labels"] != -100).sum()))
+
+
+def of_graphed(model: Any) -> tuple[Any, bool]:
+    """The model itself, and whether graphs are what runs it."""
+    if not isinstance(model, Graphed):
+        return model, False
+    return model.model, model.model.device.type == "cuda"
 
 
 def choice_loss(model: Any, choices: Sequence[Sequence[int]], *, prompts: str | None = None) -> Loss:

@@ -8,9 +8,11 @@ import threading
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import EncoderDecoderCache, LogitsProcessor
 
 from fastprompt import PromptConfig, PromptModel, graphed, patch
+from fastprompt._allowed import Allowed, PromptKeys
 from fastprompt._cache_name import CACHE, cache_of
 from fastprompt.graphs import generation, places, recording
 
@@ -135,6 +137,28 @@ def test_kept_prompts(prompted, batch, recordings, monkeypatch, copied):
     assert len(recordings) == made
 
 
+def test_a_graph_reads_no_tensor_that_the_next_call_has_elsewhere(monkeypatch):
+    """All are copied, but for keys and values that the graph's key tells the address of."""
+
+    def call():
+        layers = tuple(torch.ones(2, 3, 1, 16) for _ in range(2))
+        prompt = PromptKeys(
+            layers, layers, torch.zeros(4), torch.zeros(2), (torch.ones(1, 3), torch.ones(1, 3))
+        )
+        allowed = Allowed(torch.ones(4, 5), 0, False, prompt, torch.ones(5), torch.ones(1, 3))
+        return {"attention_mask": allowed, "other": {"x": torch.ones(4, 7), "flag": True}}
+
+    for copied in (True, False):
+        monkeypatch.setattr(places, "COPIED", 2**20 if copied else 0)
+        first, second, held = call(), call(), places.Places()
+        for each in (first, second):
+            found, own = tree_leaves(held.put(each)), tree_leaves(each)
+            left = [x for x, y in zip(found, own, strict=True) if isinstance(x, torch.Tensor) and x is y]
+            kept = each["attention_mask"].prompt
+            assert [id(x) for x in left] == ([] if copied else [id(x) for x in (*kept.keys, *kept.values)])
+        assert (places.fixed(first) == places.fixed(second)) == copied
+
+
 def test_more_tokens_than_there_is_room_for(make, batch, recordings, monkeypatch):
     monkeypatch.setattr(generation, "ROOM", 4)
     step = graphed(patch(make()), shapes=16)
@@ -205,7 +229,7 @@ def test_a_cache_that_comes_back_is_a_copy(make, batch):
     ids=str,
 )
 def test_other_kinds_of_generation_record_nothing(make, batch, mode, recordings):
-    step = graphed(make())
+    step = graphed(make("t5"))
     expected = step.model.generate(**batch(B=1), **SHORT, **mode)
     assert torch.equal(step.generate(**batch(B=1), **SHORT, **mode), expected)
     assert not recordings
@@ -227,7 +251,7 @@ def test_a_cache_of_ones_own_records_nothing(make, batch, recordings):
 
 def test_the_stacks_forward_is_put_back(make, batch):
     """Also where generate fails; and what is hooked in there by others is left alone."""
-    model = make()
+    model = patch(make())
     step = graphed(model)
 
     class Fails(LogitsProcessor):

@@ -73,9 +73,9 @@ def test_every_layer_is_served(make, batch, labels, layers_ran, layout):
     assert layers_ran == {"FrozenFF": encoder + decoder, "FrozenAttention": encoder + 2 * decoder}
 
 
-def test_layers_take_their_input_by_name(make):
+def test_layers_take_their_input_by_name(make, device):
     model = patch(make())
-    x = torch.randn(2, TINY["d_model"])
+    x = torch.randn(2, TINY["d_model"], device=device)
     assert torch.equal(model.lm_head(input=x), model.lm_head(x))
     assert torch.equal(model.encoder.dropout(input=x), x)
 

@@ -63,11 +63,11 @@ def test_what_is_exported_without_gradient_may_run_with_it(make, batch, labels):
     close(program(**inputs, **more)[0], expected)
 
 
-def test_blocks_that_train_in_evaluation_mode_under_reentrant_checkpoints(make):
+def test_blocks_that_train_in_evaluation_mode_under_reentrant_checkpoints(make, device):
     """The bias goes from block to block: in the first run as in the second it is transformers'. Of the decoder's input
     nobody wants a gradient."""
     shape, grads = (2, 5, TINY["d_model"]), []
-    x, states = torch.randn(shape), torch.randn(shape)
+    x, states = torch.randn(shape, device=device), torch.randn(shape, device=device)
     for model in (make(frozen=False), patch(make(frozen=False))):
         for block in (*model.encoder.block, *model.decoder.block):
 
