@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 
 from fastprompt._allowed import Allowed
+from fastprompt._note import leave_note, note_on
 from fastprompt._op import direct
 from fastprompt.modules._frozen import add, linear
 from fastprompt.ops._t5_attention_reference import Inputs
@@ -42,7 +43,7 @@ def step(
     offset: Any = allowed.offset if allowed.causal else 0
     offsets = None
     if isinstance(offset, Tensor):  # a static cache's, whose free slots come after the query
-        offset, offsets = 0, offset.expand(len(x))
+        offset, offsets = 0, _per_row(offset, len(x))
     inputs = Inputs(
         q,
         k.transpose(1, 2),
@@ -56,3 +57,12 @@ def step(
     )
     out, _ = direct.t5_attention(*inputs)
     return add(linear(out.view(*x.shape[:2], -1), weights["o"]), x, None, 0.0)
+
+
+def _per_row(offset: Tensor, rows: int) -> Tensor:
+    """int64 [B] of a number, which all layers of a stack are handed."""
+    found: Tensor | None = note_on(offset, "fastprompt_per_row")
+    if found is None:
+        found = offset.expand(rows).contiguous()
+        leave_note(offset, "fastprompt_per_row", found)
+    return found
