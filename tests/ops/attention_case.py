@@ -129,6 +129,11 @@ class Case:
 MASKS = ("none", "right", "left", "any", "nothing")
 
 
+def queries(backend, T):
+    """So many, or as many of them as CUDA C++ serves."""
+    return min(T, page.DECODE_ROWS) if backend == "cuda" else T
+
+
 def key_mask(kind, B, S, device):
     if kind == "none":
         return None

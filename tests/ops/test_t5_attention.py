@@ -4,7 +4,7 @@
 import numpy
 import pytest
 import torch
-from attention_case import FLOATS, MARKS, MASKS, Case, key_mask, page, run
+from attention_case import FLOATS, MARKS, MASKS, Case, key_mask, queries, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import around
@@ -43,7 +43,7 @@ def test_dropout(backend, device, mask, p, T):
 @pytest.mark.parametrize("T", [1, 6, 40])
 def test_a_key_is_kept_from_the_threshold_on(backend, device, T):
     """A key's 16 bits decide, where they are p's or more: p to the nearest 2^-16."""
-    T = min(T, page.DECODE_ROWS) if backend == "cuda" else T
+    T = queries(backend, T)
     seed, ones = torch.tensor([11], device=device), torch.ones(1, T, 1, 16, device=device)
     key = ones[:, :1]
     half = int(half_words(philox(seed, torch.zeros(1, dtype=torch.int64, device=device)))[0, 0])
@@ -107,7 +107,7 @@ def test_tables_of_any_numbers_over_several_blocks(backend, device, dtype, M, op
     blocks of queries with nothing to attend to. One position further a block's last query reaches one key of another
     block, and behind many queries there are blocks beyond the table.
     """
-    B, T, S = 2, page.DECODE_ROWS if backend == "cuda" else options.get("T", 35), 40
+    B, T, S = 2, queries(backend, options.get("T", 35)), 40
     options = {name: value for name, value in options.items() if name != "T"}
     index = {
         name: torch.tensor(options[name], device=device)

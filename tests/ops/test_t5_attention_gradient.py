@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from attention_case import FLOATS, MARKS, Case, assert_finite_where_hf_is, key_mask, run
+from attention_case import FLOATS, MARKS, Case, assert_finite_where_hf_is, key_mask, queries, run
 
 from fastprompt import backends, use_backend
 from fastprompt._native import CPU_TARGETS
@@ -95,7 +95,7 @@ def test_what_the_cpu_saves_is_enough_for_every_backend(dropout_p, T):
 @pytest.mark.parametrize("inside", ["forward", "backward"])
 def test_autocast_changes_nothing(backend, device, dtype, inside):
     """Neither in the pass that it surrounds nor in the reference's backward pass of a kernel's forward pass."""
-    case = Case(device, dtype, B=2, T=20, S=30, K=64)
+    case = Case(device, dtype, B=2, T=queries(backend, 20), S=30, K=64)
     leaves = [x.requires_grad_() for x in case.tensors]
 
     def autocast(where):
