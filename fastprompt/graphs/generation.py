@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate by CUDA graphs: the encoder's pass, and the decoder's for one token after the other.
+"""A T5's stacks by CUDA graphs: the encoder's pass, and the decoder's, whole or for one token after the other.
 
 transformers' generate runs as it is: it asks the two stacks, which replay graphs in place of their forward, and keeps
 a cache, which is no more than a view of the decoder's keys and values. Those stay where the graphs read them. They have
@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMix
 from transformers.cache_utils import StaticLayer
 
 from fastprompt._cache_name import CACHE, CACHE_NAMES
+from fastprompt._replayed import replayed
 from fastprompt.graphs.places import Places, fixed
 from fastprompt.graphs.recording import Pool, Recording
 from fastprompt.hf_attention import SERVED, prompt_keys, prompts_in_force
@@ -27,19 +28,23 @@ from fastprompt.prompts.generation import generation_option
 ROOM = 64  # tokens
 
 
-class Encoding:
-    """The encoder's forward on calls like ``call``, as a graph."""
+class Pass:
+    """A stack's forward on calls like ``call``, of the encoder or of all the decoder's tokens at once, as a graph."""
 
     def __init__(
-        self, forward: Callable[..., Any], encoder: nn.Module, call: dict[str, Any], pool: Pool
+        self, forward: Callable[..., Any], stack: nn.Module, model: Any, call: dict[str, Any], pool: Pool
     ) -> None:
         self.places = Places()
         places = self.places.put(call)
-        device = next(encoder.parameters()).device
-        self.recording = pool.record(encoder, lambda: forward(**places), device)
+
+        def run() -> Any:
+            with prompt_keys(model, **places["prompts"]):
+                return forward(**places["arguments"])
+
+        self.recording = pool.record(stack, run, next(stack.parameters()).device)
 
     def __call__(self, call: dict[str, Any]) -> Any:
-        """The encoder's output, a tensor of its own."""
+        """The stack's output, a tensor of its own."""
         self.places.put(call)
         found = self.recording.replay()
         return type(found)(last_hidden_state=found.last_hidden_state.clone())
@@ -197,10 +202,13 @@ class Sequences(EncoderDecoderCache):
 
 
 @contextmanager
-def by_graphs(model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: Pool) -> Iterator[Sequences]:
+def by_graphs(
+    model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: Pool, whole: bool
+) -> Iterator[Sequences]:
     """A ``with`` block in which the stacks of ``model`` replay graphs, for one call of generate over the given cache.
 
-    ``kept(key, make)`` finds what was made under a key before.
+    ``kept(key, make)`` finds what was made under a key before. ``whole``: decoders without a cache, too; not in
+    generate, where such a call has more tokens every time, as a logits processor's may.
     """
     encoder, decoder = model.get_encoder(), model.get_decoder()
     encode, decode = encoder.forward, decoder.forward
@@ -211,18 +219,27 @@ def by_graphs(model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: P
         used.append(found)
         return found
 
+    def passed(name: str, stack: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        call = {"arguments": arguments, "prompts": prompts_in_force(stack.config)}
+        found: Pass = use((name, fixed(call)), lambda: Pass(forward, stack, model, call, pool))
+        return found(call)
+
+    def is_ours(stack: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> bool:
+        return not args and get_ident() == thread and _is_recordable(stack, arguments)
+
     @wraps(encode)
     def encoded(*args: Any, **arguments: Any) -> Any:
-        if args or get_ident() != thread or not _served(arguments):
+        if not is_ours(encoder, args, arguments):
             return encode(*args, **arguments)
-        key = "encoder", fixed(arguments)
-        found: Encoding = use(key, lambda: Encoding(encode, encoder, arguments, pool))
-        return found(arguments)
+        return passed("encoder", encoder, encode, arguments)
 
     @wraps(decode)
     def decoded(*args: Any, **arguments: Any) -> Any:
         if arguments.get(CACHE) is not past:
-            return decode(*args, **arguments)
+            alone = arguments.get(CACHE) is None and arguments.get("use_cache") is False
+            if not (whole and alone and is_ours(decoder, args, arguments)):
+                return decode(*args, **arguments)
+            return passed("whole decoder", decoder, decode, arguments)
         del arguments[CACHE]
         call = {"arguments": arguments, "prompts": prompts_in_force(decoder.config)}
         rows, tokens = arguments["input_ids"].shape
@@ -242,11 +259,10 @@ def by_graphs(model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: P
         setattr(found, CACHE, past)
         return found
 
-    encoder.forward, decoder.forward = encoded, decoded
     try:
-        yield past
+        with replayed(encoder, encoded), replayed(decoder, decoded):
+            yield past
     finally:
-        del encoder.forward, decoder.forward
         for each in used:
             each.places.forget()
 
@@ -265,22 +281,24 @@ def generator_of(model: Any) -> Any:
     return found if getattr(config, "model_type", None) in SERVED else None
 
 
-def is_served(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Can a call of generate with these keywords replay graphs?"""
-    if any(kwargs.get(name) is not None for name in _REFUSED):
-        return False
-    if any(generation_option(model, kwargs, name, False) for name in _OPTIONS):
-        return False
+def can_replay(model: Any) -> bool:
+    """Can graphs be what the stacks' calls are, as things are now?"""
     stacks = model.get_encoder(), model.get_decoder()
     return (
-        generation_option(model, kwargs, "use_cache", True)
-        and not model.training
+        not model.training
         and is_on_one_gpu(model)
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
         # accelerate's, and torch's compiled ones, call the stack's forward as it was
         and not any("forward" in vars(stack) or stack._compiled_call_impl is not None for stack in stacks)
     )
+
+
+def is_token_by_token(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Does generate with these keywords ask for one token after the other, over a cache that it makes itself?"""
+    given = any(kwargs.get(name) is not None for name in _REFUSED)
+    wanted = any(generation_option(model, kwargs, name, False) for name in _OPTIONS)
+    return not given and not wanted and bool(generation_option(model, kwargs, "use_cache", True))
 
 
 def is_on_one_gpu(model: nn.Module) -> bool:
@@ -299,8 +317,12 @@ _REFUSED = (
 _OPTIONS = ("cache_implementation", "prompt_lookup_num_tokens", "output_attentions", "output_hidden_states")
 
 
-def _served(arguments: dict[str, Any]) -> bool:
-    """Packed rows have a graph per layout; layers' states and weights are no output of a graph."""
-    allowed = arguments.get("attention_mask")
-    wanted = any(arguments.get(name) for name in ("output_attentions", "output_hidden_states"))
-    return not wanted and getattr(allowed, "cu", None) is None and arguments.get("return_dict") is not False
+def _is_recordable(stack: Any, arguments: dict[str, Any]) -> bool:
+    """Packed rows have a graph per layout; layers' states and weights, and gradients, are no output of a graph."""
+    allowed, flags = arguments.get("attention_mask"), ("output_attentions", "output_hidden_states")
+    return (
+        not any(arguments.get(name, getattr(stack.config, name, False)) for name in flags)
+        and getattr(allowed, "cu", None) is None
+        and arguments.get("return_dict") is not False
+        and not torch.is_grad_enabled()
+    )

@@ -6,7 +6,8 @@ thousand kernels one by one. A token of generate is a tenth of that on either. A
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._cache_name import CACHE, cache_of
-from fastprompt.graphs.generation import by_graphs, generator_of, is_served
+from fastprompt._warn import warn
+from fastprompt.graphs.generation import (
+    Sequences,
+    by_graphs,
+    can_replay,
+    generator_of,
+    is_token_by_token,
+)
 from fastprompt.graphs.recording import Pool, padded
 from fastprompt.graphs.step import RecordedStep, Replay, check_batch, loss_of
 from fastprompt.ops import raise_device_errors
@@ -26,8 +34,8 @@ class Graphed:
     def __init__(self, model: nn.Module, shapes: int) -> None:
         self.model, self.shapes = model, shapes
         self._recorded: OrderedDict[Any, Any] = OrderedDict()
-        self._pool = Pool()
-        self._generates = Lock()
+        self._made, self._pool = 0, Pool()
+        self._replays = Lock()
 
     def __len__(self) -> int:
         """How many shapes are kept."""
@@ -40,7 +48,7 @@ class Graphed:
     def reset(self) -> None:
         """Forget all graphs, and free their memory: after a change that no call can see, such as another patch."""
         self._recorded.clear()
-        self._pool = Pool()
+        self._made, self._pool = 0, Pool()
 
     def __call__(self, **batch: Any) -> Tensor:
         """The model's loss of the batch, as ``model(**batch).loss``."""
@@ -66,9 +74,35 @@ class Graphed:
         Greedy, sampled or by beams; other kinds of search, a cache of your own, attention weights or states as output,
         training mode and autocast generate without graphs, and so does a second thread meanwhile.
         """
+        function: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
         model = generator_of(self.model)
-        if model is None or not is_served(model, kwargs) or not self._generates.acquire(blocking=False):
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        if model is None or not is_token_by_token(model, kwargs):
+            return function(*args, **kwargs)
+        with self._graphs(whole=False) as past:
+            if past is None:
+                return function(*args, **kwargs)
+            output = function(*args, **kwargs, **{CACHE: past})
+        if not isinstance(output, Tensor) and cache_of(output) is past and past.decoding is not None:
+            setattr(output, CACHE, past.decoding.cache())
+        return output
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """A PromptModel's ``encode``, as a graph where no gradient is recorded."""
+        with self._graphs():
+            return self.model.encode(*args, **kwargs)  # type: ignore[operator]
+
+    def rank(self, *args: Any, **kwargs: Any) -> Any:
+        """A PromptModel's ``rank``, with the encoder and the decoder as graphs."""
+        with self._graphs():
+            return self.model.rank(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _graphs(self, whole: bool = True) -> Iterator[Sequences | None]:
+        """A ``with`` block in which the stacks replay graphs, and the cache for generate; None: they do not."""
+        model = generator_of(self.model)
+        if model is None or not can_replay(model) or not self._replays.acquire(blocking=False):
+            yield None
+            return
         try:
             raise_device_errors()
             weights = tuple(parameter.data_ptr() for parameter in model.parameters())
@@ -76,13 +110,10 @@ class Graphed:
             def kept(key: Any, make: Callable[[], Any]) -> Any:
                 return self._kept((weights, *key), make)
 
-            with padded(self.model), by_graphs(model, kept, self._pool) as past:
-                output = self.model.generate(*args, **kwargs, **{CACHE: past})  # type: ignore[operator]
-            if not isinstance(output, Tensor) and cache_of(output) is past and past.decoding is not None:
-                setattr(output, CACHE, past.decoding.cache())
-            return output
+            with padded(self.model), by_graphs(model, kept, self._pool, whole) as past:
+                yield past
         finally:
-            self._generates.release()
+            self._replays.release()
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         recorded = self._recorded.pop(key, None)
@@ -90,6 +121,12 @@ class Graphed:
             while len(self._recorded) >= self.shapes:
                 self._recorded.popitem(last=False)
             recorded = make()
+            self._made += 1
+            if self._made == 4 * self.shapes:
+                warn(
+                    f"fastprompt.graphed: {self._made} shapes were recorded, and {self.shapes} are kept: recording one"
+                    " takes longer than many of its steps. Pad batches to fewer lengths, or raise shapes"
+                )
         self._recorded[key] = recorded  # the last used comes last
         return recorded
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from fastprompt._cache_name import CACHE, cache_of
+from fastprompt._replayed import is_replayed
 from fastprompt.modules.attention import FastAttention
 from fastprompt.ops._indices import indices
 from fastprompt.prompts.bank import Names
@@ -110,7 +111,10 @@ def choice_scores(
     """
     scorer = _Scorer(model, input_ids, attention_mask, prompts, encoder_outputs)
     at_once = max(1, ROWS_PER_PASS // len(scorer.hidden))
-    if torch.is_grad_enabled() and cache is None and not scorer.cache_carries_gradients():
+    learns = torch.is_grad_enabled() and not scorer.cache_carries_gradients()
+    # A graph gives no cache away. For choices of one token nobody wants one.
+    replays = scorer.is_replayed() and any(len(choice) > 1 for choice in choices)
+    if cache is None and (learns or replays):
         scores = torch.cat([scorer.whole(some) for some in pieces(choices, at_once)], 1)
     else:
         first, cache = scorer.first(any(len(choice) > 1 for choice in choices), cache)
@@ -179,12 +183,17 @@ class _Scorer:
 
     def cache_carries_gradients(self) -> bool:
         """Patched attention's does not, and needs no keys for a whole target; under checkpointing there is none."""
-        model = getattr(self.model, "model", self.model)
         return not any(
             isinstance(module, FastAttention)
             or (getattr(module, "gradient_checkpointing", False) and module.training)
-            for module in model.get_decoder().modules()
+            for module in self._decoder().modules()
         )
+
+    def is_replayed(self) -> bool:
+        return is_replayed(self._decoder())
+
+    def _decoder(self) -> Any:
+        return getattr(self.model, "model", self.model).get_decoder()
 
     def whole(self, choices: Sequence[Sequence[int]]) -> Tensor:
         """[B, c]: the scores of c choices, without a cache."""

@@ -32,7 +32,7 @@ def answer(
 
     Args:
         model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt; or one of them
-            ``graphed``, which generates by CUDA graphs on a GPU, and inputs are padded to few lengths for it.
+            ``graphed``, which answers by CUDA graphs on a GPU, and inputs are padded to few lengths for it.
         inputs: texts.
         tokenizer: the model's.
         prompts: of a PromptModel: a name (None: its first prompt), or several, which vote (section 6 of the paper).
@@ -58,20 +58,23 @@ def answer(
     with evaluating(model), model.keeping(prompts) if isinstance(model, PromptModel) else nullcontext():
         for batch in in_order(pairs, batch_size):
             given = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
+            given = to_few_lengths(given) if by_graphs else given
             if choices is None:
-                given = to_few_lengths(given) if by_graphs else given
                 answers += _generated(generator, given, tokenizer, names, max_new_tokens)
             else:
-                answers += [choices[index] for index in _ranked(model, given, names, ids)]
+                answers += [choices[index] for index in _ranked(generator, given, names, ids)]
     return answers
 
 
 @torch.no_grad()
 def _ranked(
-    model: Any, batch: Batch, names: Sequence[str | None], choices: Sequence[Sequence[int]]
+    generator: Any, batch: Batch, names: Sequence[str | None], choices: Sequence[Sequence[int]]
 ) -> list[int]:
+    model, by_graphs = of_graphed(generator)
     if len(names) > 1:
         found: Any = model.ensemble(**batch, prompts=names, choices=choices)
+    elif by_graphs and isinstance(model, PromptModel):
+        found = generator.rank(**batch, prompts=names[0], choices=choices)
     else:
         found = rank_of(
             choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, prompts=names[0])

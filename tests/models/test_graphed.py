@@ -2,6 +2,7 @@
 """graphed: the model's own loss and gradients, from a CUDA graph where there is a GPU."""
 
 import itertools
+import warnings
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -237,6 +238,19 @@ def test_the_graph_that_was_not_used_for_longest_goes_first(recorded):
         step(x=on_a_gpu(length))
         assert len(step) == min(2, len(recorded))
     assert [length for length, _ in recorded] == [1, 2, 3, 2]
+
+
+def test_many_shapes_are_told_of(recorded):
+    """Once: each costs more than many steps of what was recorded before."""
+    step = graphed(Sum(1, 1).requires_grad_(False), shapes=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for length in (1, 2, 3, 4, 5, 6, 7):
+            step(x=on_a_gpu(length))
+    with pytest.warns(
+        UserWarning, match=r"8 shapes were recorded, and 2 are kept: .* Pad batches to fewer lengths"
+    ):
+        step(x=on_a_gpu(8))
 
 
 def test_graphs_share_a_pool_until_one_fails_or_they_are_forgotten(recorded):

@@ -159,6 +159,46 @@ def test_a_graph_reads_no_tensor_that_the_next_call_has_elsewhere(monkeypatch):
         assert (places.fixed(first) == places.fixed(second)) == copied
 
 
+@pytest.mark.parametrize("choices", [[[5, 1], [9, 4, 1], [5, 8]], [[3], [7]]], ids=str)
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+def test_ranks_and_encodings(prompted, batch, kind, choices, recordings):
+    """Of choices of several tokens, and of one, whose scores are of one position."""
+    model = prompted(kind)
+    step, made = graphed(model), []
+    for names, padding in (
+        ("a", "right"),
+        (["a", "b", "b"], "right"),
+        ("a", "left"),
+        (["b", "b", "a"], "left"),
+    ):
+        theirs, ours = (each.rank(**batch(padding), choices=choices, prompts=names) for each in (model, step))
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=2e-5, atol=2e-5)
+        with torch.no_grad():
+            theirs, ours = (each.encode(**batch(padding), prompts=names)[0] for each in (model, step))
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+        made.append(len(recordings))
+    assert made[0] == 2  # encoder and decoder
+    assert made[1:] == [made[1]] * 3
+
+
+def test_an_encoding_with_gradients_is_the_models(prompted, batch, recordings):
+    model = prompted()
+    graphed(model).encode(**batch(), prompts="a")[0].sum().backward()
+    assert model.prompts["a"].grad.any()
+    assert not recordings
+
+
+@pytest.mark.parametrize("flag", ["output_attentions", "output_hidden_states"])
+def test_what_the_configuration_asks_for_as_output(prompted, batch, flag, recordings):
+    model = prompted()
+    for config in (model.config, model.model.encoder.config):
+        setattr(config, flag, True)
+    with torch.no_grad():
+        found = graphed(model).encode(**batch(), prompts="a")
+    assert getattr(found, flag.removeprefix("output_")) is not None
+    assert not recordings
+
+
 def test_more_tokens_than_there_is_room_for(make, batch, recordings, monkeypatch):
     monkeypatch.setattr(generation, "ROOM", 4)
     step = graphed(patch(make()), shapes=16)
@@ -289,6 +329,22 @@ def test_a_call_within_a_call_and_another_thread(make, batch):
     assert torch.equal(ours, model.generate(**batch(), **SHORT))
     assert len(found) == 2
     assert all(torch.equal(each, expected) for each in found)
+
+
+def test_a_processor_that_calls_the_model_records_nothing(make, batch, recordings):
+    """As for guidance: every call has one more token."""
+    model = patch(make())
+    step = graphed(model)
+
+    class Asks(LogitsProcessor):
+        def __call__(self, ids, scores):
+            return scores + 0 * model(**batch(), decoder_input_ids=ids, use_cache=False).logits[:, -1]
+
+    step.generate(**batch(), **SHORT)
+    made = len(recordings)
+    found = step.generate(**batch(), **SHORT, logits_processor=[Asks()])
+    assert torch.equal(found, step.generate(**batch(), **SHORT))
+    assert len(recordings) == made
 
 
 def test_moved_weights_are_seen(make, batch, recordings):

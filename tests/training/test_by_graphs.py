@@ -38,6 +38,11 @@ def widths(on_a_gpu, monkeypatch):
         seen.append(batch["input_ids"].shape[1])
         return self.model.generate(**batch)
 
+    def rank(self, **batch):
+        seen.append(batch["input_ids"].shape[1])
+        return self.model.rank(**batch)
+
+    monkeypatch.setattr(Graphed, "rank", rank)
     monkeypatch.setattr(Graphed, "__call__", step)
     monkeypatch.setattr(Graphed, "generate", generate)
     return seen
@@ -94,10 +99,15 @@ def test_answers(prompted, tokenizer, examples, widths):
     assert widths == [32] * 4, "several prompts that vote are another function"
 
 
-def test_choices_are_ranked_by_the_model(prompted, tokenizer, examples, choices, widths):
-    expected = training.evaluate(prompted, examples, tokenizer, choices=choices)
-    assert training.evaluate(graphed(prompted), examples, tokenizer, choices=choices) == expected
-    assert not widths
+def test_choices(prompted, model, tokenizer, examples, choices, widths):
+    for given, prompts, padded in ((prompted, None, [32]), (prompted, ["one", "two"], []), (model, None, [])):
+        expected = training.evaluate(given, examples, tokenizer, choices=choices, prompts=prompts)
+        assert (
+            training.evaluate(graphed(given), examples, tokenizer, choices=choices, prompts=prompts)
+            == expected
+        )
+        assert widths == padded
+        widths.clear()
 
 
 def test_learning(prompted, tokenizer, examples, device):
