@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastprompt._cache_name import CACHE_NAMES, rename_cache
+from fastprompt._generation import generation_option
 from fastprompt.prompts import checks
 from fastprompt.prompts.bank import Choice, Names
 from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
-from fastprompt.prompts.generation import generation_option
 from fastprompt.prompts.keeper import KeyKeeper
 from fastprompt.prompts.key_batch import KeyBatch
 from fastprompt.prompts.rank import Choices, Ranking, choice_ids, choice_scores, rank_of

@@ -19,11 +19,11 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMix
 from transformers.cache_utils import StaticLayer
 
 from fastprompt._cache_name import CACHE, CACHE_NAMES
+from fastprompt._generation import generation_option
 from fastprompt._replayed import replayed
 from fastprompt.graphs.places import Places, fixed
 from fastprompt.graphs.recording import Pool, Recording
 from fastprompt.hf_attention import SERVED, prompt_keys, prompts_in_force
-from fastprompt.prompts.generation import generation_option
 
 ROOM = 64  # tokens
 

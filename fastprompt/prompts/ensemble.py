@@ -18,9 +18,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt._cache_name import CACHE_NAMES
+from fastprompt._generation import generation_option
 from fastprompt.ops._indices import indices
 from fastprompt.prompts import checks
-from fastprompt.prompts.generation import generation_option
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.rank import choice_scores, first_best, pieces
 from fastprompt.prompts.sites import project
