@@ -28,9 +28,9 @@ if [[ $parts == *tests* ]]; then
     "$PYTHON" -c 'import xdist' 2> /dev/null && parallel="-n $(($(nproc) < 14 ? $(nproc) : 14))"
     # Names of tests as they end, and why they failed (tests/conftest.py): a run that is cut off has no summary.
     step tests 330 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${parallel:-} \
-        tests/models/test_{graphed,patching,patched_{steps,dropout,generate,dtypes,files,compile},memory}.py \
+        tests/models/test_{graphed,graphed_generate,patching,patched_{steps,dropout,generate,dtypes,files,compile},memory}.py \
         tests/models/test_{trained_weights,hooks,changed_layers,adapters,report}.py \
-        tests/triton tests/ops tests/prompts --device cuda || failed=1
+        tests/training/test_by_graphs.py tests/triton tests/ops tests/prompts --device cuda || failed=1
     grep -aoE '(FAILED|ERROR) tests/.*' "$OUT/tests.log" | sort -u
 fi
 if [[ $parts == *benchmarks* ]]; then
