@@ -36,6 +36,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
+def add_graph_argument(parser: argparse.ArgumentParser) -> None:
+    """--no-graphs."""
+    parser.add_argument(
+        "--no-graphs", action="store_true", help="on a GPU, launch kernels one by one, not as CUDA graphs"
+    )
+
+
 def add_example_arguments(parser: argparse.ArgumentParser) -> None:
     """How examples are read and answered."""
     parser.add_argument("--input-field", default="input", help="of a file's examples (default: %(default)s)")
@@ -55,9 +62,6 @@ def add_example_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="TARGET",
         help="the answers there are: one is chosen, none generated",
-    )
-    parser.add_argument(
-        "--no-graphs", action="store_true", help="on a GPU, launch kernels one by one, not as CUDA graphs"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastprompt import PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
+    add_graph_argument,
     add_model_arguments,
     by_graphs,
     load,
@@ -27,6 +28,7 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, its prompts, the examples."""
     add_model_arguments(parser)
+    add_graph_argument(parser)
     parser.add_argument(
         "--prompt",
         nargs="*",

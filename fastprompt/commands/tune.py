@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from fastprompt import PromptConfig, PromptModel, patch, training
 from fastprompt.commands._model import (
     add_example_arguments,
+    add_graph_argument,
     add_model_arguments,
     by_graphs,
     load,
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe, whose defaults are the paper's."""
     parser.epilog = EPILOG
     add_model_arguments(parser)
+    add_graph_argument(parser)
     parser.add_argument(
         "--train", required=True, type=Path, metavar="FILE", help="the examples to learn from"
     )

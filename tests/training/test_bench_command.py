@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_line import MODEL, run
 
-from fastprompt import PromptModel
+from fastprompt import PromptModel, graphed
 from fastprompt.commands import bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +64,16 @@ def test_benchs_numbers(capsys, monkeypatch):
     eager, *others = (line[22:].split() for line in said.splitlines()[3:])
     assert eager == ["25.0", "1.00x", "1.5", "MiB"]
     assert others == [["12.5", "2.00x", "1.5", "MiB"]] * 5
+
+
+def test_bench_has_a_graph_where_there_is_a_gpu(capsys, monkeypatch):
+    """Here its step is the model's own."""
+    monkeypatch.setattr(bench, "by_graphs", lambda arguments, model: graphed(model))
+    status, said, _ = run(capsys, "bench", *MODEL, *SIZES, "--rounds", 1)
+    assert status == 0
+    rows = {line[:22].strip(): line[22:].split() for line in said.splitlines()[3:]}
+    assert rows[bench.GRAPHED][2:] == rows[bench.SPEED][2:]
+    assert [*rows][-1] == bench.GRAPHED
 
 
 def test_bench_times_so_many_rounds_and_counts_no_weights():
