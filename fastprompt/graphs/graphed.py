@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._cache_name import CACHE, cache_of
+from fastprompt._stamp import State
+from fastprompt._tensors import parts_of
 from fastprompt._warn import warn
 from fastprompt.graphs.generation import (
     Sequences,
@@ -46,7 +48,7 @@ class Graphed:
         return True
 
     def reset(self) -> None:
-        """Forget all graphs, and free their memory: after a change that no call can see, such as another patch."""
+        """Forget all graphs, and free their memory: after a change that no call can see, such as a hook."""
         self._recorded.clear()
         self._made, self._pool = 0, Pool()
 
@@ -55,14 +57,16 @@ class Graphed:
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         if torch.is_grad_enabled():
             check_batch(batch)
-        parameters = list(self.model.parameters())
-        leaves = [parameter for parameter in parameters if parameter.requires_grad]
         inputs = list(tensors.values())
-        if not (torch.is_grad_enabled() and inputs and all(x.is_cuda for x in (*inputs, *leaves))):
+        if not (torch.is_grad_enabled() and inputs and all(x.is_cuda for x in inputs)):
+            return loss_of(self.model, batch)
+        state = State.of(self.model)
+        leaves = [x for x in dict.fromkeys(state.tensors) if isinstance(x, nn.Parameter) and x.requires_grad]
+        if not all(x.is_cuda for x in leaves):
             return loss_of(self.model, batch)
         raise_device_errors()
         recorded = self._kept(
-            self._key(batch, tensors, parameters),
+            self._key(batch, tensors, state),
             lambda: RecordedStep(self.model, batch, tensors, leaves, self._pool),
         )
         loss: Tensor = Replay.apply(recorded, *inputs, *leaves)
@@ -105,10 +109,10 @@ class Graphed:
             return
         try:
             raise_device_errors()
-            weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+            fixed = _fixed(State.of(model))
 
             def kept(key: Any, make: Callable[[], Any]) -> Any:
-                return self._kept((weights, *key), make)
+                return self._kept((fixed, *key), make)
 
             with padded(self.model), by_graphs(model, kept, self._pool, whole) as past:
                 yield past
@@ -130,15 +134,21 @@ class Graphed:
         self._recorded[key] = recorded  # the last used comes last
         return recorded
 
-    def _key(self, batch: dict[str, Any], tensors: dict[str, Tensor], parameters: list[nn.Parameter]) -> Any:
-        """All that a graph has fixed: shapes, plain arguments, modes, and where the weights are."""
+    def _key(self, batch: dict[str, Any], tensors: dict[str, Tensor], state: State) -> Any:
+        """All that a graph of a step has fixed: shapes, plain arguments, modes, and what the model is."""
         return (
             tuple((name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in tensors.items()),
             tuple((name, repr(value)) for name, value in batch.items() if name not in tensors),
-            tuple((p.data_ptr(), p.requires_grad) for p in parameters),
+            _fixed(state),
             self.model.training,
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         )
+
+
+def _fixed(state: State) -> Any:
+    """What a graph has fixed of a model: where its tensors are, which train, its modules' classes, its adapters."""
+    places = tuple((0 if parts_of(each) else each.data_ptr(), each.requires_grad) for each in state.tensors)
+    return places, tuple(state.classes), tuple(state.adapters)
 
 
 def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
@@ -147,6 +157,7 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
         step = fastprompt.graphed(model)
         loss = step(**batch)   # batch as the model takes it, with labels
         loss.backward()
+        step.generate(**inputs)
 
     The first call with a shape runs the step three times and records it; later ones copy the batch in and launch the
     graph, forward and backward in one. So pad batches to a few lengths. Dropout draws the masks that it would draw
@@ -155,13 +166,15 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
     Args:
         model: a frozen T5, patched or not, a PromptModel, a PeftModel: anything whose output has a loss, that trains
             few parameters (their gradients are copied), and whose forward waits for no value on the GPU. A PromptModel
-            runs padded in it (``pack=False``).
-        shapes: how many graphs are kept; the one not used for longest goes first. Each holds a step's activations, in
-            memory that they share.
+            runs padded in it (``pack=False``). ``generate`` has graphs of T5, mT5 and UMT5, by themselves, in a
+            PromptModel or with PEFT's LoRA, and is the model's own otherwise.
+        shapes: how many shapes are kept; the one not used for longest goes first. Each holds a step's activations, in
+            memory that they share; generate has two per shape, of the encoder and of the decoder.
 
     Returns:
-        A callable. ``reset()`` forgets the graphs: call it after patching, freezing or replacing layers, or when single
-        modules changed between train and eval.
+        A callable with :meth:`~Graphed.generate`, ``encode`` and ``rank``. ``reset()`` forgets the graphs: call it
+        after adding hooks, changing a config or replacing methods, or when single modules changed between train and
+        eval. Weights that are written to need no other graph; moved ones, another patch and switched adapters are seen.
 
     Raises:
         ValueError: shapes is not positive, or, in a call, the output has no loss, or a tensor is inside another object.

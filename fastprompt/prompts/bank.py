@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from fastprompt._tensors import parts_of
 from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.prefix import PrefixPrompt
 from fastprompt.prompts.stored import StoredPrompts
-from fastprompt.prompts.tensors import parts_of
 
 Names = str | Sequence[str] | None
 

@@ -2,7 +2,7 @@
 """Keys and values of prompts, computed once and kept for serving, and the memory of what they were computed from.
 
 A pool holds the prompts of one ``cache_prompts`` call side by side, so that a batch that names any of them reads them
-where they lie. A prompt in it is stale once its stamp (fastprompt.prompts.stamp) does not fit any more, all of them
+where they lie. A prompt in it is stale once its stamp (fastprompt._stamp) does not fit any more, all of them
 once the model's does not, and once an optimiser that holds one of their tensors has made a step, for fused ones leave
 no other trace; then they are computed again, in a pool of their own.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastprompt._stamp import Stamp, State
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.keyed import Keyed, Part, SiteKeys
 from fastprompt.prompts.sites import Keys
-from fastprompt.prompts.stamp import Stamp, State
 
 
 class Pool(NamedTuple):

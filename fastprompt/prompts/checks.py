@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastprompt import hf_attention
+from fastprompt._tensors import is_sharded, parts_of
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
-from fastprompt.prompts.tensors import is_sharded, parts_of
 
 # Encoders that compute a row from nothing but that row. Switch Transformers is none: the rows of a batch compete
 # for the capacity of its experts.

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from fastprompt.prompts.stamp import Stamp, State, adapters_of
-from fastprompt.prompts.tensors import is_sharded, parts_of
+from fastprompt._stamp import Stamp, State, adapters_of
+from fastprompt._tensors import is_sharded, parts_of
 
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
 _CHUNK_WORDS = 1 << 16  # half a MiB: of a core's own cache

@@ -20,12 +20,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastprompt import hf_attention
 from fastprompt._allowed import Allowed, PromptKeys
 from fastprompt._plain import is_capturing, is_transformed
+from fastprompt._tensors import is_sharded
 from fastprompt.modules._bias import has_bias_table, is_plain_bias
 from fastprompt.ops._indices import indices
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
 from fastprompt.prompts.sites import bias_tables, disorder
-from fastprompt.prompts.tensors import is_sharded
 
 
 class Layout(NamedTuple):

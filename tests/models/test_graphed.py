@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastprompt import PromptConfig, PromptModel, graphed, patch
+from fastprompt import PromptConfig, PromptModel, graphed, patch, unpatch
+from fastprompt._stamp import State
 from fastprompt.graphs import recording
 from fastprompt.graphs import step as step_graphs
 
@@ -169,7 +170,7 @@ def test_all_that_a_graph_has_fixed_is_in_its_key(prompted, batch, labels, monke
     def key(**changes):
         arguments = batch() | {"labels": labels} | changes
         tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        return step._key(arguments, tensors, list(model.parameters()))
+        return step._key(arguments, tensors, State.of(model))
 
     (prompt,) = (p for p in model.parameters() if p.requires_grad)
     seen = [key()]
@@ -186,6 +187,12 @@ def test_all_that_a_graph_has_fixed_is_in_its_key(prompted, batch, labels, monke
         seen.append(key(**changes))
     seen.append((model.train(), key())[1])
     seen.append((prompt.requires_grad_(False), key())[1])
+    seen.append((unpatch(model), key())[1])
+    seen.append((model.register_buffer("other", labels), key())[1])
+    model.disabled = Adapter()
+    seen.append(key())
+    model.disabled._disable_adapters = True
+    seen.append(key())
     prompt.data = prompt.data.clone()
     seen.append(key())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
@@ -193,6 +200,12 @@ def test_all_that_a_graph_has_fixed_is_in_its_key(prompted, batch, labels, monke
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda device, dtype=dtype: dtype)
         seen.append(key())
     assert len(set(seen)) == len(seen)
+
+
+class Adapter(torch.nn.Module):
+    """As a layer of PEFT's says."""
+
+    _disable_adapters = False
 
 
 class OnGpu(torch.Tensor):

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import EncoderDecoderCache, LogitsProcessor
 
-from fastprompt import PromptConfig, PromptModel, graphed, patch
+from fastprompt import PromptConfig, PromptModel, graphed, patch, unpatch
 from fastprompt._allowed import Allowed, PromptKeys
 from fastprompt._cache_name import CACHE, cache_of
 from fastprompt.graphs import generation, places, recording
@@ -354,6 +354,29 @@ def test_moved_weights_are_seen(make, batch, recordings):
         parameter.data = 0.9 * parameter.data
     assert_the_same(step, **batch())
     assert len(recordings) == 2 * made
+
+
+def test_another_patch_is_seen(make, batch, recordings):
+    step = graphed(patch(make()))
+    assert_the_same(step, **batch())
+    made = len(recordings)
+    unpatch(step.model)
+    assert_the_same(step, **batch())
+    assert len(recordings) == 2 * made
+
+
+def test_switched_adapters_are_seen(make, batch, recordings):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        patch(make()), peft.LoraConfig(task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    )
+    step = graphed(model.eval())
+    inputs = {**batch(), **SHORT}
+    for _ in range(2):
+        assert torch.equal(step.generate(**inputs), model.generate(**inputs))
+        with model.disable_adapter():
+            assert torch.equal(step.generate(**inputs), model.generate(**inputs))
+    assert len(recordings) == 6
 
 
 def test_written_weights_need_no_other_graph(make, batch, recordings):

@@ -12,7 +12,8 @@ from quantised import Doubled
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastprompt.prompts import PromptConfig, keeper, rank, stamp
+from fastprompt._stamp import Stamp, State
+from fastprompt.prompts import PromptConfig, keeper, rank
 
 CONFIGS = {
     "c5": PromptConfig(5, "cached", init="uniform"),
@@ -404,8 +405,8 @@ def test_refusals(served):
 
 def test_a_stamp_holds_no_tensor_alive():
     tensor = torch.ones(3)
-    state = stamp.State.of
-    kept, alive = stamp.Stamp(state(tensor)), weakref.ref(tensor)
+    state = State.of
+    kept, alive = Stamp(state(tensor)), weakref.ref(tensor)
     assert kept.fits(state(tensor))
     assert not kept.fits(state(tensor.clone()))
     assert not kept.fits(state(tensor.view(3)))

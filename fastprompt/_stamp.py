@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastprompt.prompts.tensors import parts_of
+from fastprompt._tensors import parts_of
 
 
 class State(NamedTuple):
