@@ -60,35 +60,49 @@ class Decoding:
         self.forward, self.model, self.pool, self.room = forward, model, pool, room
         self.decoder, self.places = model.get_decoder(), Places()
         states: Tensor = call["arguments"]["encoder_hidden_states"]
-        config, device, (B, S, _) = self.decoder.config, states.device, states.shape
-        shapes = [
-            (len(self.decoder.block), 2, B, config.num_heads, length, config.d_kv) for length in (room, S)
-        ]
-        numbers = [prod(shape) for shape in shapes]
+        shapes, nbytes = self._shapes(self.decoder, states, room), self.nbytes(self.decoder, call, room)
         with torch.inference_mode(False):  # a sequence in that mode is followed by others
-            flat = pool.storage(sum(numbers) * states.dtype.itemsize, device).view(states.dtype)
-            self.own, self.cross = (
-                x.view(shape) for x, shape in zip(flat.split(numbers), shapes, strict=True)
-            )
-            self.count = torch.zeros((), dtype=torch.int64, device=device)
+            flat = pool.storage(self, nbytes, states.device).view(states.dtype)
+            own, cross = flat.split([prod(shape) for shape in shapes])
+            self.own, self.cross = own.view(shapes[0]), cross.view(shapes[1])
+            self.count = torch.zeros((), dtype=torch.int64, device=states.device)
         self.seen = 0  # the value of count
         self._layers: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
         self._cross_layers: list[Any] = [CrossKeys(keys, values) for keys, values in self.cross]
         self.past = EncoderDecoderCache(Cache(layers=self._layers), Cache(layers=self._cross_layers))
         self._recorded: dict[Any, Recording] = {}
 
+    @classmethod
+    def nbytes(cls, decoder: Any, call: dict[str, Any], room: int) -> int:
+        """Of the keys and values of tokens and of the encoder's rows."""
+        states: Tensor = call["arguments"]["encoder_hidden_states"]
+        return sum(map(prod, cls._shapes(decoder, states, room))) * states.dtype.itemsize
+
+    @staticmethod
+    def _shapes(decoder: Any, states: Tensor, room: int) -> list[tuple[int, ...]]:
+        config, (B, S, _) = decoder.config, states.shape
+        return [(len(decoder.block), 2, B, config.num_heads, length, config.d_kv) for length in (room, S)]
+
     def begin(self) -> None:
         """With no tokens: whatever the last sequence left, NaNs too, is gone."""
         self.own.zero_()
         self._go_to(0)
 
-    def go_on(self, other: "Decoding") -> None:
-        """Where ``other``, which has less room, has come to."""
-        own, cross = other.own.clone(), other.cross.clone()  # which lie in the same memory
+    def state(self) -> tuple[Tensor, Tensor, int]:
+        """The keys and values of the tokens and of the encoder's rows, as copies, and the number of tokens."""
+        return self.own.clone(), self.cross.clone(), self.seen
+
+    def go_on(self, own: Tensor, cross: Tensor, seen: int) -> None:
+        """From the state of one with less room."""
         self.begin()
-        self.own[..., : other.room, :] = own
+        self.own[..., : own.shape[4], :] = own
         self.cross.copy_(cross)
-        self._go_to(other.seen)
+        self._go_to(seen)
+
+    def release(self) -> None:
+        """Free the memory; it is not used again."""
+        self._recorded.clear()
+        del self.own, self.cross, self.past, self._layers, self._cross_layers
 
     def _go_to(self, seen: int) -> None:
         self.seen = seen
@@ -100,9 +114,7 @@ class Decoding:
         places = self.places.put(call)
 
         def run() -> Any:
-            at = (
-                self.count[None] if tokens == 1 else self.count + torch.arange(tokens, device=self.own.device)
-            )
+            at = self.count + torch.arange(tokens, device=self.own.device) if tokens > 1 else self.count[None]
             for layer, (own, cross) in enumerate(zip(self._layers, self._cross_layers, strict=True)):
                 own.at = at
                 self.past.is_updated[layer] = cross.is_filled = not first
@@ -111,7 +123,8 @@ class Decoding:
             self.count.add_(tokens)
             return found
 
-        found = self._replay((first, fixed(call)), run)
+        # A start of several tokens is of any length, and comes once.
+        found = run() if tokens > 1 else self._replay((first, fixed(call)), run)
         self.seen += tokens
         return type(found)(last_hidden_state=found.last_hidden_state.clone())
 
@@ -242,19 +255,22 @@ def by_graphs(
             return passed("whole decoder", decoder, decode, arguments)
         del arguments[CACHE]
         call = {"arguments": arguments, "prompts": prompts_in_force(decoder.config)}
-        rows, tokens = arguments["input_ids"].shape
+        (rows, tokens), states = arguments["input_ids"].shape, arguments["encoder_hidden_states"]
 
         def decoding(room: int) -> Decoding:
             like = {**call, "arguments": {**arguments, "input_ids": rows}}
-            return use(("decoder", room, fixed(like)), lambda: Decoding(decode, model, call, room, pool))
+            pool.reserve(Decoding.nbytes(decoder, call, room), states.device)
+            return use(
+                ("decoder", room, pool.epoch, fixed(like)), lambda: Decoding(decode, model, call, room, pool)
+            )
 
         if past.decoding is None:
             past.decoding = decoding(_room(tokens))
             past.decoding.begin()
         elif past.decoding.seen + tokens > past.decoding.room:
-            longer = decoding(_room(past.decoding.seen + tokens))
-            longer.go_on(past.decoding)
-            past.decoding = longer
+            state = past.decoding.state()
+            past.decoding = decoding(_room(past.decoding.seen + tokens))
+            past.decoding.go_on(*state)
         found = past.decoding(call, tokens)
         setattr(found, CACHE, past)
         return found
@@ -283,14 +299,14 @@ def generator_of(model: Any) -> Any:
 
 def can_replay(model: Any) -> bool:
     """Can graphs be what the stacks' calls are, as things are now?"""
-    stacks = model.get_encoder(), model.get_decoder()
+    called = model, model.get_encoder(), model.get_decoder()
     return (
         not model.training
         and is_on_one_gpu(model)
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
-        # accelerate's, and torch's compiled ones, call the stack's forward as it was
-        and not any("forward" in vars(stack) or stack._compiled_call_impl is not None for stack in stacks)
+        # accelerate's forward may switch autocast on; torch's compiled calls know of no other forward
+        and not any("forward" in vars(each) or each._compiled_call_impl is not None for each in called)
     )
 
 
@@ -309,6 +325,7 @@ def is_on_one_gpu(model: nn.Module) -> bool:
 # Keywords of generate, and what its configuration may say, too
 _REFUSED = (
     *CACHE_NAMES,
+    "adapter_names",
     "assistant_model",
     "custom_generate",
     "decoder_attention_mask",
@@ -325,4 +342,5 @@ def _is_recordable(stack: Any, arguments: dict[str, Any]) -> bool:
         and getattr(allowed, "cu", None) is None
         and arguments.get("return_dict") is not False
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cuda")
     )

@@ -5,16 +5,19 @@ A training step of a small T5 keeps a GPU busy for a few milliseconds, and the h
 thousand kernels one by one. A token of generate is a tenth of that on either. A graph is launched as a whole.
 """
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastprompt._cache_name import CACHE, cache_of
+from fastprompt._cache_name import CACHE, CACHE_NAMES, cache_of
 from fastprompt._stamp import State
 from fastprompt._tensors import parts_of
 from fastprompt._warn import warn
@@ -29,6 +32,9 @@ from fastprompt.graphs.recording import Pool, padded
 from fastprompt.graphs.step import RecordedStep, Replay, check_batch, loss_of
 from fastprompt.ops import raise_device_errors
 
+# One call at a time replays the graphs of a model's stacks, whichever Graphed it is of.
+_LOCKS: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()
+
 
 class Graphed:
     """What :func:`graphed` returns: ``loss = step(**batch)``, then ``loss.backward()``; ``step.generate(**inputs)``."""
@@ -37,7 +43,6 @@ class Graphed:
         self.model, self.shapes = model, shapes
         self._recorded: OrderedDict[Any, Any] = OrderedDict()
         self._made, self._pool = 0, Pool()
-        self._replays = Lock()
 
     def __len__(self) -> int:
         """How many shapes are kept."""
@@ -76,11 +81,17 @@ class Graphed:
         """The model's ``generate``, with the encoder and each token of the decoder as graphs.
 
         Greedy, sampled or by beams; other kinds of search, a cache of your own, attention weights or states as output,
-        training mode and autocast generate without graphs, and so does a second thread meanwhile.
+        training mode and autocast generate without graphs, and so does a second thread meanwhile. A Trainer that
+        predicts with generate takes it as ``model.generate = step.generate``.
         """
         function: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
+        if getattr(function, "__self__", None) is self:  # which the model was given, as for a Trainer
+            function = partial(type(self.model).generate, self.model)  # type: ignore[attr-defined]
+        kwargs = {
+            name: value for name, value in kwargs.items() if name not in CACHE_NAMES or value is not None
+        }
         model = generator_of(self.model)
-        if model is None or not is_token_by_token(model, kwargs):
+        if model is None or not is_token_by_token(model, _named(function, args, kwargs)):
             return function(*args, **kwargs)
         with self._graphs(whole=False) as past:
             if past is None:
@@ -93,21 +104,38 @@ class Graphed:
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """A PromptModel's ``encode``, as a graph where no gradient is recorded."""
         with self._graphs():
-            return self.model.encode(*args, **kwargs)  # type: ignore[operator]
+            return self._prompted("encode")(*args, **kwargs)
 
     def rank(self, *args: Any, **kwargs: Any) -> Any:
         """A PromptModel's ``rank``, with the encoder and the decoder as graphs."""
         with self._graphs():
-            return self.model.rank(*args, **kwargs)  # type: ignore[operator]
+            return self._prompted("rank")(*args, **kwargs)
+
+    def _prompted(self, name: str) -> Callable[..., Any]:
+        found: Callable[..., Any] | None = getattr(self.model, name, None)
+        if found is None:
+            raise TypeError(
+                f"fastprompt.graphed: {name} needs a PromptModel, got a {type(self.model).__name__}. Wrap it in one, or"
+                " call generate"
+            )
+        return found
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles record graphs of their own."""
+        return type(self), (self.model, self.shapes)
 
     @contextmanager
     def _graphs(self, whole: bool = True) -> Iterator[Sequences | None]:
         """A ``with`` block in which the stacks replay graphs, and the cache for generate; None: they do not."""
         model = generator_of(self.model)
-        if model is None or not can_replay(model) or not self._replays.acquire(blocking=False):
+        lock = None if model is None else _LOCKS.setdefault(model, Lock())
+        if lock is None or not lock.acquire(blocking=False):
             yield None
             return
         try:
+            if not can_replay(model):
+                yield None
+                return
             raise_device_errors()
             fixed = _fixed(State.of(model))
 
@@ -117,7 +145,7 @@ class Graphed:
             with padded(self.model), by_graphs(model, kept, self._pool, whole) as past:
                 yield past
         finally:
-            self._replays.release()
+            lock.release()
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         recorded = self._recorded.pop(key, None)
@@ -143,6 +171,12 @@ class Graphed:
             self.model.training,
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         )
+
+
+def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names, which generate's configuration may come without."""
+    names = inspect.signature(function).parameters
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _fixed(state: State) -> Any:

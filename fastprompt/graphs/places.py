@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._allowed import Allowed, PromptKeys
+from fastprompt._allowed import Allowed, PromptKeys, is_kept
 
-COPIED = 2**28  # bytes of the keys of prompts
+COPIED = 2**28  # bytes of the keys of prompts that are kept
 
 
 class Places:
@@ -29,7 +29,7 @@ class Places:
             found = self._tensors.get(key)
             if found is None:
                 with torch.inference_mode(False):  # calls outside that mode will write to it
-                    found = self._tensors[key] = x.clone()
+                    found = self._tensors[key] = x.detach().clone()
             elif not self._holds(key, x):
                 found.copy_(x)
             if not x.is_inference():  # whose writes nobody counts
@@ -76,8 +76,8 @@ def fixed(call: Any) -> Any:
 
 
 def _are_copied(prompts: PromptKeys) -> bool:
-    """Keys and values computed for this call are elsewhere in the next; those that are kept stay, and may be many."""
-    return sum(x.nbytes for x in prompts.keys) <= COPIED
+    """Keys and values that were computed for this call lie elsewhere in the next; kept ones stay, and may be many."""
+    return not is_kept(prompts.keys) or sum(x.nbytes for x in prompts.keys) <= COPIED
 
 
 def _where(layers: tuple[Tensor, ...]) -> Any:

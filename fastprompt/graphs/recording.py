@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -53,20 +54,33 @@ class Recording:
 
 
 class Pool:
-    """The memory that graphs share: they are replayed one at a time, and their results copied before the next."""
+    """The memory that graphs share: they are replayed one at a time, and their results copied before the next.
+
+    Those that generate share storage, too, for the same reason.
+    """
 
     def __init__(self) -> None:
         self._handle: Any = None
         self._storage: Tensor | None = None
+        self._owners: WeakSet[Any] = WeakSet()
+        self.epoch = 0  # how often the storage has grown
 
-    def storage(self, nbytes: int, device: torch.device) -> Tensor:
-        """uint8 [nbytes], the same memory for all that ask: what one wrote is gone when another is in use."""
-        if self._storage is None or self._storage.device != device or len(self._storage) < nbytes:
-            least = (
-                0 if self._storage is None else 2 * len(self._storage)
-            )  # of those that grew, the last is half
-            with torch.inference_mode(False):  # it is written to outside that mode, too
-                self._storage = torch.empty(max(nbytes, least), dtype=torch.uint8, device=device)
+    def reserve(self, nbytes: int, device: torch.device) -> None:
+        """Have so much storage. If that has to grow, those that use it are released first."""
+        if self._storage is not None and self._storage.device == device and len(self._storage) >= nbytes:
+            return
+        for owner in self._owners:
+            owner.release()
+        self._owners.clear()
+        self._storage, self.epoch = None, self.epoch + 1
+        with torch.inference_mode(False):  # it is written to outside that mode, too
+            self._storage = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def storage(self, owner: Any, nbytes: int, device: torch.device) -> Tensor:
+        """uint8 [nbytes]: what one owner wrote is gone when another is in use. ``owner.release()`` frees its share."""
+        self.reserve(nbytes, device)
+        self._owners.add(owner)
+        assert self._storage is not None
         return self._storage[:nbytes]
 
     def record(

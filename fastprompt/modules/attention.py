@@ -190,11 +190,17 @@ class FastAttention:
             return None if first or torch.compiler.is_compiling() else length
         return length if isinstance(length, int) else None
 
-    def _way(self, allowed: Allowed, past: Any) -> Callable[..., Tensor] | None:
-        """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
+    def _way(self, allowed: Allowed, past: Any, S: int) -> Callable[..., Tensor] | None:
+        """How a call is computed: over a filled cache as a step of generation; None: by the stock layer.
+
+        S: the rows that this call brings keys of.
+        """
         held, own, layer = self._held(past), self.attention_name == "SelfAttention", self._attention.layer_idx
         counted = isinstance(held, Tensor)  # its value would have to be waited for
         if held is None or (own and counted != isinstance(allowed.offset, Tensor)):
+            return None
+        static = not own and past is not None and self._cache(past).is_compileable
+        if static and self._cache(past).layers[layer].max_cache_len != S:  # free slots are attended to
             return None
         if own and not counted and held != allowed.offset:
             return None
@@ -208,7 +214,6 @@ class FastAttention:
             and rate(self._modules["dropout"]) == 0.0
             and not torch.compiler.is_compiling()
             and allowed.cu is None
-            and (own or allowed.fits(self._cache(past).layers[layer].keys.shape[2]))
         )
         return self._step if generates else None
 
@@ -325,7 +330,7 @@ class FastSelfAttention(FastAttention):
         past = past_key_values if cache is None else cache
         attention, bias = self._attention, position_bias
         weights = self._weights(attention_mask, (hidden_states,), kwargs)
-        way = None if weights is None else self._way(attention_mask, past)
+        way = None if weights is None else self._way(attention_mask, past, hidden_states.shape[1])
         if way is not None:
             if bias is None and attention.has_relative_attention_bias:
                 bias = bias_table(attention)
@@ -393,7 +398,7 @@ class FastCrossAttention(FastAttention):
         weights = self._weights(attention_mask, (hidden_states, key_value_states), kwargs)
         fits = weights is not None and attention_mask.fits(key_value_states.shape[1])
         served = fits and not attention_mask.causal and len(hidden_states) == len(key_value_states)
-        way = self._way(attention_mask, past) if served else None
+        way = self._way(attention_mask, past, key_value_states.shape[1]) if served else None
         if way is not None:
             y = way(weights, hidden_states, key_value_states, None, attention_mask, past)
             return y, position_bias, None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastprompt._allowed import mark_kept
 from fastprompt._stamp import Stamp, State
 from fastprompt.prompts.config import SITES
 from fastprompt.prompts.keyed import Keyed, Part, SiteKeys
@@ -49,6 +50,8 @@ class PromptCaches:
         _watch_optimizers()
         stamps = tuple(Stamp(State.of(prompt)) for prompt in prompts)
         pool = Pool(tuple(names), stamps, Stamp(State.of(model)), _heads_first(keyed))
+        for site in pool.keyed.values():
+            mark_kept(site.keys.keys)
         self._pools = [*self._pools, pool]
 
     def drop(self, names: Iterable[str]) -> None:

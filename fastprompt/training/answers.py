@@ -32,7 +32,8 @@ def answer(
 
     Args:
         model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt; or one of them
-            ``graphed``, which answers by CUDA graphs on a GPU, and inputs are padded to few lengths for it.
+            ``graphed``: with one prompt it answers by CUDA graphs on a GPU, and inputs are padded to few lengths
+            for them.
         inputs: texts.
         tokenizer: the model's.
         prompts: of a PromptModel: a name (None: its first prompt), or several, which vote (section 6 of the paper).
@@ -58,7 +59,8 @@ def answer(
     with evaluating(model), model.keeping(prompts) if isinstance(model, PromptModel) else nullcontext():
         for batch in in_order(pairs, batch_size):
             given = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
-            given = to_few_lengths(given) if by_graphs else given
+            if by_graphs and len(names) == 1 and (choices is None or isinstance(model, PromptModel)):
+                given = to_few_lengths(given)
             if choices is None:
                 answers += _generated(generator, given, tokenizer, names, max_new_tokens)
             else:

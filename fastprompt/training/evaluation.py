@@ -33,7 +33,8 @@ def evaluate(
 
     Args:
         model: a PromptModel, or a T5ForConditionalGeneration to see what it does without a prompt; or one of them
-            ``graphed``, which answers by CUDA graphs on a GPU, and inputs are padded to few lengths for it.
+            ``graphed``: with one prompt it answers by CUDA graphs on a GPU, and inputs are padded to few lengths
+            for them.
         examples: one or more.
         tokenizer: the model's.
         prompts: of a PromptModel: a name (None: its first prompt), or several, which vote (section 6 of the paper).

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""graphed(model).generate: the model's own tokens and scores, from CUDA graphs where there is a GPU.
+"""graphed(model).generate, rank and encode: what the model gives, by CUDA graphs or what stands in for them."""
 
-Elsewhere a recording is what it records, run again: on the same tensors, but with the host's values of then.
-"""
-
+import copy
+import functools
+import gc
+import pickle
+import sys
 import threading
+import weakref
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from traced import Traced
 from transformers import EncoderDecoderCache, LogitsProcessor
 
 from fastprompt import PromptConfig, PromptModel, graphed, patch, unpatch
-from fastprompt._allowed import Allowed, PromptKeys
+from fastprompt._allowed import Allowed, PromptKeys, mark_kept
 from fastprompt._cache_name import CACHE, cache_of
 from fastprompt.graphs import generation, places, recording
 
@@ -27,21 +31,10 @@ MODES = [
 ]
 
 
-class Again:
-    """What Recording is where there is no GPU."""
-
-    def __init__(self, model, run, device, pool, before):
-        for _ in range(2):
-            before()
-            run()
-        before()
-        self.replay = run
-
-
 @pytest.fixture(autouse=True)
 def recordings(monkeypatch, device):
     """Grows with every recording."""
-    made, kind = [], recording.Recording if device.type == "cuda" else Again
+    made, kind = [], recording.Recording if device.type == "cuda" else Traced
 
     def record(*arguments):
         made.append(arguments[0])
@@ -137,26 +130,53 @@ def test_kept_prompts(prompted, batch, recordings, monkeypatch, copied):
     assert len(recordings) == made
 
 
-def test_a_graph_reads_no_tensor_that_the_next_call_has_elsewhere(monkeypatch):
-    """All are copied, but for keys and values that the graph's key tells the address of."""
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_graph_reads_no_tensor_that_the_next_call_has_elsewhere(monkeypatch, kept, large):
+    """All are copied, but for large keys and values that stay, whose addresses the graph's key tells."""
 
     def call():
         layers = tuple(torch.ones(2, 3, 1, 16) for _ in range(2))
+        if kept:
+            mark_kept(layers)
         prompt = PromptKeys(
             layers, layers, torch.zeros(4), torch.zeros(2), (torch.ones(1, 3), torch.ones(1, 3))
         )
         allowed = Allowed(torch.ones(4, 5), 0, False, prompt, torch.ones(5), torch.ones(1, 3))
         return {"attention_mask": allowed, "other": {"x": torch.ones(4, 7), "flag": True}}
 
-    for copied in (True, False):
-        monkeypatch.setattr(places, "COPIED", 2**20 if copied else 0)
-        first, second, held = call(), call(), places.Places()
-        for each in (first, second):
-            found, own = tree_leaves(held.put(each)), tree_leaves(each)
-            left = [x for x, y in zip(found, own, strict=True) if isinstance(x, torch.Tensor) and x is y]
-            kept = each["attention_mask"].prompt
-            assert [id(x) for x in left] == ([] if copied else [id(x) for x in (*kept.keys, *kept.values)])
-        assert (places.fixed(first) == places.fixed(second)) == copied
+    monkeypatch.setattr(places, "COPIED", 0 if large else 2**20)
+    first, second, held = call(), call(), places.Places()
+    for each in (first, second):
+        found, own = tree_leaves(held.put(each)), tree_leaves(each)
+        left = [x for x, y in zip(found, own, strict=True) if isinstance(x, torch.Tensor) and x is y]
+        prompt = each["attention_mask"].prompt
+        expected = (*prompt.keys, *prompt.values) if kept and large else ()
+        assert [id(x) for x in left] == [id(x) for x in expected]
+    assert (places.fixed(first) == places.fixed(second)) == (not (kept and large))
+
+
+def test_what_was_copied_is_copied_again_once_it_was_written_to():
+    held, x = places.Places(), torch.zeros(3)
+    (place,) = held.put({"x": x}).values()
+    copies = []
+    place.copy_ = lambda value: copies.append(value.clone())
+    held.put({"x": x})
+    assert not copies
+    x += 1
+    held.put({"x": x})
+    assert [each.tolist() for each in copies] == [[1.0] * 3]
+
+
+def test_a_call_is_not_kept_alive(make, batch):
+    """Neither its tensors nor what their gradients would come from."""
+    step = graphed(patch(make()))
+    embeds = step.model.get_input_embeddings()(batch()["input_ids"]).requires_grad_() * 2
+    alive = weakref.ref(embeds.grad_fn.next_functions[0][0].variable), weakref.ref(embeds)
+    step.generate(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], **SHORT)
+    del embeds
+    gc.collect()
+    assert [each() for each in alive] == [None, None]
 
 
 @pytest.mark.parametrize("choices", [[[5, 1], [9, 4, 1], [5, 8]], [[3], [7]]], ids=str)
@@ -202,11 +222,12 @@ def test_what_the_configuration_asks_for_as_output(prompted, batch, flag, record
 def test_more_tokens_than_there_is_room_for(make, batch, recordings, monkeypatch):
     monkeypatch.setattr(generation, "ROOM", 4)
     step = graphed(patch(make()), shapes=16)
-    for mode in ({}, {"num_beams": 2}):
-        assert_the_same(step, **batch(), **mode, max_new_tokens=19, min_new_tokens=19)
-    made = len(recordings)
-    assert_the_same(step, **batch(), max_new_tokens=19, min_new_tokens=19)
-    assert len(recordings) == made
+    made = []
+    for _ in range(3):  # what lies in storage that grew is recorded again
+        for mode in ({}, {"num_beams": 2}):
+            assert_the_same(step, **batch(), **mode, max_new_tokens=19, min_new_tokens=19)
+        made.append(len(recordings))
+    assert made[2] == made[1]
 
 
 @pytest.mark.parametrize(
@@ -388,3 +409,162 @@ def test_written_weights_need_no_other_graph(make, batch, recordings):
             parameter.mul_(0.9)
     assert_the_same(step, **batch())
     assert len(recordings) == made
+
+
+def test_arguments_without_a_name(make, batch, recordings):
+    """As transformers' second one, a configuration that may ask for another kind of generation."""
+    model = make("t5")
+    step, ids = graphed(model), batch(B=1)["input_ids"]
+    config = copy.deepcopy(model.generation_config)
+    for name, value in (*SHORT.items(), ("use_cache", False)):
+        setattr(config, name, value)
+    assert torch.equal(step.generate(ids, config), model.generate(ids, config))
+    assert not recordings
+    config.use_cache = True
+    assert torch.equal(step.generate(ids, config, None), model.generate(ids, config, None))
+    assert recordings
+
+
+def test_no_cache_by_name_is_none(make, batch, recordings):
+    step = graphed(patch(make()))
+    assert_the_same(step, **batch(), **{CACHE: None})
+    assert recordings
+
+
+def test_a_model_may_take_it_for_its_own(make, prompted, batch, recordings):
+    """As for transformers' Seq2SeqTrainer."""
+    for model in (patch(make()), prompted()):
+        expected = model.generate(**batch(), **SHORT)
+        recordings.clear()
+        model.generate = graphed(model).generate
+        assert torch.equal(model.generate(**batch(), **SHORT), expected)
+        assert recordings
+
+
+def test_copies_record_their_own(make, batch, recordings):
+    step = graphed(patch(make()), shapes=5)
+    assert_the_same(step, **batch())
+    for other in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
+        assert (len(other), other.shapes) == (0, 5)
+        assert torch.equal(other.generate(**batch(), **SHORT), step.generate(**batch(), **SHORT))
+
+
+def test_starts_of_any_length_record_nothing(make, batch, labels, recordings):
+    step, made = graphed(patch(make())), []
+    for length in (2, 3, 4):
+        assert_the_same(step, **batch(), decoder_input_ids=labels.abs()[:, :length])
+        made.append(len(recordings))
+    assert made == [2, 2, 2]
+
+
+@pytest.mark.parametrize("what", ["autocast", "compiling", "compiled", "wrapped"])
+def test_what_a_graph_cannot_follow(make, batch, what, recordings, monkeypatch):
+    model = patch(make())
+    step = graphed(model)
+    expected = model.generate(**batch(), **SHORT)
+    if what == "autocast":
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: device == ("cuda",))
+    elif what == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif what == "compiled":
+        model.decoder._compiled_call_impl = model.decoder._call_impl
+    else:
+        model.forward = functools.wraps(model.forward)(
+            lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+        )
+    assert generation.can_replay(model) is False
+    monkeypatch.undo()
+    if what in ("compiled", "wrapped"):
+        monkeypatch.setattr(generation, "is_on_one_gpu", lambda model: True)
+        assert torch.equal(step.generate(**batch(), **SHORT), expected)
+        assert not recordings
+
+
+def test_a_late_error_of_the_device_is_told(make, batch, monkeypatch):
+    def told():
+        raise IndexError("late")
+
+    monkeypatch.setattr(sys.modules["fastprompt.graphs.graphed"], "raise_device_errors", told)
+    with pytest.raises(IndexError, match="late"):
+        graphed(patch(make())).generate(**batch(), **SHORT)
+
+
+def test_a_prompt_model_runs_padded(prompted, batch, recordings):
+    model = prompted()
+    model.pack = None
+    step = graphed(model)
+    assert torch.equal(step.generate(**batch(), **SHORT), model.generate(**batch(), **SHORT))
+    assert len(recordings) == 3
+    assert model.pack is None
+    packed = Allowed(None, 0, False, cu=torch.zeros(2))
+    with torch.no_grad():
+        assert not generation._is_recordable(model.model.encoder, {"attention_mask": packed})
+        assert generation._is_recordable(model.model.encoder, {"attention_mask": packed._replace(cu=None)})
+
+
+def test_results_are_the_callers_own(prompted, batch):
+    step = graphed(prompted())
+    with torch.no_grad():
+        first = step.encode(**batch(), prompts="a")[0]
+        before = first.clone()
+        step.encode(**batch("left"), prompts="a")
+    assert torch.equal(first, before)
+
+
+def test_rows_in_another_order(make, batch, recordings):
+    """Also where that is recorded: which runs it, on what it is to find as it was."""
+    step = graphed(patch(make()))
+    step.generate(**batch(), **SHORT)
+    (decoding,) = (each for each in step._recorded.values() if isinstance(each, generation.Decoding))
+    for rows in ([1, 2, 0], [0, 0, 1], [2, 1, 0]):
+        rows = torch.tensor(rows, device=step.model.device)
+        before, seen = decoding.own.clone(), int(decoding.count)
+        decoding.reorder(rows)
+        assert torch.equal(decoding.own, before[:, :, rows])
+        assert int(decoding.count) == decoding.seen == seen
+
+
+def test_all_shapes_share_storage(make, batch, recordings):
+    """As much as the largest needs; what lay in a smaller one is recorded again."""
+    step = graphed(patch(make()))
+    for S, made in ((17, 3), (12, 6), (25, 9), (12, 11), (25, 11), (17, 13)):
+        assert_the_same(step, **batch(S=S))
+        assert len(recordings) == made
+    largest = max(
+        each.own.nbytes + each.cross.nbytes
+        for each in step._recorded.values()
+        if isinstance(each, generation.Decoding) and "own" in vars(each)
+    )
+    assert step._pool._storage.nbytes == largest
+
+
+@pytest.mark.parametrize("name", ["encode", "rank"])
+def test_what_only_a_prompt_model_has(make, batch, name):
+    with pytest.raises(
+        TypeError, match=rf"^fastprompt.graphed: {name} needs a PromptModel, got a T5For.*Wrap it"
+    ):
+        getattr(graphed(make()), name)(**batch())
+
+
+def test_two_of_one_model_in_two_threads(make, batch):
+    """The second one meanwhile generates as the model does, and so does the model itself in another thread."""
+    model = patch(make())
+    steps, found = [graphed(model), graphed(model)], []
+    expected = model.generate(**batch("left"), **SHORT)
+
+    class Asks(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if ids.shape[1] == 3:
+                for function in (steps[1].generate, model.generate):
+                    run = lambda function=function: found.append(function(**batch("left"), **SHORT))  # noqa: E731
+                    other = threading.Thread(target=run)
+                    other.start()
+                    other.join()
+            return scores
+
+    ours = steps[0].generate(**batch(), **SHORT, logits_processor=[Asks()])
+    assert torch.equal(ours, model.generate(**batch(), **SHORT))
+    assert len(found) == 2
+    assert all(torch.equal(each, expected) for each in found)
+    assert len(steps[0]) == 2
+    assert len(steps[1]) == 0

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from layouts import close, continued
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from fastprompt import _bias_by_distance, patch
@@ -46,6 +46,32 @@ def test_generate_from_a_padded_start_over_a_static_cache(make, batch, labels):
         for run in (make(), patch(make(attention="fastprompt")))
     ]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_static_cache_that_is_longer_than_the_input(make, batch, masked):
+    """Its free slots in cross-attention are attended to, where no mask hides them: zeros, as in transformers."""
+    inputs, start, logits = batch(), torch.ones(3, 1, dtype=torch.int64), []
+    if not masked:
+        inputs.pop("attention_mask")
+    for model in (make("t5"), patch(make("t5"))):
+        caches = (
+            StaticCache(config=model.decoder.config, max_cache_len=length)
+            for length in (12, 17 if masked else 30)
+        )
+        past, found = EncoderDecoderCache(*caches), []
+        with torch.no_grad():
+            encoded = model.encoder(**inputs)
+            for token in (start, 2 * start, 3 * start):
+                output = model(
+                    encoder_outputs=encoded,
+                    attention_mask=inputs.get("attention_mask"),
+                    decoder_input_ids=token.to(model.device),
+                    **{CACHE: past},
+                )
+                found.append(output.logits)
+        logits.append(torch.cat(found))
+    close(*logits)
 
 
 def test_a_dense_bias_becomes_a_table_once(make, batch, monkeypatch):
