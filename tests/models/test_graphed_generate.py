@@ -128,6 +128,8 @@ def test_kept_prompts(prompted, batch, recordings, monkeypatch, copied):
     for names in (["c", "b", "a"], ["b", "c", "a"]):
         assert_the_same(step, **batch(), prompts=names)
     assert len(recordings) == made
+    held = [x for each in step._recorded.values() for x in each.places._tensors.values()]
+    assert any(x.dim() == 4 for x in held) == copied, "[R, P, H, K]"
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -546,20 +548,33 @@ def test_what_only_a_prompt_model_has(make, batch, name):
         getattr(graphed(make()), name)(**batch())
 
 
-def test_two_of_one_model_in_two_threads(make, batch):
+def test_whoever_replays_has_the_model_for_itself(make, batch, recordings):
+    model = patch(make())
+    locks = sys.modules["fastprompt.graphs.graphed"]._LOCKS
+    with locks.setdefault(model, threading.Lock()):
+        graphed(model).generate(**batch(), **SHORT)
+    assert not recordings
+    graphed(model).generate(**batch(), **SHORT)
+    assert recordings
+
+
+def test_two_of_one_model_in_two_threads(make, batch, recordings):
     """The second one meanwhile generates as the model does, and so does the model itself in another thread."""
     model = patch(make())
     steps, found = [graphed(model), graphed(model)], []
-    expected = model.generate(**batch("left"), **SHORT)
+    other = batch("left", S=12)
+    expected = model.generate(**other, **SHORT)
 
     class Asks(LogitsProcessor):
         def __call__(self, ids, scores):
             if ids.shape[1] == 3:
+                made = len(recordings)
                 for function in (steps[1].generate, model.generate):
-                    run = lambda function=function: found.append(function(**batch("left"), **SHORT))  # noqa: E731
-                    other = threading.Thread(target=run)
-                    other.start()
-                    other.join()
+                    run = lambda function=function: found.append(function(**other, **SHORT))  # noqa: E731
+                    thread = threading.Thread(target=run)
+                    thread.start()
+                    thread.join()
+                assert len(recordings) == made
             return scores
 
     ours = steps[0].generate(**batch(), **SHORT, logits_processor=[Asks()])
