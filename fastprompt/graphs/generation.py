@@ -66,7 +66,7 @@ class Decoding:
             own, cross = flat.split([prod(shape) for shape in shapes])
             self.own, self.cross = own.view(shapes[0]), cross.view(shapes[1])
             self.count = torch.zeros((), dtype=torch.int64, device=states.device)
-        self.seen = 0  # the value of count
+        self.seen, self.is_released = 0, False  # seen: the value of count
         self._layers: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
         self._cross_layers: list[Any] = [CrossKeys(keys, values) for keys, values in self.cross]
         self.past = EncoderDecoderCache(Cache(layers=self._layers), Cache(layers=self._cross_layers))
@@ -101,6 +101,7 @@ class Decoding:
 
     def release(self) -> None:
         """Free the memory; it is not used again."""
+        self.is_released = True
         self._recorded.clear()
         del self.own, self.cross, self.past, self._layers, self._cross_layers
 

@@ -145,6 +145,9 @@ class Graphed:
             with padded(self.model), by_graphs(model, kept, self._pool, whole) as past:
                 yield past
         finally:
+            gone = [key for key, each in self._recorded.items() if getattr(each, "is_released", False)]
+            for key in gone:
+                del self._recorded[key]
             lock.release()
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:

@@ -529,15 +529,12 @@ def test_rows_in_another_order(make, batch, recordings):
 def test_all_shapes_share_storage(make, batch, recordings):
     """As much as the largest needs; what lay in a smaller one is recorded again."""
     step = graphed(patch(make()))
-    for S, made in ((17, 3), (12, 6), (25, 9), (12, 11), (25, 11), (17, 13)):
+    for S, made, kept in ((17, 3, 2), (12, 6, 4), (25, 9, 4), (12, 11, 5), (25, 11, 5), (17, 13, 6)):
         assert_the_same(step, **batch(S=S))
-        assert len(recordings) == made
-    largest = max(
-        each.own.nbytes + each.cross.nbytes
-        for each in step._recorded.values()
-        if isinstance(each, generation.Decoding) and "own" in vars(each)
-    )
-    assert step._pool._storage.nbytes == largest
+        assert (len(recordings), len(step)) == (made, kept)
+    decodings = [each for each in step._recorded.values() if isinstance(each, generation.Decoding)]
+    assert len(decodings) == 3
+    assert step._pool._storage.nbytes == max(each.own.nbytes + each.cross.nbytes for each in decodings)
 
 
 @pytest.mark.parametrize("name", ["encode", "rank"])
