@@ -1,203 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A T5's stacks by CUDA graphs: the encoder's pass, and the decoder's, whole or for one token after the other.
+"""What generate, rank and encode replay: graphs of the two stacks, in place of their forward.
 
-transformers' generate runs as it is: it asks the two stacks, which replay graphs in place of their forward, and keeps
-a cache, which is no more than a view of the decoder's keys and values. Those stay where the graphs read them. They have
-room for 64 tokens at first, then for twice as many as before, with graphs of their own.
+transformers' generate runs as it is, and keeps a cache, which is no more than a view of the decoder's keys and values.
+Those have room for 64 tokens at first, then for twice as many as before, with graphs of their own.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from math import prod
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
-from transformers.cache_utils import StaticLayer
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from fastprompt._cache_name import CACHE, CACHE_NAMES
 from fastprompt._generation import generation_option
 from fastprompt._replayed import replayed
-from fastprompt.graphs.places import Places, fixed
-from fastprompt.graphs.recording import Pool, Recording
-from fastprompt.hf_attention import SERVED, prompt_keys, prompts_in_force
+from fastprompt.graphs.places import fixed
+from fastprompt.graphs.recording import Pool
+from fastprompt.graphs.stacks import Decoding, Pass
+from fastprompt.hf_attention import SERVED, prompts_in_force
 
 ROOM = 64  # tokens
-
-
-class Pass:
-    """A stack's forward on calls like ``call``, of the encoder or of all the decoder's tokens at once, as a graph."""
-
-    def __init__(
-        self, forward: Callable[..., Any], stack: nn.Module, model: Any, call: dict[str, Any], pool: Pool
-    ) -> None:
-        self.places = Places()
-        places = self.places.put(call)
-
-        def run() -> Any:
-            with prompt_keys(model, **places["prompts"]):
-                return forward(**places["arguments"])
-
-        self.recording = pool.record(stack, run, next(stack.parameters()).device)
-
-    def __call__(self, call: dict[str, Any]) -> Any:
-        """The stack's output, a tensor of its own."""
-        self.places.put(call)
-        found = self.recording.replay()
-        return type(found)(last_hidden_state=found.last_hidden_state.clone())
-
-
-class Decoding:
-    """The decoder's forward on one sequence after the other of B rows, token by token, as graphs."""
-
-    def __init__(
-        self, forward: Callable[..., Any], model: Any, call: dict[str, Any], room: int, pool: Pool
-    ) -> None:
-        """``call``: the first one of a sequence."""
-        self.forward, self.model, self.pool, self.room = forward, model, pool, room
-        self.decoder, self.places = model.get_decoder(), Places()
-        states: Tensor = call["arguments"]["encoder_hidden_states"]
-        shapes, nbytes = self._shapes(self.decoder, states, room), self.nbytes(self.decoder, call, room)
-        with torch.inference_mode(False):  # a sequence in that mode is followed by others
-            flat = pool.storage(self, nbytes, states.device).view(states.dtype)
-            own, cross = flat.split([prod(shape) for shape in shapes])
-            self.own, self.cross = own.view(shapes[0]), cross.view(shapes[1])
-            self.count = torch.zeros((), dtype=torch.int64, device=states.device)
-        self.seen, self.is_released = 0, False  # seen: the value of count
-        self._layers: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
-        self._cross_layers: list[Any] = [CrossKeys(keys, values) for keys, values in self.cross]
-        self.past = EncoderDecoderCache(Cache(layers=self._layers), Cache(layers=self._cross_layers))
-        self._recorded: dict[Any, Recording] = {}
-
-    @classmethod
-    def nbytes(cls, decoder: Any, call: dict[str, Any], room: int) -> int:
-        """Of the keys and values of tokens and of the encoder's rows."""
-        states: Tensor = call["arguments"]["encoder_hidden_states"]
-        return sum(map(prod, cls._shapes(decoder, states, room))) * states.dtype.itemsize
-
-    @staticmethod
-    def _shapes(decoder: Any, states: Tensor, room: int) -> list[tuple[int, ...]]:
-        config, (B, S, _) = decoder.config, states.shape
-        return [(len(decoder.block), 2, B, config.num_heads, length, config.d_kv) for length in (room, S)]
-
-    def begin(self) -> None:
-        """With no tokens: whatever the last sequence left, NaNs too, is gone."""
-        self.own.zero_()
-        self._go_to(0)
-
-    def state(self) -> tuple[Tensor, Tensor, int]:
-        """The keys and values of the tokens and of the encoder's rows, as copies, and the number of tokens."""
-        return self.own.clone(), self.cross.clone(), self.seen
-
-    def go_on(self, own: Tensor, cross: Tensor, seen: int) -> None:
-        """From the state of one with less room."""
-        self.begin()
-        self.own[..., : own.shape[4], :] = own
-        self.cross.copy_(cross)
-        self._go_to(seen)
-
-    def release(self) -> None:
-        """Free the memory; it is not used again."""
-        self.is_released = True
-        self._recorded.clear()
-        del self.own, self.cross, self.past, self._layers, self._cross_layers
-
-    def _go_to(self, seen: int) -> None:
-        self.seen = seen
-        self.count.fill_(seen)
-
-    def __call__(self, call: dict[str, Any], tokens: int) -> Any:
-        """The decoder's output, a tensor of its own; its keys and values stay here."""
-        first = self.seen == 0
-        places = self.places.put(call)
-
-        def run() -> Any:
-            at = self.count + torch.arange(tokens, device=self.own.device) if tokens > 1 else self.count[None]
-            for layer, (own, cross) in enumerate(zip(self._layers, self._cross_layers, strict=True)):
-                own.at = at
-                self.past.is_updated[layer] = cross.is_filled = not first
-            with prompt_keys(self.model, **places["prompts"]):
-                found = self.forward(**places["arguments"], **{CACHE: self.past})
-            self.count.add_(tokens)
-            return found
-
-        # A start of several tokens is of any length, and comes once.
-        found = run() if tokens > 1 else self._replay((first, fixed(call)), run)
-        self.seen += tokens
-        return type(found)(last_hidden_state=found.last_hidden_state.clone())
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row b goes on from row ``rows[b]``, of the same example: what cross-attention reads is the same."""
-        places = self.places.put({"rows": rows})
-        self._replay(
-            ("reorder", fixed(places)), lambda: self.own.copy_(self.own.index_select(2, places["rows"]))
-        )
-
-    def _replay(self, key: Any, run: Callable[[], Any]) -> Any:
-        recording = self._recorded.get(key)
-        if recording is None:
-            own = self.own.clone()
-
-            def before() -> None:
-                self.own.copy_(own)
-                self.count.fill_(self.seen)
-
-            recording = self._recorded[key] = self.pool.record(self.decoder, run, self.own.device, before)
-        return recording.replay()
-
-    def cache(self) -> EncoderDecoderCache:
-        """A copy of all that the decoder has seen, as one of transformers' own."""
-        found = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        for layer, (own, cross) in enumerate(zip(self.own, self.cross, strict=True)):
-            found.self_attention_cache.update(*own[..., : self.seen, :].clone(), layer)
-            found.cross_attention_cache.update(*cross.clone(), layer)
-            found.is_updated[layer] = True
-        return found
-
-
-class OwnKeys(StaticLayer):
-    """A layer's keys and values [B, H, room, K] of the tokens, of which all layers count the same."""
-
-    keys: Tensor
-    values: Tensor
-    at: Tensor  # int64 [T], where those of the tokens now computed go
-
-    def __init__(self, keys: Tensor, values: Tensor, count: Tensor) -> None:
-        super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values, self.cumulative_length = keys, values, count
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.at, key_states)
-        self.values.index_copy_(2, self.at, value_states)
-        return self.keys, self.values
-
-
-class CrossKeys(StaticLayer):
-    """Those [B, H, S, K] of the encoder's rows, which come at once."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values = keys, values
-        self.is_initialized, self.is_filled = True, False
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.keys.copy_(key_states)
-        self.values.copy_(value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.max_cache_len if self.is_filled else 0
 
 
 class Sequences(EncoderDecoderCache):

@@ -18,7 +18,7 @@ from transformers import EncoderDecoderCache, LogitsProcessor
 from fastprompt import PromptConfig, PromptModel, graphed, patch, unpatch
 from fastprompt._allowed import Allowed, PromptKeys, mark_kept
 from fastprompt._cache_name import CACHE, cache_of
-from fastprompt.graphs import generation, places, recording
+from fastprompt.graphs import generation, places, recording, stacks
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True}
 SHORT = {"max_new_tokens": 6, "min_new_tokens": 6}
@@ -517,7 +517,7 @@ def test_rows_in_another_order(make, batch, recordings):
     """Also where that is recorded: which runs it, on what it is to find as it was."""
     step = graphed(patch(make()))
     step.generate(**batch(), **SHORT)
-    (decoding,) = (each for each in step._recorded.values() if isinstance(each, generation.Decoding))
+    (decoding,) = (each for each in step._recorded.values() if isinstance(each, stacks.Decoding))
     for rows in ([1, 2, 0], [0, 0, 1], [2, 1, 0]):
         rows = torch.tensor(rows, device=step.model.device)
         before, seen = decoding.own.clone(), int(decoding.count)
@@ -532,7 +532,7 @@ def test_all_shapes_share_storage(make, batch, recordings):
     for S, made, kept in ((17, 3, 2), (12, 6, 4), (25, 9, 4), (12, 11, 5), (25, 11, 5), (17, 13, 6)):
         assert_the_same(step, **batch(S=S))
         assert (len(recordings), len(step)) == (made, kept)
-    decodings = [each for each in step._recorded.values() if isinstance(each, generation.Decoding)]
+    decodings = [each for each in step._recorded.values() if isinstance(each, stacks.Decoding)]
     assert len(decodings) == 3
     assert step._pool._storage.nbytes == max(each.own.nbytes + each.cross.nbytes for each in decodings)
 
