@@ -342,8 +342,9 @@ class FastSelfAttention(FastAttention):
                     table = table_of(bias, attention_mask, attention.layer_idx)
                 y = way(weights, hidden_states, None, table, attention_mask, past)
                 # The bias goes on to the next layers as the table that it is; but if it could train as transformers
-                # hands it on, for the second run of a reentrant checkpoint of blocks will.
-                if bias is not None and bias.dim() == 2 and self._bias_trains():
+                # hands it on, for the second run of a reentrant checkpoint of blocks will. Over a static cache, whose
+                # offset is a tensor, nobody wants a gradient.
+                if bias is not None and bias.dim() == 2 and isinstance(offset, int) and self._bias_trains():
                     bias = dense_bias(bias, T, offset + T, offset).to(y.dtype)
                 return y, bias, None
         return super().forward(  # type: ignore[misc]

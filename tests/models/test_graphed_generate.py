@@ -402,6 +402,15 @@ def test_switched_adapters_are_seen(make, batch, recordings):
     assert len(recordings) == 6
 
 
+def test_weights_that_could_train(make, batch, recordings):
+    """As from_pretrained gives them: in an evaluation they keep nothing from the kernels."""
+    step = graphed(patch(make(frozen=False)))
+    assert_the_same(step, **batch())
+    made = len(recordings)
+    assert_the_same(step, **batch("left"))
+    assert len(recordings) == made
+
+
 def test_written_weights_need_no_other_graph(make, batch, recordings):
     step = graphed(patch(make()))
     assert_the_same(step, **batch())

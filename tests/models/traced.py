@@ -4,9 +4,12 @@
 No Python runs again: what the host knew then is fixed, and tensors that were read are read where they were.
 """
 
+from unittest.mock import patch
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.utils import import_utils
 
 
 class _Recorder(TorchDispatchMode):
@@ -16,6 +19,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("waits for a value")
         result = function(*args, **kwargs)
         given = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
         made = [x for x in tensors(result) if x.untyped_storage().data_ptr() not in given]
@@ -36,7 +41,8 @@ class Traced:
             run()
         before()
         recorder = _Recorder()
-        with recorder:
+        # transformers asks before it waits for a value.
+        with patch.object(import_utils, "is_cuda_stream_capturing", lambda: True), recorder:
             self.result = run()
         self.operations = recorder.operations
         before()  # while it is recorded, a graph computes nothing
