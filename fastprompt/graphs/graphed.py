@@ -206,7 +206,8 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
             runs padded in it (``pack=False``). ``generate`` has graphs of T5, mT5 and UMT5, by themselves, in a
             PromptModel or with PEFT's LoRA, and is the model's own otherwise.
         shapes: how many shapes are kept; the one not used for longest goes first. Each holds a step's activations, in
-            memory that they share; generate has two per shape, of the encoder and of the decoder.
+            memory that they share; generate has two per shape, of the encoder and of the
+            decoder, and one more each time that its tokens outgrow their room (64, 128, 256, ...).
 
     Returns:
         A callable with :meth:`~Graphed.generate`, ``encode`` and ``rank``. ``reset()`` forgets the graphs: call it
