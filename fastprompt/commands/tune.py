@@ -28,11 +28,12 @@ from fastprompt.commands._model import (
     warn_of_unknown,
 )
 from fastprompt.commands._outputs import check_outputs, make_folder, real
+from fastprompt.graphs import Graphed
 from fastprompt.patching import MEMORY
 from fastprompt.prompts import read_prompt
 from fastprompt.prompts.config import INITS, KINDS
 from fastprompt.prompts.rank import choice_ids
-from fastprompt.training.batches import Pair
+from fastprompt.training.batches import Pair, collate
 from fastprompt.training.losses import check_choices
 
 TOLD_INITS = tuple(init for init in INITS if init not in ("array", "file", "prompt"))  # without their source
@@ -111,6 +112,11 @@ def run(arguments: argparse.Namespace) -> int:
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
     step = by_graphs(arguments, prompted)
+    loss = (
+        training.choice_loss(prompted, choices) if arguments.loss == "choice" else training.model_loss(step)
+    )
+    if isinstance(step, Graphed) and arguments.loss == "target":
+        _record_longest(prompted, loss, pairs, arguments.micro_batch or arguments.batch_size)
     curve, existed = training.Curve(), arguments.out.exists()
     _say(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters")
     try:
@@ -166,6 +172,15 @@ def _encoded(
         warn_of_long(arguments.dev, wanted, tokenizer, arguments.max_target)
     warn_of_unknown([*learned, *wanted], tokenizer)
     return pairs
+
+
+def _record_longest(prompted: PromptModel, loss: training.Loss, pairs: list[Pair], rows: int) -> None:
+    """The graph of the longest batch there can be: those of shorter ones find room in its memory, not it in theirs."""
+    longest = max((each for each, _ in pairs), key=len), max((each for _, each in pairs), key=len)
+    gpus = [prompted.device] if prompted.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):  # the steps to come draw as they would
+        prompted.train()
+        loss(collate([longest] * min(rows, len(pairs))))
 
 
 def _score(arguments: argparse.Namespace, step: Any, dev: list[training.Example], tokenizer: Any) -> float:

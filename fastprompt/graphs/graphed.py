@@ -197,8 +197,9 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
         step.generate(**inputs)
 
     The first call with a shape runs the step three times and records it; later ones copy the batch in and launch the
-    graph, forward and backward in one. So pad batches to a few lengths. Dropout draws the masks that it would draw
-    without a graph. On a CPU, without gradients or with tensors on a CPU, the model itself is called.
+    graph, forward and backward in one. So pad batches to a few lengths, and begin with the largest: graphs share
+    memory, where smaller ones find room. Dropout draws the masks that it would draw without a graph. On a CPU, without
+    gradients or with tensors on a CPU, the model itself is called.
 
     Args:
         model: a frozen T5, patched or not, a PromptModel, a PeftModel: anything whose output has a loss, that trains

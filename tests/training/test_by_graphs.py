@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastprompt import graphed, training
+from fastprompt.commands import tune
 from fastprompt.commands._model import by_graphs
 from fastprompt.graphs import Graphed
 from fastprompt.training import answers, losses
@@ -127,6 +128,23 @@ def test_learning(prompted, tokenizer, examples, device):
         losses.append(training.tune(prompted, batches, training.model_loss(model), optimizer, 5).losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert len(model) == (device.type == "cuda")
+
+
+def test_the_longest_batch_is_recorded_first(prompted, tokenizer, examples, widths):
+    """In training mode, and the steps that follow draw what they would."""
+    pairs, modes = training.encode(examples, tokenizer), []
+    pairs[1] = (pairs[1][0] * 10, pairs[1][1])
+    pairs[2] = (pairs[2][0], pairs[2][1] * 5)
+    loss = training.model_loss(graphed(prompted))
+    mean = training.Loss(lambda batch: modes.append(prompted.training) or loss(batch), loss.items)
+    torch.manual_seed(3)
+    tune._record_longest(prompted, mean, pairs, 2)
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+    assert modes == [True]
+    longest = [max(len(pair[side]) for pair in pairs) for side in (0, 1)]
+    assert widths == [(-(-longest[0] // 32) * 32, -(-longest[1] // 8) * 8)]
 
 
 def test_where_commands_use_graphs():

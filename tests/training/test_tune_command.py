@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import run
 
-from fastprompt import PromptModel, training
+from fastprompt import PromptModel, graphed, training
 from fastprompt.commands import _model, tune
 from fastprompt.prompts import read_prompt
 from fastprompt.prompts.files import write_prompt
@@ -134,6 +134,18 @@ def test_equal_seeds_give_equal_prompts(files, capsys, monkeypatch):
     one, again, other = (read_prompt(path).rows for path in paths)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+def test_graphs_change_no_draw(files, capsys, monkeypatch):
+    """Nor what is learned: here what a GPU would record runs."""
+    data, out, common = files
+    learned = []
+    for _ in range(2):
+        where = ["--train", data, "--dev", data, "--out", out]
+        assert run(capsys, "tune", *common, *where, "--num-tokens", 4, "--steps", 2, "--dev-every", 1)[0] == 0
+        learned.append(read_prompt(out).rows)
+        monkeypatch.setattr(tune, "by_graphs", lambda arguments, model: graphed(model))
+    assert torch.equal(*learned)
 
 
 def test_a_task_of_a_multitask_adapter(files, capsys, tmp_path):
