@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from fastprompt._cache_name import CACHE_NAMES, rename_cache
+from fastprompt._extra_outputs import OUTPUT_FLAGS
 from fastprompt._generation import generation_option
 from fastprompt.prompts import checks
 from fastprompt.prompts.bank import Choice, Names
@@ -29,8 +30,7 @@ from fastprompt.prompts.row_batch import RowBatch
 from fastprompt.prompts.tokens import Tokens
 
 # Keywords that HF reads beside the parameters of a T5's forward.
-_FLAGS = ("output_attentions", "output_hidden_states")
-_HF_KEYWORDS = {*_FLAGS, *CACHE_NAMES, "num_items_in_batch", "return_dict"}
+_HF_KEYWORDS = {*OUTPUT_FLAGS, *CACHE_NAMES, "num_items_in_batch", "return_dict"}
 
 
 class PromptModel(KeyKeeper):
@@ -146,7 +146,7 @@ class PromptModel(KeyKeeper):
         if labels is not None and learning and checks.has_whole_mask(arguments):
             arguments.setdefault("use_cache", False)
         if encoder_outputs is None:
-            encoder_outputs = _encoded(batch, {name: kwargs[name] for name in _FLAGS if name in kwargs})
+            encoder_outputs = _encoded(batch, {name: kwargs[name] for name in OUTPUT_FLAGS if name in kwargs})
         output = batch.forward(encoder_outputs, arguments)
         if not return_logits:
             output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
@@ -193,7 +193,7 @@ class PromptModel(KeyKeeper):
         size = self._batch_size(input_ids, encoder_outputs)
         batch = self._batch(input_ids, attention_mask, prompts, size)
         if encoder_outputs is None:
-            flags = {name: bool(generation_option(self.model, kwargs, name, False)) for name in _FLAGS}
+            flags = {name: bool(generation_option(self.model, kwargs, name, False)) for name in OUTPUT_FLAGS}
             encoder_outputs = _encoded(batch, flags)
         return batch.generate(_own(encoder_outputs), kwargs)
 

@@ -5,7 +5,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -120,8 +119,10 @@ def _steps(
         rows = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
         return model(inputs_embeds=torch.cat([rows, embeds], 1), labels=batch["labels"], use_cache=False).loss
 
+    inputs = batch | {"use_cache": False, "return_logits": False}
+
     def ours(model: Any) -> Tensor:
-        return model(**batch, use_cache=False, return_logits=False).loss
+        return model(**inputs).loss
 
     def step(forward: Callable[[Any], Tensor], model: Any, learned: Tensor) -> Step:
         def call() -> tuple[Tensor, Tensor]:
@@ -141,8 +142,7 @@ def _steps(
     recorded = by_graphs(arguments, models[SPEED])
     if recorded is not models[SPEED]:
         models[GRAPHED] = models[SPEED]
-        forward = partial(recorded, **batch, use_cache=False, return_logits=False)
-        steps[GRAPHED] = step(lambda _: forward(), recorded, models[SPEED].prompts["default"])
+        steps[GRAPHED] = step(lambda graph: graph(**inputs), recorded, models[SPEED].prompts["default"])
     return steps, models
 
 

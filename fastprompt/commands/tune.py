@@ -123,9 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         training.tune(
             prompted,
             training.shuffled(pairs, arguments.batch_size, arguments.seed),
-            training.choice_loss(prompted, choices)
-            if arguments.loss == "choice"
-            else training.model_loss(step),
+            loss,
             training.Adafactor(
                 prompted.prompts.parameters(),
                 lr=_rate(arguments, prompted),

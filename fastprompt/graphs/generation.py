@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from fastprompt._cache_name import CACHE, CACHE_NAMES
+from fastprompt._extra_outputs import OUTPUT_FLAGS, extra_output
 from fastprompt._generation import generation_option
 from fastprompt._replayed import replayed
+from fastprompt._stamp import State
 from fastprompt.graphs.places import fixed
 from fastprompt.graphs.recording import Pool
 from fastprompt.graphs.stacks import Decoding, Pass
@@ -86,7 +88,7 @@ def by_graphs(
 
         def decoding(room: int) -> Decoding:
             like = {**call, "arguments": {**arguments, "input_ids": rows}}
-            pool.reserve(Decoding.nbytes(decoder, call, room), states.device)
+            pool.reserve(Decoding.nbytes(decoder, states, room), states.device)
             return use(
                 ("decoder", room, pool.epoch, fixed(like)), lambda: Decoding(decode, model, call, room, pool)
             )
@@ -124,12 +126,12 @@ def generator_of(model: Any) -> Any:
     return found if getattr(config, "model_type", None) in SERVED else None
 
 
-def can_replay(model: Any) -> bool:
+def can_replay(model: Any, state: State) -> bool:
     """Can graphs be what the stacks' calls are, as things are now?"""
     called = model, model.get_encoder(), model.get_decoder()
     return (
         not model.training
-        and is_on_one_gpu(model)
+        and is_on_one_gpu(state)
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
         # accelerate's forward may switch autocast on; torch's compiled calls know of no other forward
@@ -144,8 +146,8 @@ def is_token_by_token(model: Any, kwargs: dict[str, Any]) -> bool:
     return not given and not wanted and bool(generation_option(model, kwargs, "use_cache", True))
 
 
-def is_on_one_gpu(model: nn.Module) -> bool:
-    devices = {parameter.device for parameter in model.parameters()}
+def is_on_one_gpu(state: State) -> bool:
+    devices = {each.device for each in state.tensors if isinstance(each, nn.Parameter)}
     return len(devices) == 1 and devices.pop().type == "cuda"
 
 
@@ -158,15 +160,14 @@ _REFUSED = (
     "decoder_attention_mask",
     "decoder_inputs_embeds",
 )
-_OPTIONS = ("cache_implementation", "prompt_lookup_num_tokens", "output_attentions", "output_hidden_states")
+_OPTIONS = ("cache_implementation", "prompt_lookup_num_tokens", *OUTPUT_FLAGS)
 
 
 def _is_recordable(stack: Any, arguments: dict[str, Any]) -> bool:
     """Packed rows have a graph per layout; layers' states and weights, and gradients, are no output of a graph."""
-    allowed, flags = arguments.get("attention_mask"), ("output_attentions", "output_hidden_states")
     return (
-        not any(arguments.get(name, getattr(stack.config, name, False)) for name in flags)
-        and getattr(allowed, "cu", None) is None
+        extra_output(arguments, stack.config) is None
+        and getattr(arguments.get("attention_mask"), "cu", None) is None
         and arguments.get("return_dict") is not False
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")

@@ -133,11 +133,12 @@ class Graphed:
             yield None
             return
         try:
-            if not can_replay(model):
+            state = State.of(model)
+            if not can_replay(model, state):
                 yield None
                 return
             raise_device_errors()
-            fixed = _fixed(State.of(model))
+            fixed = _fixed(state)
 
             def kept(key: Any, make: Callable[[], Any]) -> Any:
                 return self._kept((fixed, *key), make)
@@ -178,8 +179,9 @@ class Graphed:
 
 def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by their names, which generate's configuration may come without."""
-    names = inspect.signature(function).parameters
-    return dict(zip(names, args, strict=False)) | kwargs
+    if not args:
+        return kwargs
+    return dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
 
 
 def _fixed(state: State) -> Any:

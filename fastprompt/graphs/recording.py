@@ -76,9 +76,11 @@ class Pool:
         with torch.inference_mode(False):  # it is written to outside that mode, too
             self._storage = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
-    def storage(self, owner: Any, nbytes: int, device: torch.device) -> Tensor:
-        """uint8 [nbytes]: what one owner wrote is gone when another is in use. ``owner.release()`` frees its share."""
-        self.reserve(nbytes, device)
+    def storage(self, owner: Any, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of what is reserved: what one owner wrote is gone when another is in use.
+
+        ``owner.release()`` frees its share.
+        """
         self._owners.add(owner)
         assert self._storage is not None
         return self._storage[:nbytes]

@@ -48,9 +48,9 @@ class Decoding:
         self.forward, self.model, self.pool, self.room = forward, model, pool, room
         self.decoder, self.places = model.get_decoder(), Places()
         states: Tensor = call["arguments"]["encoder_hidden_states"]
-        shapes, nbytes = self._shapes(self.decoder, states, room), self.nbytes(self.decoder, call, room)
+        shapes, nbytes = self._shapes(self.decoder, states, room), self.nbytes(self.decoder, states, room)
         with torch.inference_mode(False):  # a sequence in that mode is followed by others
-            flat = pool.storage(self, nbytes, states.device).view(states.dtype)
+            flat = pool.storage(self, nbytes).view(states.dtype)
             own, cross = flat.split([prod(shape) for shape in shapes])
             self.own, self.cross = own.view(shapes[0]), cross.view(shapes[1])
             self.count = torch.zeros((), dtype=torch.int64, device=states.device)
@@ -61,9 +61,8 @@ class Decoding:
         self._recorded: dict[Any, Recording] = {}
 
     @classmethod
-    def nbytes(cls, decoder: Any, call: dict[str, Any], room: int) -> int:
-        """Of the keys and values of tokens and of the encoder's rows."""
-        states: Tensor = call["arguments"]["encoder_hidden_states"]
+    def nbytes(cls, decoder: Any, states: Tensor, room: int) -> int:
+        """Of the keys and values of tokens and of the encoder's rows ``states``, which the pool has to reserve."""
         return sum(map(prod, cls._shapes(decoder, states, room))) * states.dtype.itemsize
 
     @staticmethod

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a batch and its gradients as one CUDA graph, recorded once per shape.
-
-A training step of a small T5 keeps a GPU busy for a few milliseconds, and the host for ten times as long: it launches a
-thousand kernels one by one. A graph is launched as a whole.
-"""
+"""The loss of a batch and its gradients as one CUDA graph, recorded once per shape."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -175,36 +175,33 @@ class FastAttention:
         )
         return ready(*self._parts(), *inputs) if covers else None
 
-    def _held(self, past: Any) -> int | Tensor | None:
+    def _held(self, past: Any, S: int) -> int | Tensor | None:
         """The number of keys that a cache holds for this layer, which a static one counts on its device; None of a
-        cache that the fused layers leave alone.
+        cache that the fused layers leave alone. S: the rows that the call brings keys of.
         """
         if past is None:
             return 0
         if not isinstance(past, EncoderDecoderCache):
             return None
-        cache = self._cache(past)
-        length = cache.get_seq_length(self._attention.layer_idx)
-        if cache.is_compileable:  # as long as it will be; its first call has a mask for that many keys
-            first = isinstance(length, int) and self.attention_name == "SelfAttention"
-            return None if first or torch.compiler.is_compiling() else length
+        cache, layer = self._cache(past), self._attention.layer_idx
+        length = cache.get_seq_length(layer)
+        if cache.is_compileable:  # as long as it will be
+            if self.attention_name == "SelfAttention":
+                fits = isinstance(length, Tensor)  # the first call has a mask for that many keys
+            else:
+                fits = cache.layers[layer].max_cache_len == S  # free slots are attended to
+            return length if fits and not torch.compiler.is_compiling() else None
         return length if isinstance(length, int) else None
 
     def _way(self, allowed: Allowed, past: Any, S: int) -> Callable[..., Tensor] | None:
-        """How a call is computed: over a filled cache as a step of generation; None: by the stock layer.
-
-        S: the rows that this call brings keys of.
-        """
-        held, own, layer = self._held(past), self.attention_name == "SelfAttention", self._attention.layer_idx
+        """How a call is computed: over a filled cache as a step of generation; None: by the stock layer."""
+        held, own = self._held(past, S), self.attention_name == "SelfAttention"
         counted = isinstance(held, Tensor)  # its value would have to be waited for
         if held is None or (own and counted != isinstance(allowed.offset, Tensor)):
             return None
-        static = not own and past is not None and self._cache(past).is_compileable
-        if static and self._cache(past).layers[layer].max_cache_len != S:  # free slots are attended to
-            return None
         if own and not counted and held != allowed.offset:
             return None
-        updated = own or (past is not None and past.is_updated.get(layer))
+        updated = own or (past is not None and past.is_updated.get(self._attention.layer_idx))
         if not (updated if counted else held != 0):
             return self._run
         generates = (

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
 from fastprompt._allowed import Allowed, PromptKeys
+from fastprompt._extra_outputs import extra_output
 from fastprompt._plain import is_capturing, is_transformed
 from fastprompt._tensors import is_sharded
 from fastprompt.modules._bias import has_bias_table, is_plain_bias
@@ -152,9 +153,8 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
     found = None if _serves(encoder) else stock.obstacle(encoder, device)
     if found is not None:
         return found
-    for name in ("output_attentions", "output_hidden_states"):
-        if flags.get(name, getattr(encoder.config, name, False)):
-            return f"does not go with {name}"
+    if (asked := extra_output(flags, encoder.config)) is not None:
+        return f"does not go with {asked}"
     found = disorder(model, "encoder")
     if found is not None:
         return f"needs {found}"

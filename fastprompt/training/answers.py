@@ -48,35 +48,36 @@ def answer(
     """
     if prompts is not None and not prompts:
         raise ValueError("answer: prompts must be one or more names, or None for the first one, got none")
-    generator, (model, by_graphs) = model, of_graphed(model)
+    given_model, (model, on_gpu) = model, of_graphed(model)
     if prompts is not None and not isinstance(model, PromptModel):
         raise ValueError(f"answer: prompts={prompts!r} needs a PromptModel, got {type(model).__name__}")
     names = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
     pairs = encode([Example(text, "") for text in inputs], tokenizer, max_input=max_input)
     ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
     check_choices(ids)
-    answers = []
+    # Only a PromptModel ranks by graphs, and prompts that vote are not by graphs at all.
+    served = on_gpu and len(names) == 1 and (choices is None or isinstance(model, PromptModel))
+    graphs, answers = given_model if served else None, []
     with evaluating(model), model.keeping(prompts) if isinstance(model, PromptModel) else nullcontext():
         for batch in in_order(pairs, batch_size):
             given = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
-            if by_graphs and len(names) == 1 and (choices is None or isinstance(model, PromptModel)):
+            if graphs:
                 given = to_few_lengths(given)
             if choices is None:
-                answers += _generated(generator, given, tokenizer, names, max_new_tokens)
+                answers += _generated(model, graphs, given, tokenizer, names, max_new_tokens)
             else:
-                answers += [choices[index] for index in _ranked(generator, given, names, ids)]
+                answers += [choices[index] for index in _ranked(model, graphs, given, names, ids)]
     return answers
 
 
 @torch.no_grad()
 def _ranked(
-    generator: Any, batch: Batch, names: Sequence[str | None], choices: Sequence[Sequence[int]]
+    model: Any, graphs: Any, batch: Batch, names: Sequence[str | None], choices: Sequence[Sequence[int]]
 ) -> list[int]:
-    model, by_graphs = of_graphed(generator)
     if len(names) > 1:
         found: Any = model.ensemble(**batch, prompts=names, choices=choices)
-    elif by_graphs and isinstance(model, PromptModel):
-        found = generator.rank(**batch, prompts=names[0], choices=choices)
+    elif graphs:
+        found = graphs.rank(**batch, prompts=names[0], choices=choices)
     else:
         found = rank_of(
             choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, prompts=names[0])
@@ -86,16 +87,15 @@ def _ranked(
 
 
 def _generated(
-    generator: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], max_new_tokens: int
+    model: Any, graphs: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], max_new_tokens: int
 ) -> list[str]:
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    model, _ = of_graphed(generator)
     how["logits_processor"] = LogitsProcessorList([_Numbers(model)])
     if len(names) > 1:
         ids = model.ensemble_generate(**batch, prompts=names, **how).sequences
     else:
         named = {} if names[0] is None else {"prompts": names[0]}
-        ids = generator.generate(**batch, **named, **how)
+        ids = (graphs or model).generate(**batch, **named, **how)
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 

@@ -18,6 +18,7 @@ from transformers import EncoderDecoderCache, LogitsProcessor
 from fastprompt import PromptConfig, PromptModel, graphed, patch, unpatch
 from fastprompt._allowed import Allowed, PromptKeys, mark_kept
 from fastprompt._cache_name import CACHE, cache_of
+from fastprompt._stamp import State
 from fastprompt.graphs import generation, places, recording, stacks
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True}
@@ -43,7 +44,7 @@ def recordings(monkeypatch, device):
     monkeypatch.setattr(recording, "Recording", record)
     if device.type != "cuda":
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-        monkeypatch.setattr(generation, "is_on_one_gpu", lambda model: True)
+        monkeypatch.setattr(generation, "is_on_one_gpu", lambda state: True)
     return made
 
 
@@ -483,10 +484,10 @@ def test_what_a_graph_cannot_follow(make, batch, what, recordings, monkeypatch):
         model.forward = functools.wraps(model.forward)(
             lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
         )
-    assert generation.can_replay(model) is False
+    assert generation.can_replay(model, State.of(model)) is False
     monkeypatch.undo()
     if what in ("compiled", "wrapped"):
-        monkeypatch.setattr(generation, "is_on_one_gpu", lambda model: True)
+        monkeypatch.setattr(generation, "is_on_one_gpu", lambda state: True)
         assert torch.equal(step.generate(**batch(), **SHORT), expected)
         assert not recordings
 
