@@ -2,16 +2,14 @@
 // fastprompt._C: shows the table of native kernels (common/kernel.h) to Python. Torch-free (torch_tensor.h), so one
 // build serves every torch version. Adding an op does not touch this file.
 #include <pybind11/pybind11.h>
-#include <structmember.h>
 
 #include <array>
-#include <cstddef>
-#include <cstring>
 #include <string>
 
 #define FP_TARGET "bindings"
 #include "common/kernel.h"
 #include "describe.h"
+#include "kernel_object.h"
 #include "torch_tensor.h"
 
 #if defined(__x86_64__)
@@ -22,10 +20,6 @@
 #include <unistd.h>
 #endif
 
-#ifdef FP_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
-
 namespace py = pybind11;
 
 // The linker marks both ends of the table.
@@ -33,109 +27,6 @@ extern "C" const fp::Kernel* const __start_fp_kernels[];  // NOLINT(bugprone-res
 extern "C" const fp::Kernel* const __stop_fp_kernels[];   // NOLINT(bugprone-reserved-identifier)
 
 namespace {
-
-constexpr size_t kMaxArguments = 48;
-
-// A kernel as Python calls it, by the protocol that costs least: kernel(*arguments).
-struct KernelObject {
-    PyObject_HEAD;
-    vectorcallfunc call;
-    fp::Kernel kernel;
-};
-
-bool refuse(const fp::Kernel& kernel, const char* what, size_t number) {
-    PyErr_Format(PyExc_TypeError,
-                 "fastprompt._C.%s: %s %zu (signature '%s': t tensor or None, p the same or an address, i integer, "
-                 "d float)",
-                 kernel.name, what, number, kernel.signature);
-    return false;
-}
-
-// The argument as a kernel reads it. `tensor` is where its description stays during the call.
-bool read_argument(const fp::Kernel& kernel, size_t i, PyObject* value, fp::TorchTensor& tensor, fp::Slot& slot) {
-    const char letter = kernel.signature[i];
-    if (letter == 'd') {
-        slot.d = PyFloat_AsDouble(value);
-        return PyErr_Occurred() == nullptr;
-    }
-    if (letter == 'i' || (letter == 'p' && PyLong_Check(value))) {
-        if (!PyLong_Check(value)) return refuse(kernel, "there must be an int as argument", i);
-        slot.i = PyLong_AsLongLong(value);
-        return PyErr_Occurred() == nullptr;
-    }
-    if (value == Py_None) {
-        slot.i = 0;
-        return true;
-    }
-    if (!fp::is_tensor(value)) return refuse(kernel, "there must be a tensor or None as argument", i);
-    if (!fp::read_tensor(value, tensor)) return false;
-    slot.i = reinterpret_cast<int64_t>(letter == 't' ? &tensor.tensor : tensor.tensor.data);
-    return true;
-}
-
-PyObject* fail(PyObject* error, const fp::Kernel& kernel, const char* what) {
-    return PyErr_Format(error, "fastprompt::%s: %s", kernel.name, what);
-}
-
-PyObject* call(PyObject* self, PyObject* const* arguments, size_t count_and_flag, PyObject* names) {
-    const fp::Kernel& kernel = reinterpret_cast<KernelObject*>(self)->kernel;
-    const auto count = static_cast<size_t>(PyVectorcall_NARGS(count_and_flag));
-    const size_t expected = std::strlen(kernel.signature);
-    if (count != expected || count > kMaxArguments || names != nullptr) {
-        return PyErr_Format(PyExc_TypeError,
-                            "fastprompt._C.%s: takes %zu arguments, got %zu. If the Python files are newer than this "
-                            "extension, build it again",
-                            kernel.name, expected, count + (names == nullptr ? 0 : PyTuple_GET_SIZE(names)));
-    }
-    std::array<fp::TorchTensor, kMaxArguments> tensors;
-    std::array<fp::Slot, kMaxArguments> slots;
-    for (size_t i = 0; i < count; ++i) {
-        if (!read_argument(kernel, i, arguments[i], tensors[i], slots[i])) return nullptr;
-    }
-    int64_t status = 0;
-    Py_BEGIN_ALLOW_THREADS;
-    status = kernel.invoke(slots.data());
-    Py_END_ALLOW_THREADS;
-    if (status == fp::kNoMemory) return fail(PyExc_MemoryError, kernel, "no memory for its working space");
-    if (status == fp::kBadOption) {
-        return fail(PyExc_ValueError, kernel, "the kernel does not know this dtype or option");
-    }
-#ifdef FP_WITH_CUDA
-    if (status != 0 && std::strcmp(kernel.target, "cuda") == 0) {
-        return PyErr_Format(PyExc_RuntimeError, "fastprompt::%s: CUDA error: %s", kernel.name,
-                            cudaGetErrorString(static_cast<cudaError_t>(status)));
-    }
-#endif
-    return PyLong_FromLongLong(status);
-}
-
-std::array<PyMemberDef, 5> kernel_members = {{
-    {"name", T_STRING, offsetof(KernelObject, kernel.name), READONLY, nullptr},
-    {"target", T_STRING, offsetof(KernelObject, kernel.target), READONLY, nullptr},
-    {"signature", T_STRING, offsetof(KernelObject, kernel.signature), READONLY, nullptr},
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(KernelObject, call), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr},
-}};
-
-std::array<PyType_Slot, 3> kernel_slots = {{
-    {Py_tp_members, kernel_members.data()},
-    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {0, nullptr},
-}};
-
-PyType_Spec kernel_spec = {"fastprompt._C.Kernel", sizeof(KernelObject), 0,
-                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                           kernel_slots.data()};
-
-PyObject* kernel_type = nullptr;
-
-py::object kernel_object(const fp::Kernel& kernel) {
-    auto* made = PyObject_New(KernelObject, reinterpret_cast<PyTypeObject*>(kernel_type));
-    if (made == nullptr) throw py::error_already_set();
-    made->call = &call;
-    made->kernel = kernel;
-    return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(made));
-}
 
 // Asked of CPUID, as older compilers' __builtin_cpu_supports does not know the name.
 bool has_avx512_bf16() {
@@ -188,16 +79,22 @@ py::dict kernels(const std::string& target) {
     py::dict found;
     if (!runs_here(target)) return found;
     for (const fp::Kernel* const* entry = __start_fp_kernels; entry != __stop_fp_kernels; ++entry) {
-        if (target == (*entry)->target) found[(*entry)->name] = kernel_object(**entry);
+        if (target != (*entry)->target) continue;
+        PyObject* made = fp::kernel_object(**entry);
+        if (made == nullptr) throw py::error_already_set();
+        found[(*entry)->name] = py::reinterpret_steal<py::object>(made);
     }
     return found;
 }
 
 // Without pybind11, whose calls take longer than what this does.
-std::array<PyMethodDef, 3> functions = {{
+std::array<PyMethodDef, 4> functions = {{
     {"describe", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fp::describe)), METH_FASTCALL,
      "describe(*arguments) -> all of them but for what tensors hold, as bytes; None if one cannot be described."},
     {"learn_torch", fp::learn_torch, METH_O, "learn_torch(torch): kernels and describe take its tensors from then on."},
+    {"record_calls", fp::record_calls, METH_O,
+     "record_calls(list): from then on this thread's calls of kernels are appended to it, as functions without "
+     "arguments that make them again; None ends that."},
     {nullptr, nullptr, 0, nullptr},
 }};
 
@@ -205,9 +102,7 @@ std::array<PyMethodDef, 3> functions = {{
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "fastprompt's native kernels, by target.";
-    kernel_type = PyType_FromSpec(&kernel_spec);
-    if (kernel_type == nullptr) throw py::error_already_set();
-    module.attr("Kernel") = py::handle(kernel_type);
+    if (!fp::add_kernel_types(module.ptr())) throw py::error_already_set();
     module.def(
         "kernels", &kernels, py::arg("target"),
         "name -> kernel for 'scalar', 'neon', 'avx2', 'avx512', 'avx512_bf16', 'amx' or 'cuda'; empty where this "

@@ -10,9 +10,10 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,8 +35,16 @@ def _isas() -> tuple[str, ...]:
     return CPU_ISAS[CPU_ISAS.index(best) :]
 
 
-def _load(isas: Sequence[str]) -> tuple[dict[str, SimpleNamespace], bool, Callable[..., bytes | None]]:
-    """The kernels of each target, whether the CPU is AMD's, and csrc/describe.h's ``describe``."""
+class Native(NamedTuple):
+    """What the extension offers, or, without one, what stands in for it."""
+
+    targets: dict[str, SimpleNamespace]  # the kernels of each
+    cpu_is_amd: bool = False
+    describe: Callable[..., bytes | None] = lambda *_arguments: None  # csrc/describe.h
+    record_calls: Callable[[list[Any] | None], None] = lambda _calls: None  # csrc/bindings.cpp
+
+
+def _load(isas: Sequence[str]) -> Native:
     try:
         _C: Any = importlib.import_module("fastprompt._C")
         _C.learn_torch(torch)
@@ -50,18 +59,27 @@ def _load(isas: Sequence[str]) -> tuple[dict[str, SimpleNamespace], bool, Callab
             f"its ops and patched layers are slower than transformers'. {remedy}.",
             stacklevel=2,
         )
-        return {}, False, lambda *_arguments: None
+        return Native({})
     found = {target: _C.kernels(target) for target in (*isas, "cuda")}
-    return (
-        {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels},
-        _C.cpu_is_amd,
-        _C.describe,
-    )
+    targets = {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels}
+    return Native(targets, _C.cpu_is_amd, _C.describe, _C.record_calls)
 
 
-TARGETS, CPU_IS_AMD, describe = _load(_isas())
+TARGETS, CPU_IS_AMD, describe, _record_calls = _load(_isas())
 # The instruction sets that can run here, best first.
 CPU_TARGETS = tuple(isa for isa in CPU_ISAS if isa in TARGETS)
+
+
+@contextmanager
+def recorded_calls(calls: list[Any]) -> Iterator[None]:
+    """A ``with`` block in which this thread's calls of kernels are appended to ``calls``, as functions that make them
+    again; ``arguments`` are theirs.
+    """
+    _record_calls(calls)
+    try:
+        yield
+    finally:
+        _record_calls(None)
 
 
 _thread = threading.local()

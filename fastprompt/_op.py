@@ -307,6 +307,13 @@ def backends(op: str, device: str | torch.device = "cpu") -> list[str]:
     return owner.backends(kind)
 
 
+def running(member: str, key: str) -> Function:
+    """What the dispatcher calls for the schema ``member`` under the device's key ("CPU", "CUDA")."""
+    owner = next(each for each in OPS.values() if member in each.members)
+    found = owner._running.get((member, key))
+    return found[-1] if found else owner._recorded(member)
+
+
 def _find(op: str) -> Op:
     if op not in OPS:
         raise ValueError(f"fastprompt: op must be one of {', '.join(sorted(OPS))}, got {op!r}")

@@ -4,7 +4,9 @@
 Where nothing does, calls go around torch's dispatcher (docs/decisions/0015).
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -73,9 +75,25 @@ def may_keep(x: torch.Tensor) -> bool:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Is a CUDA graph being recorded? torch.compile cannot trace the question, and gets no for an answer."""
-    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+    """Is a graph being recorded? torch.compile cannot trace the question, and gets no for an answer."""
+    if torch.compiler.is_compiling():
+        return False
+    if device.type == "cpu":
+        return getattr(_thread, "captures", False)
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """A ``with`` block in which this thread's operations on the CPU are recorded."""
+    _thread.captures = True
+    try:
+        yield
+    finally:
+        _thread.captures = False
+
+
+_thread = threading.local()
 
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)  # not their subclasses

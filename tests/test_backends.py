@@ -328,8 +328,8 @@ def test_nobody_is_told_to_build_what_does_not_build_here(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setitem(sys.modules, "fastprompt._C", None)
     with pytest.warns(UserWarning, match=r"without its compiled kernels .* They are for Linux\.$"):
-        targets, is_amd, describe = _native._load(_native.CPU_ISAS)
-    assert (targets, is_amd, describe(1)) == ({}, False, None)
+        native = _native._load(_native.CPU_ISAS)
+    assert (native.targets, native.cpu_is_amd, native.describe(1)) == ({}, False, None)
 
 
 @pytest.mark.parametrize("missing", ["triton", "fastprompt.triton_kernels"])

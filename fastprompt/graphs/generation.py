@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What generate, rank and encode replay: graphs of the two stacks, in place of their forward.
+"""What generate, rank and encode replay: graphs of the two stacks, in place of their forward; on a CPU the decoder's.
 
 transformers' generate runs as it is, and keeps a cache, which is no more than a view of the decoder's keys and values.
 Those have room for 64 tokens at first, then for twice as many as before, with graphs of their own.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from threading import get_ident
 from typing import Any
@@ -21,9 +21,9 @@ from fastprompt._generation import generation_option
 from fastprompt._replayed import replayed
 from fastprompt._stamp import State
 from fastprompt.graphs.places import fixed
-from fastprompt.graphs.recording import Pool
+from fastprompt.graphs.recording import Pool, has_cuda_graphs
 from fastprompt.graphs.stacks import Decoding, Pass
-from fastprompt.hf_attention import SERVED, prompts_in_force
+from fastprompt.hf_attention import NAME, SERVED, prompts_in_force
 
 ROOM = 64  # tokens
 
@@ -50,7 +50,8 @@ def by_graphs(
     """A ``with`` block in which the stacks of ``model`` replay graphs, for one call of generate over the given cache.
 
     ``kept(key, make)`` finds what was made under a key before. ``whole``: decoders without a cache, too; not in
-    generate, where such a call has more tokens every time, as a logits processor's may.
+    generate, where such a call has more tokens every time, as a logits processor's may. On a CPU whole passes, the
+    encoder's too, are the model's own: the host has little part in their time, and they would keep all they compute.
     """
     encoder, decoder = model.get_encoder(), model.get_decoder()
     encode, decode = encoder.forward, decoder.forward
@@ -105,7 +106,8 @@ def by_graphs(
         return found
 
     try:
-        with replayed(encoder, encoded), replayed(decoder, decoded):
+        on_gpu = has_cuda_graphs(next(decoder.parameters()).device)
+        with replayed(encoder, encoded) if on_gpu else nullcontext(), replayed(decoder, decoded):
             yield past
     finally:
         for each in used:
@@ -126,13 +128,15 @@ def generator_of(model: Any) -> Any:
     return found if getattr(config, "model_type", None) in SERVED else None
 
 
-def can_replay(model: Any, state: State) -> bool:
-    """Can graphs be what the stacks' calls are, as things are now?"""
+def can_replay(model: Any, state: State, whole: bool) -> bool:
+    """Can graphs be what the stacks' calls are, as things are now? ``whole``: for passes of all tokens at once."""
     called = model, model.get_encoder(), model.get_decoder()
+    device = device_of(state)
     return (
         not model.training
-        and is_on_one_gpu(state)
-        and not torch.is_autocast_enabled("cuda")
+        and device is not None
+        and (has_cuda_graphs(device) or (not whole and _is_ours(model.get_decoder())))
+        and not torch.is_autocast_enabled(device.type)
         and not torch.compiler.is_compiling()
         # accelerate's forward may switch autocast on; torch's compiled calls know of no other forward
         and not any("forward" in vars(each) or each._compiled_call_impl is not None for each in called)
@@ -146,9 +150,16 @@ def is_token_by_token(model: Any, kwargs: dict[str, Any]) -> bool:
     return not given and not wanted and bool(generation_option(model, kwargs, "use_cache", True))
 
 
-def is_on_one_gpu(state: State) -> bool:
+def device_of(state: State) -> torch.device | None:
+    """Where its parameters are, if that is one GPU or a CPU."""
     devices = {each.device for each in state.tensors if isinstance(each, nn.Parameter)}
-    return len(devices) == 1 and devices.pop().type == "cuda"
+    found = devices.pop() if len(devices) == 1 else None
+    return found if found is not None and found.type in ("cpu", "cuda") else None
+
+
+def _is_ours(decoder: Any) -> bool:
+    """Does our attention run in it? On a CPU transformers' looks what a mask holds, and does not keep to its memory."""
+    return bool(decoder.config._attn_implementation_internal == NAME)
 
 
 # Keywords of generate, and what its configuration may say, too
@@ -170,5 +181,5 @@ def _is_recordable(stack: Any, arguments: dict[str, Any]) -> bool:
         and getattr(arguments.get("attention_mask"), "cu", None) is None
         and arguments.get("return_dict") is not False
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cuda")
+        and not torch.is_autocast_enabled(next(stack.parameters()).device.type)
     )

@@ -8,10 +8,10 @@ thousand kernels one by one. A token of generate is a tenth of that on either. A
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +28,7 @@ from fastprompt.graphs.generation import (
     generator_of,
     is_token_by_token,
 )
-from fastprompt.graphs.recording import Pool, padded
+from fastprompt.graphs.recording import Pool, has_cuda_graphs, padded
 from fastprompt.graphs.step import RecordedStep, Replay, check_batch, loss_of
 from fastprompt.ops import raise_device_errors
 
@@ -134,22 +134,31 @@ class Graphed:
             return
         try:
             state = State.of(model)
-            if not can_replay(model, state):
+            if not can_replay(model, state, whole):
                 yield None
                 return
             raise_device_errors()
             fixed = _fixed(state)
+            self._forget_moved(fixed)
 
             def kept(key: Any, make: Callable[[], Any]) -> Any:
                 return self._kept((fixed, *key), make)
 
-            with padded(self.model), by_graphs(model, kept, self._pool, whole) as past:
+            on_gpu = has_cuda_graphs(next(model.parameters()).device)
+            packing = padded(self.model) if on_gpu else nullcontext()
+            with packing, by_graphs(model, kept, self._pool, whole) as past:
                 yield past
         finally:
             gone = [key for key, each in self._recorded.items() if getattr(each, "is_released", False)]
             for key in gone:
                 del self._recorded[key]
             lock.release()
+
+    def _forget_moved(self, fixed: Any) -> None:
+        """What generates by weights that were elsewhere: on a CPU it would keep those."""
+        moved = [key for key in self._recorded if isinstance(key[0], Fixed) and key[0].places != fixed.places]
+        for key in moved:
+            del self._recorded[key]
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         recorded = self._recorded.pop(key, None)
@@ -184,10 +193,22 @@ def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
 
 
-def _fixed(state: State) -> Any:
-    """What a graph has fixed of a model: where its tensors are, which train, its modules' classes, its adapters."""
-    places = tuple((0 if parts_of(each) else each.data_ptr(), each.requires_grad) for each in state.tensors)
-    return places, tuple(state.classes), tuple(state.adapters)
+class Fixed(NamedTuple):
+    """What a graph has fixed of a model."""
+
+    places: tuple[int, ...]  # where its tensors are
+    trains: tuple[bool, ...]  # which of them do
+    classes: tuple[type, ...]  # of its modules
+    adapters: tuple[str, ...]
+
+
+def _fixed(state: State) -> Fixed:
+    return Fixed(
+        tuple(0 if parts_of(each) else each.data_ptr() for each in state.tensors),
+        tuple(each.requires_grad for each in state.tensors),
+        tuple(state.classes),
+        tuple(state.adapters),
+    )
 
 
 def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:

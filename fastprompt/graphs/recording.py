@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 
+def has_cuda_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 class Recording:
     """A function without arguments, recorded: a replay reads and writes the tensors that the recorded run did.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward of a T5's stacks as CUDA graphs: a whole pass, and a decoder's for one token after the other."""
+"""The forward of a T5's stacks as graphs: a whole pass, and a decoder's for one token after the other."""
 
 from collections.abc import Callable
 from math import prod
@@ -12,8 +12,11 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from fastprompt._cache_name import CACHE
 from fastprompt.graphs.keys import CrossKeys, OwnKeys
 from fastprompt.graphs.places import Places, fixed
-from fastprompt.graphs.recording import Pool, Recording
+from fastprompt.graphs.recording import Pool, Recording, has_cuda_graphs
+from fastprompt.graphs.tape import Tape, UnrecordableError
 from fastprompt.hf_attention import prompt_keys
+
+CPU_ROWS = 64  # the most of a step that a CPU records: with more the host has little part in its time
 
 
 class Pass:
@@ -39,7 +42,11 @@ class Pass:
 
 
 class Decoding:
-    """The decoder's forward on one sequence after the other of B rows, token by token, as graphs."""
+    """The decoder's forward on one sequence after the other of B rows, token by token, as graphs.
+
+    On a CPU all but the first token is a graph, if the rows are few: with many the host has little part in the time,
+    and a tape keeps all that a step computes.
+    """
 
     def __init__(
         self, forward: Callable[..., Any], model: Any, call: dict[str, Any], room: int, pool: Pool
@@ -58,7 +65,7 @@ class Decoding:
         self._layers: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
         self._cross_layers: list[Any] = [CrossKeys(keys, values) for keys, values in self.cross]
         self.past = EncoderDecoderCache(Cache(layers=self._layers), Cache(layers=self._cross_layers))
-        self._recorded: dict[Any, Recording] = {}
+        self._recorded: dict[Any, Recording | Tape | None] = {}  # None: it cannot be
 
     @classmethod
     def nbytes(cls, decoder: Any, states: Tensor, room: int) -> int:
@@ -112,28 +119,46 @@ class Decoding:
             return found
 
         # A start of several tokens is of any length, and comes once.
-        found = run() if tokens > 1 else self._replay((first, fixed(call)), run)
+        on_cpu = not has_cuda_graphs(self.own.device)
+        passes = tokens > 1 or (on_cpu and (first or self.own.shape[2] > CPU_ROWS))
+        found = run() if passes else self._replay((first, fixed(call)), run)
         self.seen += tokens
         return type(found)(last_hidden_state=found.last_hidden_state.clone())
 
     def reorder(self, rows: Tensor) -> None:
         """Row b goes on from row ``rows[b]``, of the same example: what cross-attention reads is the same."""
+        if not has_cuda_graphs(self.own.device):
+            held = self.own[..., : self.seen, :]
+            held.copy_(held.index_select(2, rows))
+            return
         places = self.places.put({"rows": rows})
         self._replay(
             ("reorder", fixed(places)), lambda: self.own.copy_(self.own.index_select(2, places["rows"]))
         )
 
     def _replay(self, key: Any, run: Callable[[], Any]) -> Any:
-        recording = self._recorded.get(key)
-        if recording is None:
+        if key not in self._recorded:
+            if not has_cuda_graphs(self.own.device):
+                return self._first_run(key, run)
             own = self.own.clone()
 
             def before() -> None:
                 self.own.copy_(own)
                 self.count.fill_(self.seen)
 
-            recording = self._recorded[key] = self.pool.record(self.decoder, run, self.own.device, before)
-        return recording.replay()
+            self._recorded[key] = self.pool.record(self.decoder, run, self.own.device, before)
+        recording = self._recorded[key]
+        return run() if recording is None else recording.replay()
+
+    def _first_run(self, key: Any, run: Callable[[], Any]) -> Any:
+        """On a CPU, where recording is a run like any other."""
+        try:
+            tape = Tape(run)
+        except UnrecordableError:  # before the count: the token's keys and values are written once more
+            self._recorded[key] = None
+            return run()
+        self._recorded[key] = tape
+        return tape.result
 
     def cache(self) -> EncoderDecoderCache:
         """A copy of all that the decoder has seen, as one of transformers' own."""

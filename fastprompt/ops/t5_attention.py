@@ -43,6 +43,7 @@ from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, contiguous, serves, stream
 from fastprompt._op import Op, direct
+from fastprompt._plain import is_capturing
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
     FLOATS,
@@ -249,7 +250,7 @@ def _check_values(a: reference.Inputs) -> None:
     """What index tensors hold, where looking costs no wait. On a GPU the kernels keep inside the tensors."""
     if a.cu_q is a.offsets is a.prompt_ids is a.prompt_lens is None:
         return
-    if a.q.device.type != "cpu" or torch.compiler.is_compiling():
+    if a.q.device.type != "cpu" or torch.compiler.is_compiling() or is_capturing(a.q.device):
         return
     name = "t5_attention"
     for what, cu, end in (("cu_q", a.cu_q, a.q.shape[0]), ("cu_k", a.cu_k, a.k.shape[0])):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from layouts import LAYOUTS, TINY, VOCAB
 
-from fastprompt import _op, hf_attention
+from fastprompt import PromptConfig, PromptModel, _op, hf_attention, patch
 from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 
@@ -105,3 +105,21 @@ def pair(make_door):
         return [model.requires_grad_(not frozen) for model in models]
 
     return pair
+
+
+@pytest.fixture
+def prompted(make):
+    def prompted(kind="prepend", **options):
+        prompts = {
+            name: PromptConfig(num_tokens=n, init="uniform", kind=kind, **options)
+            for name, n in (("a", 5), ("b", 3), ("c", 4))
+        }
+        model = PromptModel(patch(make()), prompts).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.pack = False
+        return model
+
+    return prompted

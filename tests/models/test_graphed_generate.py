@@ -11,25 +11,18 @@ import weakref
 
 import pytest
 import torch
+from generated import MODES, SHORT, assert_the_same
 from torch.utils._pytree import tree_leaves
 from traced import Traced
 from transformers import EncoderDecoderCache, LogitsProcessor
 
-from fastprompt import PromptConfig, PromptModel, graphed, patch, unpatch
+from fastprompt import graphed, patch, unpatch
 from fastprompt._allowed import Allowed, PromptKeys, mark_kept
 from fastprompt._cache_name import CACHE, cache_of
 from fastprompt._stamp import State
 from fastprompt.graphs import generation, places, recording, stacks
 
-SCORES = {"return_dict_in_generate": True, "output_scores": True}
-SHORT = {"max_new_tokens": 6, "min_new_tokens": 6}
-MODES = [
-    {},
-    {"num_beams": 3},
-    {"num_beams": 2, "num_return_sequences": 2},
-    {"do_sample": True, "num_return_sequences": 2},
-    {"repetition_penalty": 1.3},
-]
+graphed_module = sys.modules["fastprompt.graphs.graphed"]  # whose name in the package is the function
 
 
 @pytest.fixture(autouse=True)
@@ -44,45 +37,13 @@ def recordings(monkeypatch, device):
     monkeypatch.setattr(recording, "Recording", record)
     if device.type != "cuda":
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-        monkeypatch.setattr(generation, "is_on_one_gpu", lambda state: True)
+        pretend_a_gpu(monkeypatch)
     return made
 
 
-@pytest.fixture
-def prompted(make):
-    def prompted(kind="prepend", **options):
-        prompts = {
-            name: PromptConfig(num_tokens=n, init="uniform", kind=kind, **options)
-            for name, n in (("a", 5), ("b", 3), ("c", 4))
-        }
-        model = PromptModel(patch(make()), prompts).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_()
-        model.pack = False
-        return model
-
-    return prompted
-
-
-def assert_the_same(step, *args, **kwargs):
-    """Sequences, scores and what the cache holds."""
-    found = []
-    for model in (step.model, step):
-        torch.manual_seed(7)
-        found.append(model.generate(*args, **(SHORT | SCORES | kwargs)))
-    theirs, ours = found
-    assert torch.equal(ours.sequences, theirs.sequences)
-    for our, their in zip(ours.scores, theirs.scores, strict=True):
-        torch.testing.assert_close(our, their, rtol=2e-5, atol=2e-5)
-    for name in ("self_attention_cache", "cross_attention_cache"):
-        our_layers, their_layers = (getattr(cache_of(each), name).layers for each in (ours, theirs))
-        assert len(our_layers) == step.model.config.num_decoder_layers
-        for our, their in zip(our_layers, their_layers, strict=False):  # theirs may have the encoder's number
-            torch.testing.assert_close(our.keys, their.keys, rtol=2e-5, atol=2e-5)
-            torch.testing.assert_close(our.values, their.values, rtol=2e-5, atol=2e-5)
-    return ours
+def pretend_a_gpu(monkeypatch):
+    for module in (graphed_module, generation, stacks):
+        monkeypatch.setattr(module, "has_cuda_graphs", lambda device: True)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -475,7 +436,7 @@ def test_what_a_graph_cannot_follow(make, batch, what, recordings, monkeypatch):
     step = graphed(model)
     expected = model.generate(**batch(), **SHORT)
     if what == "autocast":
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: device == ("cuda",))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: device == (model.device.type,))
     elif what == "compiling":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     elif what == "compiled":
@@ -484,10 +445,10 @@ def test_what_a_graph_cannot_follow(make, batch, what, recordings, monkeypatch):
         model.forward = functools.wraps(model.forward)(
             lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
         )
-    assert generation.can_replay(model, State.of(model)) is False
+    assert generation.can_replay(model, State.of(model), whole=False) is False
     monkeypatch.undo()
     if what in ("compiled", "wrapped"):
-        monkeypatch.setattr(generation, "is_on_one_gpu", lambda state: True)
+        pretend_a_gpu(monkeypatch)
         assert torch.equal(step.generate(**batch(), **SHORT), expected)
         assert not recordings
 
@@ -496,7 +457,7 @@ def test_a_late_error_of_the_device_is_told(make, batch, monkeypatch):
     def told():
         raise IndexError("late")
 
-    monkeypatch.setattr(sys.modules["fastprompt.graphs.graphed"], "raise_device_errors", told)
+    monkeypatch.setattr(graphed_module, "raise_device_errors", told)
     with pytest.raises(IndexError, match="late"):
         graphed(patch(make())).generate(**batch(), **SHORT)
 
@@ -557,7 +518,7 @@ def test_what_only_a_prompt_model_has(make, batch, name):
 
 def test_whoever_replays_has_the_model_for_itself(make, batch, recordings):
     model = patch(make())
-    locks = sys.modules["fastprompt.graphs.graphed"]._LOCKS
+    locks = graphed_module._LOCKS
     with locks.setdefault(model, threading.Lock()):
         graphed(model).generate(**batch(), **SHORT)
     assert not recordings
