@@ -2,9 +2,8 @@
 """Generating with a whole patched T5 beside the stock one: 16 tokens, greedy or by beams, of inputs of 64.
 
 Random weights in the shapes of v1.1-small and v1.1-base, in fp32, on a CPU that multiplies bf16 in that, too; on a GPU
-in bf16 alone, and also by CUDA graphs (fastprompt.graphed), of the patched and of the stock model. Of the time, at most
-the encoder's pass over B S rows is not spent on steps of B rows, or B beams, which read every weight of the decoder
-once.
+in bf16 alone. Also by graphs (fastprompt.graphed), on a GPU of the stock model as well. Of the time, at most the
+encoder's pass over B S rows is not spent on steps of B rows, or B beams, which read every weight of the decoder once.
 """
 
 from functools import partial
@@ -20,6 +19,7 @@ from fastprompt import graphed, patch
 from fastprompt.testing import share
 
 NEW_TOKENS = 16
+GRAPHS = "fastprompt, graphed"
 STATIC = "HF sdpa, static cache, compiled"  # which generate does by itself, on a GPU
 
 
@@ -43,7 +43,7 @@ def specs(options: Options) -> list[Spec]:
 
 def contenders(spec: Spec, options: Options) -> list[str]:
     if options.device != "cuda":
-        return [OURS, EAGER, SDPA]
+        return [OURS, GRAPHS, EAGER, SDPA]
     # Compiled for a minute, for one shape
     static = (
         [STATIC] if spec.what == "v1.1-base" and dict(spec.sizes) == {"B": 8, "S": 64, "beams": 1} else []
@@ -70,17 +70,13 @@ def build(spec: Spec, options: Options) -> Case:
     new = 3 if options.quick else NEW_TOKENS
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     generation = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": beams}
-    generators = dict(models)
-    if options.device == "cuda":
-        generators |= {name: graphed(models[kind]) for name, kind in GRAPHED.items()}
-    calls = {
-        name: Contender(partial(model.generate, **batch, **generation)) for name, model in generators.items()
-    }
-    if STATIC in contenders(spec, options):
-        model = share(stock, "sdpa")
-        calls[STATIC] = Contender(
-            partial(model.generate, **batch, **generation, cache_implementation="static")
-        )
+    calls = {}
+    for name in contenders(spec, options):
+        model, how = models.get(GRAPHED.get(name, name)), generation
+        if name == STATIC:  # by itself: generate leaves what it compiled on the model
+            model, how = share(stock, "sdpa"), generation | {"cache_implementation": "static"}
+        generate = graphed(model).generate if name in GRAPHED else model.generate
+        calls[name] = Contender(partial(generate, **batch, **how))
     weights = sum(parameter.nbytes for parameter in stock.parameters())
     check = partial(check_generation, models, calls, batch)
     return Case("generate", spec, calls, weights, check, {}, calls=None if options.quick else 1)

@@ -18,8 +18,8 @@ In the packed tables the examples' lengths are the quantiles (b + 1/2) / B of a 
 and sigma 0.6, from 16 to 512, padded to the longest: as different as BoolQ, MultiRC and the short tasks of SuperGLUE
 are in one batch. Quantiles, so that no draw is lucky. In the other tables nothing is padded.
 
-On a GPU the models are bf16, and the training steps of nothing packed and what generates with our prompts are CUDA
-graphs (fastprompt.graphed): otherwise a model of this size would time the host.
+What generates with our prompts are graphs (fastprompt.graphed). On a GPU the models are bf16, and the training steps of
+nothing packed are graphs, too: otherwise a model of this size would time the host.
 """
 
 import importlib.util
@@ -149,9 +149,6 @@ class Setting:
     def batch(self) -> dict[str, Tensor]:
         return {"input_ids": self.ids, "attention_mask": self.mask}
 
-    def generator(self, tuned: PromptModel) -> PromptModel | Graphed:
-        return graphed(tuned) if self.ids.is_cuda else tuned
-
     def generation_options(self) -> dict[str, int]:
         return {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens}
 
@@ -240,7 +237,7 @@ def encoding(spec: Spec, setting: Setting) -> Table:
 
 def generation(spec: Spec, setting: Setting) -> Table:
     tuned, plain = served(setting), setting.prompted(KINDS, patched=False)
-    options, generator = setting.generation_options(), setting.generator(tuned)
+    options, generator = setting.generation_options(), graphed(tuned)
     calls: Calls = {
         each: partial(generator.generate, **setting.batch(), prompts=name, **options)
         for each, name in ((OURS, "cached"), ("prefix", "prefix"), ("prepend", "prepend"))
@@ -267,7 +264,7 @@ def bank(spec: Spec, setting: Setting) -> Table:
     tuned = setting.prompted(dict.fromkeys(names, "cached" if what == "generate" else what)).eval()
     tuned.cache_prompts()
     batch, options = setting.batch(), setting.generation_options()
-    generate = partial(setting.generator(tuned).generate, **batch, **options)
+    generate = partial(graphed(tuned).generate, **batch, **options)
     call = partial(encoded, tuned, setting) if what != "generate" else lambda name: generate(prompts=name)
     calls: Calls = {OURS: partial(call, names), "one prompt": partial(call, names[0])}
 

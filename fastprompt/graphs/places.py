@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprompt._allowed import Allowed, PromptKeys, is_kept
 
-COPIED = 2**28  # bytes of the keys of prompts that are kept
+COPIED = {"cuda": 2**28, "cpu": 2**24}  # bytes of the keys of kept prompts, in much less than a token's time
 
 
 class Places:
@@ -77,7 +77,8 @@ def fixed(call: Any) -> Any:
 
 def _are_copied(prompts: PromptKeys) -> bool:
     """Keys and values that were computed for this call lie elsewhere in the next; kept ones stay, and may be many."""
-    return not is_kept(prompts.keys) or sum(x.nbytes for x in prompts.keys) <= COPIED
+    keys = prompts.keys
+    return not is_kept(keys) or sum(x.nbytes for x in keys) <= COPIED[keys[0].device.type]
 
 
 def _where(layers: tuple[Tensor, ...]) -> Any:

@@ -81,7 +81,8 @@ def test_prompts_of_every_kind(prompted, batch, kind, mode, recordings):
 @pytest.mark.parametrize("copied", [True, False])
 def test_kept_prompts(prompted, batch, recordings, monkeypatch, copied):
     """They stay where they are, and are read there if they are large."""
-    monkeypatch.setattr(places, "COPIED", places.COPIED if copied else 0)
+    if not copied:
+        monkeypatch.setattr(places, "COPIED", {"cpu": 0, "cuda": 0})
     model = prompted("cached")
     model.cache_prompts()
     step = graphed(model)
@@ -109,7 +110,8 @@ def test_a_graph_reads_no_tensor_that_the_next_call_has_elsewhere(monkeypatch, k
         allowed = Allowed(torch.ones(4, 5), 0, False, prompt, torch.ones(5), torch.ones(1, 3))
         return {"attention_mask": allowed, "other": {"x": torch.ones(4, 7), "flag": True}}
 
-    monkeypatch.setattr(places, "COPIED", 0 if large else 2**20)
+    if large:
+        monkeypatch.setattr(places, "COPIED", {"cpu": 0, "cuda": 0})
     first, second, held = call(), call(), places.Places()
     for each in (first, second):
         found, own = tree_leaves(held.put(each)), tree_leaves(each)

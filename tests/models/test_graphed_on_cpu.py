@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LogitsProcessor
 
 from fastprompt import _C, graphed, patch, unpatch
-from fastprompt.graphs import stacks
+from fastprompt.graphs import places, stacks
 from fastprompt.graphs.tape import Tape
 
 pytestmark = pytest.mark.skipif("config.getoption('--device') == 'cuda'", reason="tapes are for CPUs")
@@ -82,13 +82,19 @@ def test_prompts_of_every_kind(prompted, batch, kind, mode, pack, tapes):
     assert len(tapes) == made
 
 
-def test_kept_prompts(prompted, batch, tapes):
+@pytest.mark.parametrize("copied", [True, False])
+def test_kept_prompts(prompted, batch, tapes, monkeypatch, copied):
+    """Few are copied, many read where they are."""
+    if not copied:
+        monkeypatch.setattr(places, "COPIED", {"cpu": 0})
     model = prompted("cached")
     model.cache_prompts()
     step = graphed(model)
     for names in (["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"]):
         assert_the_same(step, **batch(), prompts=names)
     assert len(tapes) == 1
+    (decoding,) = step._recorded.values()
+    assert any(x.dim() == 4 for x in decoding.places._tensors.values()) == copied, "[R, P, H, K]"
 
 
 def test_whole_passes_are_the_models_own(prompted, batch, tapes):
