@@ -314,6 +314,12 @@ def running(member: str, key: str) -> Function:
     return found[-1] if found else owner._recorded(member)
 
 
+def chosen() -> tuple[tuple[str, ...], ...]:
+    """The backends of all schemas and devices, which use_backend changes."""
+    every = (found for op in OPS.values() for found in op._running.values() if found)
+    return tuple(tuple(found[-1].backends) for found in every)  # type: ignore[attr-defined]
+
+
 def _find(op: str) -> Op:
     if op not in OPS:
         raise ValueError(f"fastprompt: op must be one of {', '.join(sorted(OPS))}, got {op!r}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._cache_name import CACHE, CACHE_NAMES, cache_of
+from fastprompt._op import chosen
 from fastprompt._stamp import State
 from fastprompt._tensors import parts_of
 from fastprompt._warn import warn
@@ -200,6 +201,7 @@ class Fixed(NamedTuple):
     trains: tuple[bool, ...]  # which of them do
     classes: tuple[type, ...]  # of its modules
     adapters: tuple[str, ...]
+    backends: tuple[tuple[str, ...], ...]  # of ops
 
 
 def _fixed(state: State) -> Fixed:
@@ -208,6 +210,7 @@ def _fixed(state: State) -> Fixed:
         tuple(each.requires_grad for each in state.tensors),
         tuple(state.classes),
         tuple(state.adapters),
+        chosen(),
     )
 
 

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
 from fastprompt._op import running
-from fastprompt._plain import capturing
+from fastprompt._plain import PLAIN_TYPES, capturing
 
 
 class UnrecordableError(RuntimeError):
-    """The function reads a value of a tensor, which another run would have changed."""
+    """The function reads a value of a tensor, which another run would have changed, or tensors of another class."""
 
 
 class Tape:
@@ -24,7 +24,8 @@ class Tape:
 
     A replay reads and writes the tensors that the recorded run did; what the host knew then is fixed.
 
-    UnrecordableError: it reads a value. What it had written by then is written.
+    UnrecordableError: it reads a value, or has tensors of a class of their own, whose memory is elsewhere. What it had
+    written by then is written.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
@@ -81,6 +82,9 @@ class _Recorder(TorchDispatchMode):
         result = function(*args, **kwargs)
         if _reads_values(function, args, result):
             raise UnrecordableError(f"{function} reads a value")
+        for x in _tensors((args, kwargs, result)):
+            if type(x) not in PLAIN_TYPES:
+                raise UnrecordableError(f"{function} has a {type(x).__name__}")
         given = _storages((args, kwargs))
         made = [x for x in _tensors(result) if x.untyped_storage().data_ptr() not in given]
         if (made and not _is_empty(function)) or function._schema.is_mutable:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LogitsProcessor
 
-from fastprompt import _C, graphed, patch, unpatch
+from fastprompt import _C, backend_used, graphed, patch, unpatch, use_backend
 from fastprompt.graphs import places, stacks
 from fastprompt.graphs.tape import Tape
 
@@ -161,6 +161,17 @@ def test_switched_adapters(make, batch, tapes):
         assert_the_same(step, **batch())
     assert_the_same(step, **batch())
     assert len(tapes) == 2
+
+
+def test_another_backend(make, batch, tapes):
+    step = graphed(patch(make()))
+    step.generate(**batch(), **SHORT)
+    with use_backend("rms_norm", "reference"):
+        assert_the_same(step, **batch())
+        assert backend_used("rms_norm") == "reference"
+    step.generate(**batch(), **SHORT)
+    assert len(tapes) == 2
+    assert not any(isinstance(each, _C.Call) and each.name == "rms_norm" for each in tapes[1]._operations)
 
 
 def test_moved_weights_are_not_kept(make, batch, tapes):

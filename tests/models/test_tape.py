@@ -114,6 +114,18 @@ def test_a_value_that_is_read_is_told(reads, mode):
         Tape(reads)
 
 
+def test_tensors_of_another_class():
+    class Wrapped(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            inner = torch.utils._pytree.tree_map(lambda x: X if isinstance(x, cls) else x, args)
+            return function(*inner, **(kwargs or {}))
+
+    wrapped = torch.Tensor._make_wrapper_subclass(Wrapped, X.shape)
+    with pytest.raises(UnrecordableError, match="has a Wrapped"):
+        Tape(lambda: wrapped + 1)
+
+
 def test_errors_are_told():
     index = torch.zeros(1, dtype=torch.int64)
     tape = Tape(lambda: X.index_select(0, index))
