@@ -260,7 +260,7 @@ void streamed_columns(const Product<W>& p, const float* x, int64_t n, int64_t be
         int64_t k = chain;
         for (; k + kLanes <= end; k += kLanes) {
             float turned[kLanes * kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) fetch(next + i * p.b.column + k);
+            for (int64_t i = 0; i < kLanes; ++i) fetch_outer(next + i * p.b.column + k);
             transpose(b + k, p.b.column, turned, kLanes);
             for (int64_t d = 0; d < kLanes; ++d) multiply(k + d, load(turned + d * kLanes));
         }

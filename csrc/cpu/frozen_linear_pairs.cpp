@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // frozen_linear of a few rows in bf16, by instructions that multiply it: of the targets "avx512_bf16" and "amx".
 //
-// Reading the weight is what takes time, so it passes by once, in order, and nothing is packed or turned: a sum has a
-// lane for every kLanes-th pair of products, and lanes are added up at its end. A row's result is the same bits
-// whatever other rows there are. Formulas: fastprompt/ops/frozen_linear.py.
+// Reading the weight is what takes time, so it passes by once, and nothing is packed or turned: a sum has a lane for
+// every kLanes-th pair of products, and lanes are added up at its end. The columns of y that are computed together lie
+// far apart, so that each reads the weight in one line of its own, which a CPU reads ahead of. A row's result is the
+// same bits whatever other rows there are. Formulas: fastprompt/ops/frozen_linear.py.
 #include "common/kernel.h"
 #include "cpu/pairs.h"
 
@@ -12,12 +13,13 @@ namespace {
 constexpr int64_t kRows = 8;      // of x, multiplied together
 constexpr int64_t kColumns = 24;  // of y: rows of the weight, which stay in the first-level cache for more rows of x
 constexpr int64_t kStep = 2 * kLanes;  // products in a vector of pairs
+constexpr int64_t kAhead = 1024;       // elements of the weight, asked for before they are multiplied
 
-// y[M][N] = x[M][K] w[N][K]^T, rows of w `row` elements apart.
+// y[M][N] = x[M][K] w[N][K]^T, rows of x and of w so many elements apart.
 struct Product {
     const fp::bf16 *x, *w;
     fp::bf16* y;
-    int64_t M, N, K, row;
+    int64_t M, N, K, x_row, row;
 };
 
 FP_INLINE vuint pairs_at(const fp::bf16* from, Whole) { return PairMatrix::right(from); }
@@ -29,24 +31,24 @@ FP_INLINE vuint pairs_at(const fp::bf16* from, int64_t count) {
     return PairMatrix::right(elements);
 }
 
-// ROWS rows of y from m on, COLUMNS columns from n on.
+// ROWS rows of y from m on, COLUMNS columns from n on, which lie `apart`.
 template <int64_t ROWS, int64_t COLUMNS>
-void some_sums(const Product& p, int64_t m, int64_t n) {
+void some_sums(const Product& p, int64_t m, int64_t n, int64_t apart) {
     constexpr int64_t kSums = ROWS * COLUMNS, kFour = 4;
-    const fp::bf16 *x = p.x + m * p.K, *w = p.w + n * p.row;
-    // What one row or two need is little, and then a CPU's own reading ahead is faster.
-    const fp::bf16* next = ROWS > 2 && n + 2 * COLUMNS <= p.N ? w + COLUMNS * p.row : w;
+    const fp::bf16 *x = p.x + m * p.x_row, *w = p.w + n * p.row;
     vfloat sum[round_up(kSums, kFour)] = {};
     const auto add = [&](int64_t k, auto extent) {
         vuint right[COLUMNS];
 #pragma GCC unroll 8
         for (int64_t j = 0; j < COLUMNS; ++j) {
-            if (ROWS > 2) fetch(next + j * p.row + k);
-            right[j] = pairs_at(w + j * p.row + k, extent);
+            const fp::bf16* from = w + j * apart * p.row + k;
+            // Fewer rows are multiplied as fast as a CPU reads ahead by itself.
+            if (ROWS > 4) fetch(from + kAhead);
+            right[j] = pairs_at(from, extent);
         }
 #pragma GCC unroll 8
         for (int64_t i = 0; i < ROWS; ++i) {
-            const vuint left = pairs_at(x + i * p.K + k, extent);
+            const vuint left = pairs_at(x + i * p.x_row + k, extent);
 #pragma GCC unroll 8
             for (int64_t j = 0; j < COLUMNS; ++j) {
                 sum[i * COLUMNS + j] = PairMatrix::add(sum[i * COLUMNS + j], left, right[j]);
@@ -61,24 +63,49 @@ void some_sums(const Product& p, int64_t m, int64_t n) {
     for (int64_t s = 0; s < kSums; s += kFour) sum_lanes_of_four(sum + s, total + s);
     fp::bf16 rounded[round_up(kSums, kFour * kLanes)];
     for (int64_t s = 0; s < kSums; s += kLanes) store(rounded + s, load(total + s));
-    for (int64_t i = 0; i < ROWS; ++i)
-        memcpy(p.y + (m + i) * p.N + n, rounded + i * COLUMNS, sizeof(fp::bf16) * COLUMNS);
+    for (int64_t i = 0; i < ROWS; ++i) {
+        for (int64_t j = 0; j < COLUMNS; ++j) p.y[(m + i) * p.N + n + j * apart] = rounded[i * COLUMNS + j];
+    }
 }
 
-// Rows [m, m + ROWS) of y, columns [n, end). As many sums at a time as there are registers for.
-template <int64_t ROWS>
-void some_rows(const Product& p, int64_t m, int64_t n, int64_t end) {
-    constexpr int64_t kTogether = ROWS <= 2 ? 8 : ROWS <= 4 ? 4 : 3;
-    for (; n + kTogether <= end; n += kTogether) some_sums<ROWS, kTogether>(p, m, n);
-    for (; n < end; ++n) some_sums<ROWS, 1>(p, m, n);
+// Rows [m, m + MOST) of y, or as many as there are.
+template <int64_t MOST, int64_t COLUMNS>
+void rows_from(const Product& p, int64_t m, int64_t n, int64_t apart) {
+    if (p.M - m >= MOST) {
+        some_sums<MOST, COLUMNS>(p, m, n, apart);
+    } else if constexpr (MOST > 1) {
+        rows_from<MOST - 1, COLUMNS>(p, m, n, apart);
+    }
 }
 
-template <int64_t ROWS = kRows>
-void rows_from(const Product& p, int64_t m, int64_t n, int64_t end) {
-    if (p.M - m >= ROWS) {
-        some_rows<ROWS>(p, m, n, end);
-    } else if constexpr (ROWS > 1) {
-        rows_from<ROWS - 1>(p, m, n, end);
+// COLUMNS of y at a time for MOST rows: as many sums as there are registers for. The products of B examples, whose
+// weights lie w_example apart.
+template <int64_t MOST, int64_t COLUMNS>
+void multiply(const Product& first, int64_t B, int64_t w_example) {
+    const int64_t M = first.M, N = first.N, K = first.K, apart = N / COLUMNS, some = kColumns / COLUMNS;
+    const auto of_example = [=](int64_t b) {
+        return Product{first.x + b * M * first.x_row,
+                       first.w + b * w_example,
+                       first.y + b * M * N,
+                       M,
+                       N,
+                       K,
+                       first.x_row,
+                       first.row};
+    };
+#pragma omp parallel for collapse(2) schedule(static) if (B * N * K >= kParallelWeights)
+    for (int64_t b = 0; b < B; ++b) {
+        for (int64_t n = 0; n < apart; n += some) {
+            const Product p = of_example(b);
+            for (int64_t m = 0; m < M; m += MOST) {
+                for (int64_t i = n; i < least(apart, n + some); ++i) rows_from<MOST, COLUMNS>(p, m, i, apart);
+            }
+        }
+    }
+    for (int64_t b = 0; b < B; ++b) {
+        for (int64_t n = apart * COLUMNS; n < N; ++n) {
+            for (int64_t m = 0; m < M; m += MOST) rows_from<MOST, 1>(of_example(b), m, n, 0);
+        }
     }
 }
 
@@ -86,13 +113,24 @@ void rows_from(const Product& p, int64_t m, int64_t n, int64_t end) {
 int64_t frozen_linear(const fp::bf16* x, const fp::bf16* w, fp::bf16* y, int64_t B, int64_t M, int64_t N, int64_t K,
                       int64_t w_example, int64_t w_row, int64_t w_column, int64_t dtype, void* /*stream*/) {
     if (dtype != fp::kBFloat16 || w_column != 1) return fp::kBadOption;
-#pragma omp parallel for collapse(2) schedule(static) if (B * N * K >= kParallelWeights)
-    for (int64_t b = 0; b < B; ++b) {
-        for (int64_t n = 0; n < N; n += kColumns) {
-            const Product p{x + b * M * K, w + b * w_example, y + b * M * N, M, N, K, w_row};
-            for (int64_t m = 0; m < M; m += kRows) rows_from(p, m, n, least(N, n + kColumns));
-        }
+    // Rows of x that are multiples of 4 KB apart share lines of the first-level cache.
+    const bool clashes = M > 2 && K * static_cast<int64_t>(sizeof(fp::bf16)) % 4096 == 0;
+    const int64_t x_row = clashes ? K + kStep : K;
+    fp::bf16* spread = nullptr;
+    if (clashes) {
+        spread = static_cast<fp::bf16*>(allocate_lines(B * M * x_row * static_cast<int64_t>(sizeof(fp::bf16))));
+        if (spread == nullptr) return fp::kNoMemory;
+        for (int64_t i = 0; i < B * M; ++i) memcpy(spread + i * x_row, x + i * K, sizeof(fp::bf16) * K);
     }
+    const Product first{clashes ? spread : x, w, y, M, N, K, x_row, w_row};
+    if (M <= 2) {
+        multiply<2, 8>(first, B, w_example);
+    } else if (M <= 4) {
+        multiply<4, 4>(first, B, w_example);
+    } else {
+        multiply<kRows, 3>(first, B, w_example);
+    }
+    free(spread);
     return 0;
 }
 

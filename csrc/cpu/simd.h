@@ -169,6 +169,12 @@ FP_INLINE void fetch(const T* address) {
     if constexpr (FP_LANES > 1) __builtin_prefetch(address);
 }
 
+// The same into the second-level cache alone, for what would drive out of the first what is needed before.
+template <class T>
+FP_INLINE void fetch_outer(const T* address) {
+    if constexpr (FP_LANES > 1) __builtin_prefetch(address, 0, 2);
+}
+
 // A store waits in a buffer of few entries until its line is in the cache. So lines that are to be written are asked
 // for, too, so many bytes before.
 constexpr int64_t kStoreAhead = 2048;
