@@ -93,8 +93,8 @@ std::array<PyMethodDef, 4> functions = {{
      "describe(*arguments) -> all of them but for what tensors hold, as bytes; None if one cannot be described."},
     {"learn_torch", fp::learn_torch, METH_O, "learn_torch(torch): kernels and describe take its tensors from then on."},
     {"record_calls", fp::record_calls, METH_O,
-     "record_calls(list): from then on this thread's calls of kernels are appended to it, as functions without "
-     "arguments that make them again; None ends that."},
+     "record_calls(list or None) -> what was given last: from then on this thread's calls of kernels are appended to "
+     "the list, each as a function without arguments that makes it again, in the same memory, and its arguments."},
     {nullptr, nullptr, 0, nullptr},
 }};
 

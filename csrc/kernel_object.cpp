@@ -34,13 +34,12 @@ struct Arguments {
     std::vector<int64_t> sizes;  // shapes and strides
 };
 
-// A call that was recorded: call() makes it again, on the memory that the tensors had.
+// A call that was recorded: call() makes it again, on the memory that the tensors had, which somebody must keep.
 struct CallObject {
     PyObject_HEAD;
     vectorcallfunc call;
     fp::Kernel kernel;
     const Arguments* arguments;
-    PyObject* given;  // keeps the tensors
 };
 
 PyObject *kernel_type = nullptr, *call_type = nullptr;
@@ -134,32 +133,27 @@ std::unique_ptr<Arguments> copied(const fp::Kernel& kernel, const fp::TorchTenso
     return made;
 }
 
+// (a Call, its arguments) to the list.
 bool record(const fp::Kernel& kernel, PyObject* const* given, const fp::TorchTensor* tensors, const fp::Slot* slots) {
     auto* made = PyObject_New(CallObject, reinterpret_cast<PyTypeObject*>(call_type));
     if (made == nullptr) return false;
-    const auto count = static_cast<Py_ssize_t>(std::strlen(kernel.signature));
     made->call = &run_again;
     made->kernel = kernel;
-    made->arguments = nullptr;
-    made->given = PyTuple_New(count);
-    bool done = made->given != nullptr;
-    if (done) {
-        for (Py_ssize_t i = 0; i < count; ++i) {
-            Py_INCREF(given[i]);
-            PyTuple_SET_ITEM(made->given, i, given[i]);
-        }
-        made->arguments = copied(kernel, tensors, slots).release();
-        done = PyList_Append(recorded, reinterpret_cast<PyObject*>(made)) == 0;
-    }
+    made->arguments = copied(kernel, tensors, slots).release();
+    const auto count = static_cast<Py_ssize_t>(std::strlen(kernel.signature));
+    PyObject* arguments = PyTuple_New(count);
+    for (Py_ssize_t i = 0; arguments != nullptr && i < count; ++i) PyTuple_SET_ITEM(arguments, i, Py_NewRef(given[i]));
+    PyObject* entry = arguments == nullptr ? nullptr : PyTuple_Pack(2, made, arguments);
+    const bool done = entry != nullptr && PyList_Append(recorded, entry) == 0;
+    Py_XDECREF(entry);
+    Py_XDECREF(arguments);
     Py_DECREF(reinterpret_cast<PyObject*>(made));
     return done;
 }
 
 void forget_call(PyObject* self) {
-    auto* call = reinterpret_cast<CallObject*>(self);
     PyTypeObject* type = Py_TYPE(self);
-    delete call->arguments;
-    Py_XDECREF(call->given);
+    delete reinterpret_cast<CallObject*>(self)->arguments;
     PyObject_Free(self);
     Py_DECREF(type);
 }
@@ -191,9 +185,8 @@ std::array<PyMemberDef, 5> kernel_members = {{
     {nullptr, 0, 0, 0, nullptr},
 }};
 
-std::array<PyMemberDef, 4> call_members = {{
+std::array<PyMemberDef, 3> call_members = {{
     {"name", T_STRING, offsetof(CallObject, kernel.name), READONLY, nullptr},
-    {"arguments", T_OBJECT, offsetof(CallObject, given), READONLY, nullptr},
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(CallObject, call), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 }};
@@ -241,10 +234,9 @@ PyObject* record_calls(PyObject* /*module*/, PyObject* list) {
         PyErr_SetString(PyExc_TypeError, "fastprompt._C.record_calls: takes a list or None");
         return nullptr;
     }
-    PyObject* before = recorded;
+    PyObject* before = recorded == nullptr ? Py_NewRef(Py_None) : recorded;
     recorded = list == Py_None ? nullptr : Py_NewRef(list);
-    Py_XDECREF(before);
-    Py_RETURN_NONE;
+    return before;
 }
 
 }  // namespace fp

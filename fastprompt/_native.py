@@ -41,13 +41,14 @@ class Native(NamedTuple):
     targets: dict[str, SimpleNamespace]  # the kernels of each
     cpu_is_amd: bool = False
     describe: Callable[..., bytes | None] = lambda *_arguments: None  # csrc/describe.h
-    record_calls: Callable[[list[Any] | None], None] = lambda _calls: None  # csrc/bindings.cpp
+    record_calls: Callable[[list[Any] | None], Any] = lambda _calls: None  # csrc/bindings.cpp
 
 
 def _load(isas: Sequence[str]) -> Native:
     try:
         _C: Any = importlib.import_module("fastprompt._C")
         _C.learn_torch(torch)
+        others = _C.cpu_is_amd, _C.describe, _C.record_calls
     except (ImportError, AttributeError) as error:  # AttributeError: built from older sources
         remedy = (
             "For the fast path install a wheel, or build with `pip install .` (needs g++ and Python's headers)"
@@ -62,7 +63,7 @@ def _load(isas: Sequence[str]) -> Native:
         return Native({})
     found = {target: _C.kernels(target) for target in (*isas, "cuda")}
     targets = {target: SimpleNamespace(**kernels) for target, kernels in found.items() if kernels}
-    return Native(targets, _C.cpu_is_amd, _C.describe, _C.record_calls)
+    return Native(targets, *others)
 
 
 TARGETS, CPU_IS_AMD, describe, _record_calls = _load(_isas())
@@ -72,14 +73,14 @@ CPU_TARGETS = tuple(isa for isa in CPU_ISAS if isa in TARGETS)
 
 @contextmanager
 def recorded_calls(calls: list[Any]) -> Iterator[None]:
-    """A ``with`` block in which this thread's calls of kernels are appended to ``calls``, as functions that make them
-    again; ``arguments`` are theirs.
+    """A ``with`` block in which this thread's calls of kernels are appended to ``calls``: each as a function that makes
+    it again, in the memory that its tensors have now, and its arguments.
     """
-    _record_calls(calls)
+    before = _record_calls(calls)
     try:
         yield
     finally:
-        _record_calls(None)
+        _record_calls(before)
 
 
 _thread = threading.local()

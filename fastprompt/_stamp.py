@@ -72,7 +72,7 @@ def _modules_of(owner: nn.Module) -> list[nn.Module]:
     """Those of ``owner.modules()``, whose nested generators take milliseconds over a large model."""
     found, seen = [owner], {owner}
     for module in found:  # which grows meanwhile
-        for child in module.__dict__["_modules"].values():
+        for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
                 found.append(child)

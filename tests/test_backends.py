@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -330,6 +331,12 @@ def test_nobody_is_told_to_build_what_does_not_build_here(monkeypatch):
     with pytest.warns(UserWarning, match=r"without its compiled kernels .* They are for Linux\.$"):
         native = _native._load(_native.CPU_ISAS)
     assert (native.targets, native.cpu_is_amd, native.describe(1)) == ({}, False, None)
+
+
+def test_an_extension_of_older_sources(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastprompt._C", types.SimpleNamespace(learn_torch=lambda torch: None))
+    with pytest.warns(UserWarning, match="without its compiled kernels .*has no attribute"):
+        assert _native._load(_native.CPU_ISAS).targets == {}
 
 
 @pytest.mark.parametrize("missing", ["triton", "fastprompt.triton_kernels"])

@@ -22,6 +22,15 @@ environment = {
 }
 ask = f"import fastprompt as f; assert f.__file__.startswith({build!r}), f.__file__; print(*f._native.CPU_TARGETS)"
 targets = subprocess.check_output([sys.executable, "-c", ask], env=environment, text=True).split()
-tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/models/test_tape.py"]
+tests = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "tests/ops",
+    "tests/models/test_tape.py",
+]
 backends = ",".join(f"cpu:{target}" for target in targets)
 sys.exit(subprocess.run([*tests, "--backends", backends], env=environment).returncode)

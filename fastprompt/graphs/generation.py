@@ -18,6 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from fastprompt._cache_name import CACHE, CACHE_NAMES
 from fastprompt._extra_outputs import OUTPUT_FLAGS, extra_output
 from fastprompt._generation import generation_option
+from fastprompt._plain import is_plain_call
 from fastprompt._replayed import replayed
 from fastprompt._stamp import State
 from fastprompt.graphs.places import fixed
@@ -55,6 +56,7 @@ def by_graphs(
     """
     encoder, decoder = model.get_encoder(), model.get_decoder()
     encode, decode = encoder.forward, decoder.forward
+    on_gpu = has_cuda_graphs(next(decoder.parameters()).device)
     past, thread, used = Sequences(), get_ident(), []
 
     def use(key: Any, make: Callable[[], Any]) -> Any:
@@ -90,9 +92,9 @@ def by_graphs(
         def decoding(room: int) -> Decoding:
             like = {**call, "arguments": {**arguments, "input_ids": rows}}
             pool.reserve(Decoding.nbytes(decoder, states, room), states.device)
-            return use(
-                ("decoder", room, pool.epoch, fixed(like)), lambda: Decoding(decode, model, call, room, pool)
-            )
+            # A tape of prompts that lie elsewhere takes another's place, and keeps no prompts that are gone.
+            key = "decoder", room, pool.epoch, fixed(like, places=on_gpu)
+            return use(key, lambda: Decoding(decode, model, call, room, pool))
 
         if past.decoding is None:
             past.decoding = decoding(_room(tokens))
@@ -106,7 +108,6 @@ def by_graphs(
         return found
 
     try:
-        on_gpu = has_cuda_graphs(next(decoder.parameters()).device)
         with replayed(encoder, encoded) if on_gpu else nullcontext(), replayed(decoder, decoded):
             yield past
     finally:
@@ -135,7 +136,7 @@ def can_replay(model: Any, state: State, whole: bool) -> bool:
     return (
         not model.training
         and device is not None
-        and (has_cuda_graphs(device) or (not whole and _is_ours(model.get_decoder())))
+        and (has_cuda_graphs(device) or (not whole and _is_ours(model.get_decoder()) and is_plain_call()))
         and not torch.is_autocast_enabled(device.type)
         and not torch.compiler.is_compiling()
         # accelerate's forward may switch autocast on; torch's compiled calls know of no other forward

@@ -62,16 +62,16 @@ def with_tensors(call: Any, place: Callable[[Tensor], Tensor]) -> Any:
     return call
 
 
-def fixed(call: Any) -> Any:
-    """All that a graph of ``call`` has fixed."""
+def fixed(call: Any, places: bool = True) -> Any:
+    """All that a graph of ``call`` has fixed; without ``places``, but for where what is not copied lies."""
     if isinstance(call, Tensor):
         return call.shape, call.dtype, call.device
     if isinstance(call, dict):
-        return tuple((name, fixed(value)) for name, value in call.items())
-    if isinstance(call, PromptKeys) and not _are_copied(call):
+        return tuple((name, fixed(value, places)) for name, value in call.items())
+    if isinstance(call, PromptKeys) and places and not _are_copied(call):
         return tuple(_where(value) for value in call[:2]), tuple(fixed(value) for value in call)
     if isinstance(call, tuple):
-        return tuple(fixed(value) for value in call)
+        return tuple(fixed(value, places) for value in call)
     return repr(call)
 
 

@@ -13,7 +13,7 @@ from fastprompt._cache_name import CACHE
 from fastprompt.graphs.keys import CrossKeys, OwnKeys
 from fastprompt.graphs.places import Places, fixed
 from fastprompt.graphs.recording import Pool, Recording, has_cuda_graphs
-from fastprompt.graphs.tape import Tape, UnrecordableError
+from fastprompt.graphs.tape import Tape
 from fastprompt.hf_attention import prompt_keys
 
 CPU_ROWS = 64  # the most of a step that a CPU records: with more the host has little part in its time
@@ -53,6 +53,7 @@ class Decoding:
     ) -> None:
         """``call``: the first one of a sequence."""
         self.forward, self.model, self.pool, self.room = forward, model, pool, room
+        self.on_cpu = not has_cuda_graphs(call["arguments"]["encoder_hidden_states"].device)
         self.decoder, self.places = model.get_decoder(), Places()
         states: Tensor = call["arguments"]["encoder_hidden_states"]
         shapes, nbytes = self._shapes(self.decoder, states, room), self.nbytes(self.decoder, states, room)
@@ -65,7 +66,7 @@ class Decoding:
         self._layers: list[Any] = [OwnKeys(keys, values, self.count) for keys, values in self.own]
         self._cross_layers: list[Any] = [CrossKeys(keys, values) for keys, values in self.cross]
         self.past = EncoderDecoderCache(Cache(layers=self._layers), Cache(layers=self._cross_layers))
-        self._recorded: dict[Any, Recording | Tape | None] = {}  # None: it cannot be
+        self._recorded: dict[Any, Recording | Tape | None] = {}  # None: it cannot be; of tapes the last one
 
     @classmethod
     def nbytes(cls, decoder: Any, states: Tensor, room: int) -> int:
@@ -119,15 +120,14 @@ class Decoding:
             return found
 
         # A start of several tokens is of any length, and comes once.
-        on_cpu = not has_cuda_graphs(self.own.device)
-        passes = tokens > 1 or (on_cpu and (first or self.own.shape[2] > CPU_ROWS))
+        passes = tokens > 1 or (self.on_cpu and (first or self.own.shape[2] > CPU_ROWS))
         found = run() if passes else self._replay((first, fixed(call)), run)
         self.seen += tokens
         return type(found)(last_hidden_state=found.last_hidden_state.clone())
 
     def reorder(self, rows: Tensor) -> None:
         """Row b goes on from row ``rows[b]``, of the same example: what cross-attention reads is the same."""
-        if not has_cuda_graphs(self.own.device):
+        if self.on_cpu:
             held = self.own[..., : self.seen, :]
             held.copy_(held.index_select(2, rows))
             return
@@ -138,7 +138,7 @@ class Decoding:
 
     def _replay(self, key: Any, run: Callable[[], Any]) -> Any:
         if key not in self._recorded:
-            if not has_cuda_graphs(self.own.device):
+            if self.on_cpu:
                 return self._first_run(key, run)
             own = self.own.clone()
 
@@ -151,13 +151,10 @@ class Decoding:
         return run() if recording is None else recording.replay()
 
     def _first_run(self, key: Any, run: Callable[[], Any]) -> Any:
-        """On a CPU, where recording is a run like any other."""
-        try:
-            tape = Tape(run)
-        except UnrecordableError:  # before the count: the token's keys and values are written once more
-            self._recorded[key] = None
-            return run()
-        self._recorded[key] = tape
+        """On a CPU, where recording is a run like any other. What was recorded before had kept prompts elsewhere."""
+        tape = Tape(run)
+        self._recorded.clear()
+        self._recorded[key] = None if tape.obstacle else tape
         return tape.result
 
     def cache(self) -> EncoderDecoderCache:

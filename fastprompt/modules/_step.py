@@ -63,6 +63,6 @@ def _per_row(offset: Tensor, rows: int) -> Tensor:
     """int64 [B] of a number, which all layers of a stack are handed."""
     found: Tensor | None = note_on(offset, "fastprompt_per_row")
     if found is None:
-        found = offset.expand(rows).contiguous()
+        found = offset.expand(rows).clone()  # no view: what offset holds on to must not hold on to it
         leave_note(offset, "fastprompt_per_row", found)
     return found

@@ -10,6 +10,7 @@ import torch
 from generated import MODES, SCORES, SHORT, assert_the_same
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
 from fastprompt import _C, backend_used, graphed, patch, unpatch, use_backend
@@ -174,6 +175,76 @@ def test_another_backend(make, batch, tapes):
     assert not any(isinstance(each, _C.Call) and each.name == "rms_norm" for each in tapes[1]._operations)
 
 
+def test_weights_that_see_their_memory_in_another_way(make, batch, tapes):
+    """At the same address: turned, and of other rows."""
+    model = patch(make(d_model=64, d_kv=16, num_heads=4))
+    step = graphed(model)
+    step.generate(**batch(), **SHORT)
+    o = model.decoder.block[1].layer[1].EncDecAttention.o
+    o.weight = nn.Parameter(o.weight.detach().t(), requires_grad=False)
+    assert_the_same(step, **batch())
+    wide = torch.rand(128) + 0.5
+    for each in (wide[:64], wide[::2]):
+        model.decoder.final_layer_norm.weight = nn.Parameter(each, requires_grad=False)
+        assert_the_same(step, **batch())
+    assert len(tapes) == 4
+
+
+def test_in_a_mode_that_looks_at_operations(make, batch, tapes):
+    """Or that changes them."""
+
+    class Doubles(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return (result[0] * 2, *result[1:]) if function.__name__ == "rms_norm.default" else result
+
+    step = graphed(patch(make()))
+    step.generate(**batch(), **SHORT)
+    with Doubles():
+        assert_the_same(step, **batch())
+    with torch.profiler.profile() as profile:
+        step.generate(**batch(), **SHORT)
+    with torch.profiler.profile() as expected:
+        step.model.generate(**batch(), **SHORT)
+    counts = [sum("rms_norm" in event.name for event in each.events()) for each in (profile, expected)]
+    assert counts[0] == counts[1] > 0
+    assert len(tapes) == 1
+
+
+def test_nothing_is_left_of_a_call(make, batch):
+    step = graphed(patch(make()))
+    one = {name: x[:1] for name, x in batch().items()}
+    counts = []
+    for _ in range(4):
+        step.generate(**one, **SHORT)
+        gc.collect()
+        counts.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert counts[1] == counts[3]
+
+
+def test_kept_prompts_that_were_replaced_are_not_kept(prompted, batch, tapes, monkeypatch):
+    monkeypatch.setattr(places, "COPIED", {"cpu": 0})
+    model = prompted("cached")
+    step, alive = graphed(model), []
+    for scale in (1.0, 0.5, 2.0):
+        with torch.no_grad():
+            model.prompts["a"].mul_(scale)
+        model.cache_prompts()
+        assert_the_same(step, **batch(), prompts="a")
+        gc.collect()
+        alive.append(len({x.data_ptr() for x in kept_tensors(model)}))
+    assert alive[0] == alive[1] == alive[2]
+    assert (len(tapes), len(step)) == (3, 1)
+
+
+def kept_tensors(model):
+    """All that look like a decoder layer's keys of a kept prompt."""
+    config = model.config
+    shape = (5, config.num_heads, config.d_kv)
+    every = (x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter))
+    return [x for x in every if x.dim() == 4 and tuple(x.shape[1:]) == shape]
+
+
 def test_moved_weights_are_not_kept(make, batch, tapes):
     model = patch(make())
     step = graphed(model)
@@ -203,7 +274,15 @@ def test_what_reads_a_value(make, batch, tapes):
         assert_the_same(step, **batch(side))
         assert_the_same(step, **batch(side), num_beams=3)
     assert len(tapes) == 3, "one again, as the memory that all share has grown for the beams"
-    assert not any(hasattr(each, "result") for each in tapes)
+    assert all("reads a value" in each.obstacle for each in tapes)
+
+
+def test_a_traced_module(make, batch):
+    model = patch(make())
+    model.decoder.dropout = torch.jit.trace(nn.Hardtanh(), torch.zeros(2))
+    step = graphed(model)
+    for side in ("right", "left"):
+        assert_the_same(step, **batch(side))
 
 
 def test_many_rows_are_the_models_own(make, batch, tapes, monkeypatch):

@@ -19,4 +19,6 @@ class Traced(Tape):
         # transformers asks before it waits for a value.
         with patch.object(import_utils, "is_cuda_stream_capturing", lambda: True):
             super().__init__(run)
+        if self.obstacle is not None:
+            raise RuntimeError(f"{type(model).__name__} cannot be recorded: {self.obstacle}")
         before()  # while it is recorded, a graph computes nothing
