@@ -93,11 +93,10 @@ def _adapters_of(modules: list[nn.Module]) -> list[str]:
 def _tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     entries: list[Tensor | None] = []
     for module in modules:
-        own = module.__dict__
-        if own["_parameters"]:
-            entries.extend(own["_parameters"].values())
-        if own["_buffers"]:
-            entries.extend(own["_buffers"].values())
+        if module._parameters:
+            entries.extend(module._parameters.values())
+        if module._buffers:
+            entries.extend(module._buffers.values())
     tensors = [each for each in entries if each is not None]
     for each in tensors:  # and what quantised ones are made of, which may be written to by itself
         if type(each) is not nn.Parameter:
