@@ -240,14 +240,14 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
             runs padded in it on a GPU (``pack=False``). ``generate`` has graphs of T5, mT5 and UMT5, by themselves, in
             a PromptModel or with PEFT's LoRA, on a CPU of those whose attention is fastprompt's (patched or by name),
             and is the model's own otherwise.
-        shapes: how many shapes are kept; the one not used for longest goes first. Each holds a step's activations, in
-            memory that they share; generate has two per shape, of the encoder and of the
-            decoder, and one more each time that its tokens outgrow their room (64, 128, 256, ...).
+        shapes: how many shapes are kept; the one not used for longest goes first. Each holds a step's activations, on a
+            GPU in memory that they share; generate has two per shape, of the encoder and of the decoder (on a CPU of
+            that alone), and one more each time that its tokens outgrow their room (64, 128, 256, ...).
 
     Returns:
         A callable with :meth:`~Graphed.generate`, ``encode`` and ``rank``. ``reset()`` forgets the graphs: call it
-        after adding hooks, changing a config or replacing methods, or when single modules changed between train and
-        eval. Weights that are written to need no other graph; moved ones, another patch and switched adapters are seen.
+        after adding hooks (of which a graph has operations on tensors and no Python), changing a config or replacing
+        methods, or when single modules changed between train and eval. Weights that are written to need no other graph; moved ones, another patch and switched adapters are seen.
 
     Raises:
         ValueError: shapes is not positive, or, in a call, the output has no loss, or a tensor is inside another object.
