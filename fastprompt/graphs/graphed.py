@@ -247,7 +247,8 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
     Returns:
         A callable with :meth:`~Graphed.generate`, ``encode`` and ``rank``. ``reset()`` forgets the graphs: call it
         after adding hooks (of which a graph has operations on tensors and no Python), changing a config or replacing
-        methods, or when single modules changed between train and eval. Weights that are written to need no other graph; moved ones, another patch and switched adapters are seen.
+        methods, or when single modules changed between train and eval. Weights that are written to need no other graph;
+        moved ones, another patch and switched adapters are seen.
 
     Raises:
         ValueError: shapes is not positive, or, in a call, the output has no loss, or a tensor is inside another object.
