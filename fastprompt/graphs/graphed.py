@@ -169,7 +169,7 @@ class Graphed:
             while len(self._recorded) >= self.shapes:
                 self._recorded.popitem(last=False)
             recorded = make()
-            # A tape's recording takes no longer than the step that it is of.
+            # A tape's recording takes a few steps' time, not many's.
             self._made += not (isinstance(recorded, Decoding) and recorded.on_cpu)
             if self._made == 4 * self.shapes:
                 warn(

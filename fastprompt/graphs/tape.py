@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A function as the operations that it ran, on a CPU: they run again on the same tensors, without the Python around."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class Tape:
         kept = [] if self.obstacle else _needed(operations, self.result)
         self._operations = [each.again() for each in kept]
         # A parameter may be given other memory meanwhile.
-        self._memory = [x.untyped_storage() for each in kept for x in _tensors((each.args, each.kwargs))]
+        self._memory = [x.untyped_storage() for each in kept for x in _tensors(each.args, each.kwargs)]
 
     def replay(self) -> Any:
         """What the recorded run returned: tensors that the next replay overwrites."""
@@ -113,7 +113,7 @@ class _Recorder(TorchDispatchMode):
             self.obstacle = _obstacle(function, args, kwargs, result)
         if self.obstacle is not None:
             return result
-        given = _storages((args, kwargs))
+        given = _storages(args, kwargs)
         made = {i: x for i, x in enumerate(_tensors(result)) if x.untyped_storage().data_ptr() not in given}
         if (made and not _is_empty(function)) or function._schema.is_mutable:
             self.operations.append(_Operation(function, args, kwargs, made))
@@ -138,10 +138,10 @@ class _Reads(TorchFunctionMode):
 
 def _obstacle(function: Any, args: Any, kwargs: Any, result: Any) -> str | None:
     """Why it cannot be run again in place; None if it can."""
-    for x in _tensors((args, kwargs, result)):
+    for x in _tensors(args, kwargs, result):
         if type(x) not in PLAIN_TYPES or x.layout != torch.strided:
             return f"{function} has a {type(x).__name__} of layout {x.layout}"
-    if any(isinstance(each, int | float | complex) for each in tree_leaves(result)):
+    if any(isinstance(each, int | float | complex) for each in _leaves(result)):
         return f"{function} reads a value"
     if function is torch.ops.aten.index.Tensor:
         reads = any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
@@ -157,6 +157,7 @@ def _is_empty(function: Any) -> bool:
     return function.__name__.startswith(("empty", "new_empty"))
 
 
+@cache
 def _with_out(function: Any) -> Any:
     """The overload that writes what ``function`` returns to a tensor ``out``; None: none takes its arguments."""
     packet = function.overloadpacket
@@ -171,19 +172,30 @@ def _with_out(function: Any) -> Any:
 
 def _needed(operations: list[_Call | _Operation], result: Any) -> list[_Call | _Operation]:
     """But for those of PyTorch's that only make what neither a later one nor the result needs."""
-    needed, read = [], _storages(result)
+    needed, read = [], _storages(tree_leaves(result))
     for each in reversed(operations):
         only_makes = isinstance(each, _Operation) and each.made and not each.function._schema.is_mutable
         if only_makes and _storages(each.made).isdisjoint(read):  # type: ignore[union-attr]
             continue
-        read |= _storages((each.args, each.kwargs))
+        read |= _storages(each.args, each.kwargs)
         needed.append(each)
     return needed[::-1]
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+def _leaves(*values: Any) -> Iterator[Any]:
+    """Of arguments and results of operations, which are lists, tuples and dictionaries at most."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _leaves(*value)
+        elif isinstance(value, dict):
+            yield from _leaves(*value.values())
+        else:
+            yield value
 
 
-def _storages(values: Any) -> set[int]:
-    return {x.untyped_storage().data_ptr() for x in _tensors(values)}
+def _tensors(*values: Any) -> list[Tensor]:
+    return [x for x in _leaves(*values) if isinstance(x, Tensor)]
+
+
+def _storages(*values: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in _tensors(*values)}
