@@ -5,8 +5,6 @@
 #include <array>
 #include <cstddef>
 #include <cstring>
-#include <memory>
-#include <vector>
 
 #define FP_TARGET "bindings"
 #include "kernel_object.h"
@@ -27,19 +25,12 @@ struct KernelObject {
     fp::Kernel kernel;
 };
 
-// The arguments of a call as its kernel reads them. Slots point to `tensors`, and those to `sizes`.
-struct Arguments {
-    std::vector<fp::Slot> slots;
-    std::vector<fp::Tensor> tensors;
-    std::vector<int64_t> sizes;  // shapes and strides
-};
-
 // A call that was recorded: call() makes it again, on the memory that the tensors had, which somebody must keep.
 struct CallObject {
     PyObject_HEAD;
     vectorcallfunc call;
     fp::Kernel kernel;
-    const Arguments* arguments;
+    fp::Slot* slots;  // the first of a block of memory, see copied()
 };
 
 PyObject *kernel_type = nullptr, *call_type = nullptr;
@@ -104,31 +95,34 @@ PyObject* run_again(PyObject* self, PyObject* const* /*arguments*/, size_t count
         PyErr_SetString(PyExc_TypeError, "fastprompt._C.Call: takes no arguments");
         return nullptr;
     }
-    return run(call.kernel, call.arguments->slots.data());
+    return run(call.kernel, call.slots);
 }
 
-// What outlives the call that it is a copy of.
-std::unique_ptr<Arguments> copied(const fp::Kernel& kernel, const fp::TorchTensor* tensors, const fp::Slot* slots) {
+// The arguments of a call as its kernel reads them, in one block: slots, which point to tensors, which point to shapes
+// and strides. Null, with a Python exception set, if there is no memory. No vectors: their functions would be weak.
+fp::Slot* copied(const fp::Kernel& kernel, const fp::TorchTensor* tensors, const fp::Slot* slots) {
     const size_t count = std::strlen(kernel.signature);
-    auto made = std::make_unique<Arguments>();
-    made->slots.assign(slots, slots + count);
-    made->tensors.resize(count);
     const auto is_tensor = [&](size_t i) { return kernel.signature[i] == 't' && slots[i].i != 0; };
+    size_t numbers = 0;
+    for (size_t i = 0; i < count; ++i) numbers += is_tensor(i) ? 2 * static_cast<size_t>(tensors[i].tensor.dims) : 0;
+    void* block = PyMem_Malloc(count * (sizeof(fp::Slot) + sizeof(fp::Tensor)) + numbers * sizeof(int64_t));
+    if (block == nullptr) {
+        PyErr_NoMemory();
+        return nullptr;
+    }
+    auto* made = static_cast<fp::Slot*>(block);
+    auto* next = reinterpret_cast<fp::Tensor*>(made + count);
+    auto* sizes = reinterpret_cast<int64_t*>(next + count);
     for (size_t i = 0; i < count; ++i) {
+        made[i] = slots[i];
         if (!is_tensor(i)) continue;
         const fp::Tensor& t = tensors[i].tensor;
-        made->sizes.insert(made->sizes.end(), t.shape, t.shape + t.dims);
-        made->sizes.insert(made->sizes.end(), t.strides, t.strides + t.dims);
-    }
-    const int64_t* sizes = made->sizes.data();
-    for (size_t i = 0; i < count; ++i) {
-        if (!is_tensor(i)) continue;
-        fp::Tensor& t = made->tensors[i];
-        t = tensors[i].tensor;
-        t.shape = sizes;
-        t.strides = sizes + t.dims;
-        sizes += 2 * t.dims;
-        made->slots[i].i = reinterpret_cast<int64_t>(&t);
+        const auto dims = static_cast<size_t>(t.dims);
+        std::memcpy(sizes, t.shape, dims * sizeof(int64_t));
+        std::memcpy(sizes + dims, t.strides, dims * sizeof(int64_t));
+        *next = {t.data, t.dims, sizes, sizes + dims};
+        made[i].i = reinterpret_cast<int64_t>(next++);
+        sizes += 2 * dims;
     }
     return made;
 }
@@ -139,9 +133,9 @@ bool record(const fp::Kernel& kernel, PyObject* const* given, const fp::TorchTen
     if (made == nullptr) return false;
     made->call = &run_again;
     made->kernel = kernel;
-    made->arguments = copied(kernel, tensors, slots).release();
+    made->slots = copied(kernel, tensors, slots);
     const auto count = static_cast<Py_ssize_t>(std::strlen(kernel.signature));
-    PyObject* arguments = PyTuple_New(count);
+    PyObject* arguments = made->slots == nullptr ? nullptr : PyTuple_New(count);
     for (Py_ssize_t i = 0; arguments != nullptr && i < count; ++i) PyTuple_SET_ITEM(arguments, i, Py_NewRef(given[i]));
     PyObject* entry = arguments == nullptr ? nullptr : PyTuple_Pack(2, made, arguments);
     const bool done = entry != nullptr && PyList_Append(recorded, entry) == 0;
@@ -153,7 +147,7 @@ bool record(const fp::Kernel& kernel, PyObject* const* given, const fp::TorchTen
 
 void forget_call(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
-    delete reinterpret_cast<CallObject*>(self)->arguments;
+    PyMem_Free(reinterpret_cast<CallObject*>(self)->slots);
     PyObject_Free(self);
     Py_DECREF(type);
 }
