@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 import textwrap
-import types
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -334,7 +333,7 @@ def test_nobody_is_told_to_build_what_does_not_build_here(monkeypatch):
 
 
 def test_an_extension_of_older_sources(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastprompt._C", types.SimpleNamespace(learn_torch=lambda torch: None))
+    monkeypatch.setitem(sys.modules, "fastprompt._C", SimpleNamespace(learn_torch=lambda torch: None))
     with pytest.warns(UserWarning, match="without its compiled kernels .*has no attribute"):
         assert _native._load(_native.CPU_ISAS).targets == {}
 

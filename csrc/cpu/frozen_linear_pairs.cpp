@@ -82,18 +82,15 @@ void rows_from(const Product& p, int64_t m, int64_t n, int64_t apart) {
 // weights lie w_example apart.
 template <int64_t MOST, int64_t COLUMNS>
 void multiply(const Product& first, int64_t B, int64_t w_example) {
-    const int64_t M = first.M, N = first.N, K = first.K, apart = N / COLUMNS, some = kColumns / COLUMNS;
+    const int64_t M = first.M, N = first.N, apart = N / COLUMNS, some = kColumns / COLUMNS;
     const auto of_example = [=](int64_t b) {
-        return Product{first.x + b * M * first.x_row,
-                       first.w + b * w_example,
-                       first.y + b * M * N,
-                       M,
-                       N,
-                       K,
-                       first.x_row,
-                       first.row};
+        Product p = first;
+        p.x += b * M * p.x_row;
+        p.w += b * w_example;
+        p.y += b * M * N;
+        return p;
     };
-#pragma omp parallel for collapse(2) schedule(static) if (B * N * K >= kParallelWeights)
+#pragma omp parallel for collapse(2) schedule(static) if (B * N * first.K >= kParallelWeights)
     for (int64_t b = 0; b < B; ++b) {
         for (int64_t n = 0; n < apart; n += some) {
             const Product p = of_example(b);
