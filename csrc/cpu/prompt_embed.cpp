@@ -204,17 +204,23 @@ int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, c
     return first_bad == INT64_MAX ? 0 : first_bad + 1;
 }
 
-// Adds columns [d, d + kVectors * kLanes) of the rows that begin at `rows` to total, by Kahan's compensated sum: `lost`
-// is what rounding took so far. -ffp-contract=off keeps it exact. The sums stay in registers over all rows, but
-// for those of AVX2 with dropout, which are twice as many.
+// A prompt row's gradient as far as it has been added up: by Kahan's compensated sum, of which `lost` is what rounding
+// took so far. Both are read but for the first rows, and `lost` is written but for the last.
+struct Sums {
+    float *total, *lost;
+    bool first, last;
+};
+
+// Adds columns [d, d + kVectors * kLanes) of the rows that begin at `rows`. -ffp-contract=off keeps the sum exact. It
+// stays in registers over all rows, but for that of AVX2 with dropout, which is twice as long.
 template <bool kDrop, int kVectors, class T, class Extent>
 FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, int64_t d,
-                           Extent extent, float* total, float* lost) {
+                           Extent extent, const Sums& sums) {
     constexpr int kVectorsPerLine = kLine / (kLanes * static_cast<int64_t>(sizeof(T)));
     vfloat sum[kVectors], low[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-        sum[v] = load(total + d + v * kLanes);
-        low[v] = load(lost + d + v * kLanes);
+        sum[v] = sums.first ? vfloat{} : load_at(sums.total, d + v * kLanes, extent);
+        low[v] = sums.first ? vfloat{} : load_at(sums.lost, d + v * kLanes, extent);
     }
     for (int64_t i = 0; i < count; ++i) {
         float factors[kVectors * kLanes] = {};
@@ -231,21 +237,19 @@ FP_INLINE void add_columns(const T* dout, const int64_t* rows, int64_t count, co
         }
     }
     for (int v = 0; v < kVectors; ++v) {
-        store(total + d + v * kLanes, sum[v]);
-        store(lost + d + v * kLanes, low[v]);
+        store_at(sums.total, d + v * kLanes, extent, sum[v], Put::kPlain);
+        if (!sums.last) store_at(sums.lost, d + v * kLanes, extent, low[v], Put::kPlain);
     }
 }
 
 template <bool kDrop, class T>
-void add_rows(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, float* total, float* lost,
-              int64_t D) {
+void add_rows(const T* dout, const int64_t* rows, int64_t count, const Dropout& dropout, const Sums& sums, int64_t D) {
     constexpr int64_t kColumns = kDrop ? Dropout::kDrawn : FP_LANES == 16 ? 64 : 32;
     constexpr int kVectors = kColumns / FP_LANES;
     int64_t d = 0;
-    for (; d + kColumns <= D; d += kColumns)
-        add_columns<kDrop, kVectors>(dout, rows, count, dropout, d, Whole{}, total, lost);
-    for (; d + kLanes <= D; d += kLanes) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Whole{}, total, lost);
-    if (d < D) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Part{D - d}, total, lost);
+    for (; d + kColumns <= D; d += kColumns) add_columns<kDrop, kVectors>(dout, rows, count, dropout, d, Whole{}, sums);
+    for (; d + kLanes <= D; d += kLanes) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Whole{}, sums);
+    if (d < D) add_columns<kDrop, 1>(dout, rows, count, dropout, d, Part{D - d}, sums);
 }
 
 // dprompts[r] = sum over b of the row of dout that copied prompt row r, b ascending: one order, hence one result.
@@ -264,19 +268,23 @@ int64_t prompt_embed_backward(const void* dout, const int64_t* starts, const int
             continue;
         }
         each_chunk(D, [&](int64_t begin, int64_t count) {
-            float total[kChunk] = {}, lost[kChunk] = {};
-            for (int64_t b = 0; b < B;) {
+            float buffer[kChunk], lost[kChunk];
+            float* total = prompt_dtype == fp::kFloat32 ? static_cast<float*>(dprompts) + r * D + begin : buffer;
+            bool first = true;
+            for (int64_t b = 0; b < B; first = false) {
                 int64_t rows[kRowsPerSum], found = 0;
                 for (; b < B && found < kRowsPerSum; ++b) {
                     if (!layout.is_read(r, b)) continue;
                     rows[found++] = (layout.row_begin(b) + r - layout.start(b)) * D + begin;
                 }
+                const Sums sums{total, lost, first, b == B};
                 with_type(dtype, [&](auto type) {
                     const auto* from = static_cast<const decltype(type)*>(dout);
-                    dropout.active() ? add_rows<true>(from, rows, found, dropout, total, lost, count)
-                                     : add_rows<false>(from, rows, found, dropout, total, lost, count);
+                    dropout.active() ? add_rows<true>(from, rows, found, dropout, sums, count)
+                                     : add_rows<false>(from, rows, found, dropout, sums, count);
                 });
             }
+            if (total != buffer) return;
             with_type(prompt_dtype, [&](auto type) {
                 convert_row(total, static_cast<decltype(type)*>(dprompts) + r * D + begin, count);
             });

@@ -111,11 +111,11 @@ int64_t promote(int64_t a, int64_t b) { return a == b ? a : static_cast<int64_t>
 
 // h = residual + dropout(x), rounded to its storage type: the norm reads the rounded row, as HF's does.
 template <class H, class X, class R>
-void add_row(const X* x, const R* residual, const float* factors, H* h, int64_t count, RowSum* squares) {
+void add_row(const X* x, const R* residual, const float* factors, H* h, int64_t count, Put how, RowSum* squares) {
     squares->add(count, [&](int64_t d, auto extent) {
         vfloat value = load_at(x, d, extent);
         if (factors != nullptr) value = drop(value, load_at(factors, d, extent));
-        store_at(h, d, extent, load_at(residual, d, extent) + value);
+        store_at(h, d, extent, load_at(residual, d, extent) + value, how);
         value = load_at(h, d, extent);
         return value * value;
     });
@@ -131,7 +131,7 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
     const Dropout dropout(seed, dropout_p);
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
     const int64_t x_size = size_of(x_dtype), residual_size = size_of(residual_dtype);
-    const Put how = put_rows(y, D * size_of(w_dtype), N);
+    const Put how = put_rows(y, D * size_of(w_dtype), N), put_h = put_in_passing(dropout.active());
 #pragma omp parallel if (N * D >= kParallelElements)
     {
 #pragma omp for schedule(static)
@@ -147,7 +147,7 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
                         if (dropout.active()) dropout.factors(first, count, factors);
                         add_row(static_cast<const X*>(x) + first, static_cast<const R*>(residual) + first,
                                 dropout.active() ? factors : nullptr, static_cast<Promoted<X, R>*>(h) + first, count,
-                                &squares);
+                                put_h, &squares);
                     });
                 });
             });
@@ -180,19 +180,20 @@ void store_row(const float* row, const float* factors, T* out, int64_t count, Pu
     });
 }
 
-// The gradient of h at `count` elements: the norm's, and what came to h itself (`above` may be null).
-template <class H, class W>
-void total_row(const W* dy, const H* above, const H* h, const W* w, float rstd, float slope, float* total,
-               int64_t count, int64_t next) {
+// The gradient of h at `count` elements: the norm's, and what came to h itself (`above` may be null). `put` takes it.
+// Of four rows of the first-level cache there is no room for a next one: it is asked for into the second.
+template <class H, class W, class PutAt>
+FP_INLINE void total_row(const W* dy, const H* above, const H* h, const W* w, float rstd, float slope, int64_t count,
+                         int64_t next, const PutAt& put) {
     each_vector(count, [&](int64_t d, auto extent) {
-        fetch(dy + next + d);
-        fetch(h + next + d);
+        fetch_outer(dy + next + d);
+        fetch_outer(h + next + d);
         vfloat value = backward_at(dy, h, w, rstd, slope, d, extent);
         if (above != nullptr) {
-            fetch(above + next + d);
+            fetch_outer(above + next + d);
             value += load_at(above, d, extent);
         }
-        store_at(total, d, extent, value);
+        put(d, extent, value);
     });
 }
 
@@ -210,15 +211,20 @@ struct ResidualBackward {
         const H* hs = static_cast<const H*>(h) + first;
         const H* above = dh == nullptr ? nullptr : static_cast<const H*>(dh) + first;
         const float slope = slope_of(dys, hs, ws, rstd[n], D);
+        if (dx == nullptr) {  // and dresidual is of h's type
+            H* out = static_cast<H*>(dresidual) + first;
+            total_row(dys, above, hs, ws, rstd[n], slope, D, next,
+                      [&](int64_t d, auto extent, vfloat value) { store_at(out, d, extent, value, put_residual); });
+            return;
+        }
         each_chunk(D, [&](int64_t begin, int64_t count) {
             float total[kChunk], factors[kChunk];
             total_row(dys + begin, above == nullptr ? nullptr : above + begin, hs + begin, ws + begin, rstd[n], slope,
-                      total, count, next);
+                      count, next, [&](int64_t d, auto extent, vfloat value) { store_at(total, d, extent, value); });
             with_type(residual_dtype, [&](auto type) {
                 auto* out = static_cast<decltype(type)*>(dresidual) + first + begin;
                 store_row(total, nullptr, out, count, put_residual);
             });
-            if (dx == nullptr) return;
             if (dropout.active()) dropout.factors(first + begin, count, factors);
             with_type(x_dtype, [&](auto type) {
                 auto* out = static_cast<decltype(type)*>(dx) + first + begin;
@@ -236,7 +242,7 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
     const ResidualBackward call{dy, dh, h, w,       rstd,           dresidual,
                                 dx, N,  D, x_dtype, residual_dtype, Dropout(seed, dropout_p)};
     const int64_t h_dtype = promote(x_dtype, residual_dtype);
-    const Put put_residual = put_rows(dresidual, D * size_of(residual_dtype), N);
+    const Put put_residual = put_rows(dresidual, D * size_of(residual_dtype), N, put_in_passing(call.dropout.active()));
     const Put put_x = put_rows(dx, D * size_of(x_dtype), N);
 #pragma omp parallel if (N * D >= kParallelElements)
     {

@@ -186,10 +186,6 @@ enum class Put {
     kStreaming,  // past the caches
 };
 
-FP_INLINE Put put_rows(const void* to, int64_t row_bytes, int64_t rows) {
-    return streams(to, row_bytes, rows) ? Put::kStreaming : Put::kAsking;
-}
-
 // The best for a kernel that does little but read and write, unless it draws. AMD's CPUs write whole lines without
 // reading them first: a Zen 5 loses up to a quarter of its speed by asking, where a Xeon gains as much.
 FP_INLINE Put put_in_passing(bool draws) {
@@ -197,6 +193,10 @@ FP_INLINE Put put_in_passing(bool draws) {
     if (!draws && __builtin_cpu_is("amd") != 0) return Put::kPlain;
 #endif
     return Put::kAsking;
+}
+
+FP_INLINE Put put_rows(const void* to, int64_t row_bytes, int64_t rows, Put otherwise = Put::kAsking) {
+    return streams(to, row_bytes, rows) ? Put::kStreaming : otherwise;
 }
 
 // A row of D elements is visited in vectors: those inside the row, and the last, partial one. The extent is a type, so
