@@ -55,7 +55,8 @@ class Op:
         self.native_for = native_for
         self.members: list[str] = []  # schema names, e.g. rms_norm and rms_norm_backward
         self.last_backend: dict[str, str] = {}
-        self._forward: set[str] = set()  # schemas with a gradient, such as rms_norm and rms_norm_residual
+        # Schemas with a gradient, such as rms_norm and rms_norm_residual, and what records it: see _differentiable.
+        self._forward: dict[str, Function] = {}
         self._reference: dict[str, Function] = {}
         self._check: dict[str, Function] = {}
         # Descriptions of arguments that have passed the check, and their device's dispatch key: see _direct.
@@ -107,8 +108,10 @@ class Op:
         That function asks the schema for default values on every call, which takes longer than a small kernel; the
         schemas here have none.
         """
-        self._forward.add(member)
-        LIBRARY.impl(member, _autograd_kernel(member, setup_context, backward), "Autograd", with_keyset=True)
+        function = _differentiable(member, setup_context, backward)
+        # Function.apply looks at every argument for what torch.func has left behind; direct calls have none.
+        self._forward[member] = super(torch.autograd.Function, function).apply
+        LIBRARY.impl(member, _autograd_kernel(member, function.apply), "Autograd", with_keyset=True)
 
     def publish(self) -> None:
         """Register the best backend of this machine for each device. Called once, when the page is complete."""
@@ -326,34 +329,39 @@ def _find(op: str) -> Op:
     return OPS[op]
 
 
-def _autograd_kernel(member: str, setup_context: Function, backward: Function) -> Function:
-    """What runs under the dispatcher's Autograd key; ``keys`` are those of the call, of which it hands on the rest."""
-    overload = getattr(torch.ops.fastprompt, member).default
-    after = torch._C._after_autograd_keyset
+def _differentiable(member: str, setup_context: Function, backward: Function) -> Any:
+    """The schema as an autograd function, to be applied to ``(*inputs, run)``: ``run(*inputs)`` computes the output."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, keys = args
+        *inputs, run = args
         with torch._C._AutoDispatchBelowAutograd():
-            output = overload.redispatch(keys & after, *inputs)
+            output = run(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
-    def backward_with_keys(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def backward_with_run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # with create_graph=True: the gradient would pass for a constant
             remedy = "call backward without create_graph"
             raise RuntimeError(f"fastprompt::{member}: has no second derivative: {remedy}")
         return (*backward(ctx, *grads), None)
 
-    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keys)}
-    differentiable: Any = type(f"fastprompt_{member}", (torch.autograd.Function,), functions)
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_with_run)}
+    return type(f"fastprompt_{member}", (torch.autograd.Function,), functions)
+
+
+def _autograd_kernel(member: str, record: Function) -> Function:
+    """What runs under the dispatcher's Autograd key; ``keys`` are those of the call, of which it hands on the rest."""
+    overload = getattr(torch.ops.fastprompt, member).default
+    after = torch._C._after_autograd_keyset
 
     def run(keys: Any, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, tree_leaves(inputs))):
             raise NotImplementedError(f"fastprompt::{member}: has no forward-mode derivative: use backward")
+        below = partial(overload.redispatch, keys & after)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return differentiable.apply(*inputs, keys)
+            return record(*inputs, below)
         with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keys & after, *inputs)
+            return below(*inputs)
 
     return run
 
@@ -367,17 +375,21 @@ def _direct(op: Op, member: str) -> Function:
     tensors = [(i, name, kind) for i, name, kind in kinds if "Tensor" in kind]
 
     def call(*args: Any) -> Any:
-        plain = not torch.is_grad_enabled() and is_plain_call()
+        plain, record = is_plain_call(), None
+        if plain and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            record = op._forward.get(member)
+            plain = record is not None
         described, known = _native.describe(*args) if plain else None, op._known[member]
         found = running.get((member, known.get(described, ""))) if described is not None else None
         if found:
-            return found[-1].unchecked(*args)  # type: ignore[attr-defined]
+            run = found[-1].unchecked  # type: ignore[attr-defined]
+            return record(*args, run) if record else run(*args)
         given = tensors_of(args)
         key = plain_device(given) if plain else ""
         found = running.get((member, key))
         if not found:
             return overload(*args)
-        result = found[-1](*args)
+        result = record(*args, found[-1]) if record else found[-1](*args)
         if described is not None:
             if len(known) >= MOST_KNOWN:
                 known.clear()

@@ -11,6 +11,7 @@ from fastprompt import backend_used, backends, use_backend
 from fastprompt._op import direct
 from fastprompt._plain import is_capturing, is_plain
 from fastprompt.ops import gated_act, rms_norm
+from fastprompt.testing import saved_bytes
 
 
 @pytest.fixture
@@ -51,6 +52,40 @@ def test_direct_calls_do_without_the_dispatcher_where_nothing_else_decides(hidde
         overload = torch.ops.fastprompt.rms_norm.default
         monkeypatch.setattr(type(overload), "__call__", lambda *args: pytest.fail("dispatched"))
         direct.rms_norm(x, w, 1e-6)
+
+
+def test_nor_is_the_dispatcher_asked_where_a_gradient_is_recorded(hidden, monkeypatch):
+    x, w = hidden
+    x.requires_grad_()
+    results = []
+    for function in (torch.ops.fastprompt.rms_norm, direct.rms_norm):
+        if function is direct.rms_norm:
+            overload = torch.ops.fastprompt.rms_norm.default
+            for name in ("__call__", "redispatch"):
+                monkeypatch.setattr(type(overload), name, lambda *args: pytest.fail("dispatched"))
+        for backend in backends("rms_norm", x.device.type):
+            with use_backend("rms_norm", backend), saved_bytes() as saved:
+                y, rstd = function(x, w, 1e-6)
+                assert backend_used("rms_norm") == backend
+            assert not rstd.requires_grad
+            results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y)), saved.bytes))
+    for found, expected in zip(results[len(results) // 2 :], results, strict=False):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        assert found[2] == expected[2]
+
+
+def test_arguments_that_were_checked_are_checked_again_where_they_differ(hidden):
+    x, w = hidden
+    with torch.no_grad():
+        rms_norm(x, w)
+    rms_norm(x.requires_grad_(), w)
+    with pytest.raises(ValueError, match="w must be frozen"):
+        rms_norm(x, w.clone().requires_grad_())
+    with pytest.raises(ValueError, match="w must be frozen"):
+        direct.rms_norm(x, w.clone().requires_grad_(), 1e-6)
+    with pytest.raises(ValueError, match=r"w must have shape \[D\]"):
+        rms_norm(x, w[:3])
 
 
 def test_scopes_may_end_in_any_order(hidden):
@@ -120,7 +155,16 @@ def test_direct_calls_are_seen_by_what_sees_other_ops(hidden):
         assert torch.func.functionalize(lambda x: direct.rms_norm(x, w, 1e-6)[0])(x).shape == x.shape
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
             direct.rms_norm(forward_ad.make_dual(x, x), w, 1e-6)
-    y, _ = direct.rms_norm(x.requires_grad_(), w, 1e-6)
+    x.requires_grad_()
+    with Seen() as seen:
+        direct.rms_norm(x, w, 1e-6)
+    assert name in seen.names
+    with torch.profiler.profile() as profile:
+        direct.rms_norm(x, w, 1e-6)
+    assert name in {event.key for event in profile.key_averages()}
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        direct.rms_norm(forward_ad.make_dual(x, x), w, 1e-6)
+    y, _ = direct.rms_norm(x, w, 1e-6)
     assert y.requires_grad
 
 

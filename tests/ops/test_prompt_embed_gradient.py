@@ -34,7 +34,9 @@ def peft_gradient(input_ids, weight, prompt, dout):
 
 
 @pytest.mark.parametrize("dtypes", MIXES, ids=lambda dtypes: "-".join(str(d)[6:] for d in dtypes))
-@pytest.mark.parametrize(("B", "P", "S", "D"), [(1, 1, 1, 1), (5, 3, 2, 7), (37, 4, 1, 33), (3, 5, 2, 500)])
+@pytest.mark.parametrize(
+    ("B", "P", "S", "D"), [(1, 1, 1, 1), (5, 3, 2, 7), (37, 4, 1, 33), (3, 5, 2, 500), (130, 2, 1, 100)]
+)
 def test_no_worse_than_peft(backend, device, dtypes, B, P, S, D):
     weight, prompt = torch.randn(9, D).to(device, dtypes[0]), torch.randn(P, D).to(device, dtypes[1])
     input_ids = torch.randint(9, (B, S), device=device)
