@@ -31,7 +31,7 @@ from torch.overrides import is_tensor_like
 from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
-from fastprompt._plain import is_plain_call, plain_device
+from fastprompt._plain import is_below_autograd, is_plain_call, plain_device
 
 LIBRARY = torch.library.Library("fastprompt", "DEF")
 OPS: dict[str, "Op"] = {}
@@ -110,7 +110,7 @@ class Op:
         """
         function = _differentiable(member, setup_context, backward)
         # Function.apply looks at every argument for what torch.func has left behind; direct calls have none.
-        self._forward[member] = super(torch.autograd.Function, function).apply
+        self._forward[member] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         LIBRARY.impl(member, _autograd_kernel(member, function.apply), "Autograd", with_keyset=True)
 
     def publish(self) -> None:
@@ -373,10 +373,16 @@ def _direct(op: Op, member: str) -> Function:
     overload, running = getattr(torch.ops.fastprompt, member).default, op._running
     kinds = [(i, each.name, str(each.type)) for i, each in enumerate(overload._schema.arguments)]
     tensors = [(i, name, kind) for i, name, kind in kinds if "Tensor" in kind]
+    others = [i for i, _, kind in kinds if "Tensor" not in kind]  # of which the dispatcher makes numbers
 
     def call(*args: Any) -> Any:
         plain, record = is_plain_call(), None
-        if plain and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if (
+            plain
+            and torch.is_grad_enabled()
+            and torch._C._any_requires_grad(*args)
+            and not is_below_autograd()
+        ):
             record = op._forward.get(member)
             plain = record is not None
         described, known = _native.describe(*args) if plain else None, op._known[member]
@@ -385,7 +391,11 @@ def _direct(op: Op, member: str) -> Function:
             run = found[-1].unchecked  # type: ignore[attr-defined]
             return record(*args, run) if record else run(*args)
         given = tensors_of(args)
-        key = plain_device(given) if plain else ""
+        key = (
+            plain_device(given)
+            if plain and not any(isinstance(args[i], torch.Tensor) for i in others)
+            else ""
+        )
         found = running.get((member, key))
         if not found:
             return overload(*args)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, profiler
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """May ops on x go around the dispatcher, where no gradient is recorded?
+    """May ops on x go around the dispatcher?
 
     So it is where that would look at nothing but x's device: without a subclass, mode, transform, tangent, tracer or
     profiler.
@@ -31,6 +31,11 @@ def is_plain_call() -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_CALLS
     )
+
+
+def is_below_autograd() -> bool:
+    """Is nothing recorded here, whatever requires grad: in inference mode, and where a mode handles an operation?"""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
 def plain_key(x: torch.Tensor) -> str | None:

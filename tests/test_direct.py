@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastprompt import backend_used, backends, use_backend
 from fastprompt._op import direct
 from fastprompt._plain import is_capturing, is_plain
-from fastprompt.ops import gated_act, rms_norm
+from fastprompt.ops import dropout_add, gated_act, rms_norm
 from fastprompt.testing import saved_bytes
 
 
@@ -73,6 +73,48 @@ def test_nor_is_the_dispatcher_asked_where_a_gradient_is_recorded(hidden, monkey
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         assert found[2] == expected[2]
+
+
+class Within(TorchDispatchMode):
+    """Calls an op while it handles another."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.result = call, None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.result = self.call()
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_recorded_below_autograd(hidden):
+    x, w = hidden
+    x.requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        assert not rms_norm(x, w).requires_grad
+        assert not dropout_add(x, x).requires_grad
+    with Within(lambda: rms_norm(x, w)) as within:
+        x * 2
+    assert not within.result.requires_grad
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not rms_norm(x, w).requires_grad
+    assert rms_norm(x, w).requires_grad
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_number_in_a_tensor_is_read_and_checked_by_every_call(hidden, recorded):
+    x, _ = hidden
+    seed, p = torch.tensor([3], device=x.device), torch.tensor(0.5)
+    x.requires_grad_(recorded)
+    for _ in range(2):
+        h = dropout_add(x, dropout_p=p, seed=seed)
+    assert torch.equal(h, dropout_add(x, dropout_p=0.5, seed=seed))
+    p.fill_(0.0)
+    if recorded:
+        assert torch.equal(torch.autograd.grad(h.sum(), x)[0] == 0.0, h == 0.0)
+    p.fill_(5.0)
+    with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\]"):
+        dropout_add(x, dropout_p=p, seed=seed)
 
 
 def test_arguments_that_were_checked_are_checked_again_where_they_differ(hidden):
