@@ -23,8 +23,8 @@ constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kC
 constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
 constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
 constexpr int64_t kFewRows = 300;                            // of x
-constexpr int64_t kStreamedRows = FP_LANES == 16 ? 16 : kTileRows;             // of x, fewer still
-constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
+constexpr int64_t kStreamedRows = FP_LANES == 16 ? 16 : FP_LANES == 8 ? 12 : kTileRows;  // of x, fewer still
+constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;            // copied together, row by row
 constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
 constexpr int64_t kLineFloats = kLine / 4;
 
@@ -259,10 +259,11 @@ void streamed_columns(const Product<W>& p, const float* x, int64_t n, int64_t be
         };
         int64_t k = chain;
         for (; k + kLanes <= end; k += kLanes) {
-            float turned[kLanes * kLanes];
+            vfloat turned[kLanes];
             for (int64_t i = 0; i < kLanes; ++i) fetch_outer(next + i * p.b.column + k);
-            transpose(b + k, p.b.column, turned, kLanes);
-            for (int64_t d = 0; d < kLanes; ++d) multiply(k + d, load(turned + d * kLanes));
+            turn(b + k, p.b.column, turned);
+#pragma GCC unroll 16
+            for (int64_t d = 0; d < kLanes; ++d) multiply(k + d, turned[d]);
         }
         for (; k < end; ++k) {
             float right[kLanes];
@@ -281,8 +282,10 @@ void streamed_columns(const Product<W>& p, const float* x, int64_t n, int64_t be
 // body(std::integral_constant<int, rows>) for 1 to kStreamedRows rows, or for some more than there are.
 template <class Body>
 FP_INLINE void with_streamed_rows(int64_t rows, const Body& body) {
-    if constexpr (kStreamedRows > kTileRows) {
+    if constexpr (kStreamedRows > 12) {
         if (rows > 12) return body(std::integral_constant<int, 16>{});
+    }
+    if constexpr (kStreamedRows > kTileRows) {
         if (rows > 8) return body(std::integral_constant<int, 12>{});
         if (rows > kTileRows) return body(std::integral_constant<int, 8>{});
     }

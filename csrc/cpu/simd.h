@@ -337,43 +337,99 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 // All lanes equal. Subtracting zero changes no value, so the compiler leaves it out; adding would turn -0 into 0.
 FP_INLINE vfloat splat(float value) { return value - vfloat{}; }
 
-// a0 b0 a1 b1 ... of the lower half of each, or of the upper.
+// Lane i of the result is lane From::at(i) of a and, behind it, b.
 #if defined(__clang__)
 template <class T, T... lane>
 struct LaneNumbers {};
 
-template <bool kUpper, int... lane>
-FP_INLINE vfloat zip(vfloat a, vfloat b, LaneNumbers<int, lane...>) {
-    return __builtin_shufflevector(a, b, ((lane + kUpper * FP_LANES) / 2 + lane % 2 * FP_LANES)...);
+template <class From, int... lane>
+FP_INLINE vfloat shuffle(vfloat a, vfloat b, LaneNumbers<int, lane...>) {
+    return __builtin_shufflevector(a, b, From::at(lane)...);
 }
 
-template <bool kUpper>
-FP_INLINE vfloat zip(vfloat a, vfloat b) {
-    return zip<kUpper>(a, b, __make_integer_seq<LaneNumbers, int, FP_LANES>{});
+template <class From>
+FP_INLINE vfloat shuffle(vfloat a, vfloat b) {
+    return shuffle<From>(a, b, __make_integer_seq<LaneNumbers, int, FP_LANES>{});
 }
 #else
-template <bool kUpper>
-FP_INLINE vfloat zip(vfloat a, vfloat b) {
-    vuint from{};  // known to the compiler
-    for (uint32_t lane = 0; lane < FP_LANES; ++lane) from[lane] = (lane + kUpper * FP_LANES) / 2 + lane % 2 * FP_LANES;
+template <class From>
+FP_INLINE vfloat shuffle(vfloat a, vfloat b) {
+    vint from{};  // known to the compiler
+    for (int lane = 0; lane < FP_LANES; ++lane) from[lane] = From::at(lane);
     return __builtin_shuffle(a, b, from);
 }
 #endif
 
-// to[i][j] = from[j][i], kLanes each way: as many perfect shuffles as it takes to halve the lanes down to one.
+// a0 b0 a1 b1 ... of the lower half of each, or of the upper.
+template <bool kUpper>
+struct Zip {
+    static constexpr int at(int lane) { return (lane + kUpper * FP_LANES) / 2 + lane % 2 * FP_LANES; }
+};
+
+template <bool kUpper>
+FP_INLINE vfloat zip(vfloat a, vfloat b) {
+    return shuffle<Zip<kUpper>>(a, b);
+}
+
+// The same within each four lanes, kSize of a at a time and then of b.
+template <int kSize, bool kUpper>
+struct ZipFours {
+    static constexpr int at(int lane) {
+        const int part = lane % 4 / kSize, first = lane / 4 * 4 + kUpper * 2;
+        return first + part / 2 * kSize + lane % kSize + part % 2 * FP_LANES;
+    }
+};
+
+template <int kSize, bool kUpper>
+FP_INLINE vfloat zip_fours(vfloat a, vfloat b) {
+    return shuffle<ZipFours<kSize, kUpper>>(a, b);
+}
+
+// Four lanes at a time: every other four of a, then of b, from the first or the second on.
+template <bool kSecond>
+struct EveryOtherFour {
+    static constexpr int kOfEach = FP_LANES < 8 ? 1 : FP_LANES / 8;
+    static constexpr int at(int lane) {
+        const int four = lane / 4;
+        return (four % kOfEach * 2 + kSecond) * 4 + lane % 4 + four / kOfEach * FP_LANES;
+    }
+};
+
+// turned[i], lane j = from[j][i], kLanes each way: four columns of four rows within each four lanes, which are then
+// brought together. Shuffles across all lanes would be as many; a Zen 4 takes twice as long for one.
+template <class T>
+FP_INLINE void turn(const T* from, int64_t from_row, vfloat* turned) {
+    constexpr int64_t kFours = kLanes / 4;
+    for (int64_t four = 0; four < kFours; ++four) {
+        vfloat row[4];
+        for (int64_t i = 0; i < 4; ++i) row[i] = load(from + (4 * four + i) * from_row);
+        const vfloat low[] = {zip_fours<1, false>(row[0], row[1]), zip_fours<1, false>(row[2], row[3])};
+        const vfloat high[] = {zip_fours<1, true>(row[0], row[1]), zip_fours<1, true>(row[2], row[3])};
+        turned[4 * four] = zip_fours<2, false>(low[0], low[1]);
+        turned[4 * four + 1] = zip_fours<2, true>(low[0], low[1]);
+        turned[4 * four + 2] = zip_fours<2, false>(high[0], high[1]);
+        turned[4 * four + 3] = zip_fours<2, true>(high[0], high[1]);
+    }
+    for (int64_t apart = 1; apart < kFours; apart *= 2) {
+        vfloat mixed[kLanes];
+        for (int64_t four = 0; four < kFours; four += 2) {
+            for (int64_t i = 0; i < 4; ++i) {
+                const vfloat first = turned[4 * four + i], second = turned[4 * four + 4 + i];
+                mixed[2 * four + i] = shuffle<EveryOtherFour<false>>(first, second);
+                mixed[2 * four + i + kLanes / 2] = shuffle<EveryOtherFour<true>>(first, second);
+            }
+        }
+        memcpy(turned, mixed, sizeof(mixed));
+    }
+    if constexpr (FP_LANES < 4) turned[0] = load(from);
+}
+
+// to[i][j] = from[j][i], kLanes each way.
 template <class T>
 FP_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
-    vfloat rows[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) rows[i] = load(from + i * from_row);
-    for (int64_t stage = 1; stage < kLanes; stage *= 2) {
-        vfloat mixed[kLanes];
-        for (int64_t i = 0; i < kLanes / 2; ++i) {
-            mixed[2 * i] = zip<false>(rows[i], rows[i + kLanes / 2]);
-            mixed[2 * i + 1] = zip<true>(rows[i], rows[i + kLanes / 2]);
-        }
-        memcpy(rows, mixed, sizeof(mixed));
-    }
-    for (int64_t i = 0; i < kLanes; ++i) store(to + i * to_row, rows[i]);
+    vfloat turned[kLanes];
+    turn(from, from_row, turned);
+    for (int64_t i = 0; i < kLanes; ++i) store(to + i * to_row, turned[i]);
 }
 
 // The first `count` lanes of value, `other` in those behind them.
