@@ -32,6 +32,14 @@ using vuint = uint32_t __attribute__((vector_size(FP_LANES * 4)));
 using vint = int32_t __attribute__((vector_size(FP_LANES * 4)));
 using vushort = uint16_t __attribute__((vector_size(FP_LANES * 2)));
 
+// The same address, from which the compiler computes no other: it would keep those of all rows of a loop, most of them
+// in memory.
+template <class T>
+FP_INLINE const T* forget_origin(const T* address) {
+    __asm__("" : "+r"(address));
+    return address;
+}
+
 template <class To, class From>
 FP_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
@@ -402,7 +410,8 @@ FP_INLINE void turn(const T* from, int64_t from_row, vfloat* turned) {
     constexpr int64_t kFours = kLanes / 4;
     for (int64_t four = 0; four < kFours; ++four) {
         vfloat row[4];
-        for (int64_t i = 0; i < 4; ++i) row[i] = load(from + (4 * four + i) * from_row);
+        for (int64_t i = 0; i < 4; ++i) row[i] = load(from + i * from_row);
+        from = forget_origin(from + 4 * from_row);
         const vfloat low[] = {zip_fours<1, false>(row[0], row[1]), zip_fours<1, false>(row[2], row[3])};
         const vfloat high[] = {zip_fours<1, true>(row[0], row[1]), zip_fours<1, true>(row[2], row[3])};
         turned[4 * four] = zip_fours<2, false>(low[0], low[1]);
