@@ -359,6 +359,10 @@ def _autograd_kernel(member: str, record: Function) -> Function:
             raise NotImplementedError(f"fastprompt::{member}: has no forward-mode derivative: use backward")
         below = partial(overload.redispatch, keys & after)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"fastprompt::{member}: has no derivative inside torch.func: use backward or torch.autograd.grad"
+                )
             return record(*inputs, below)
         with torch._C._AutoDispatchBelowAutograd():
             return below(*inputs)
@@ -376,29 +380,34 @@ def _direct(op: Op, member: str) -> Function:
     others = [i for i, _, kind in kinds if "Tensor" not in kind]  # of which the dispatcher makes numbers
 
     def call(*args: Any) -> Any:
-        plain, record = is_plain_call(), None
-        if (
-            plain
-            and torch.is_grad_enabled()
-            and torch._C._any_requires_grad(*args)
-            and not is_below_autograd()
-        ):
+        if not is_plain_call():
+            tensors_of(args)
+            return overload(*args)
+        if torch._C._len_torch_function_stack() == 0:
+            result = plain_call(args)
+        else:  # default devices, which a launcher has no need of, and every look at a tensor would ask
+            with torch._C.DisableTorchFunction():
+                result = plain_call(args)
+        return overload(*args) if result is NotImplemented else result
+
+    def plain_call(args: tuple[Any, ...]) -> Any:
+        record = None
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) and not is_below_autograd():
             record = op._forward.get(member)
-            plain = record is not None
-        described, known = _native.describe(*args) if plain else None, op._known[member]
+            if record is None:
+                return NotImplemented
+        described, known = _native.describe(*args), op._known[member]
         found = running.get((member, known.get(described, ""))) if described is not None else None
         if found:
             run = found[-1].unchecked  # type: ignore[attr-defined]
             return record(*args, run) if record else run(*args)
         given = tensors_of(args)
-        key = (
-            plain_device(given)
-            if plain and not any(isinstance(args[i], torch.Tensor) for i in others)
-            else ""
-        )
+        if any(isinstance(args[i], torch.Tensor) for i in others):
+            return NotImplemented
+        key = plain_device(given)
         found = running.get((member, key))
         if not found:
-            return overload(*args)
+            return NotImplemented
         result = record(*args, found[-1]) if record else found[-1](*args)
         if described is not None:
             if len(known) >= MOST_KNOWN:

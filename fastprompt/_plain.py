@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch.autograd import forward_ad, profiler
+from torch.utils._device import DeviceContext
 
 
 def is_plain(x: torch.Tensor) -> bool:
@@ -28,9 +29,15 @@ def is_plain_call() -> bool:
         not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
         and not profiler._is_profiler_enabled
-        and torch._C._len_torch_function_stack() == 0
+        and (torch._C._len_torch_function_stack() == 0 or _has_default_devices_alone())
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_CALLS
     )
+
+
+def _has_default_devices_alone() -> bool:
+    """Are the function modes torch.set_default_device's and torch.device's? They decide about new tensors alone."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
 def is_below_autograd() -> bool:

@@ -58,8 +58,8 @@ FAMILY = {
 
 
 _UNCOVERED = (
-    "attention weights as output, a trained bias, a mask shorter than the keys, heads that no kernel takes, forward"
-    " mode and torch.func, or torch.jit.trace and an export to ONNX"
+    "attention weights as output, a trained bias, a mask shorter than the keys, a cache that is no EncoderDecoderCache,"
+    " heads that no kernel takes, forward mode and torch.func, or torch.jit.trace and an export to ONNX"
 )
 
 # The configurations of a model, which tell its stacks from others, and the prompts that the mask function adds there:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt import backend_used, backends, use_backend
@@ -128,6 +129,38 @@ def test_arguments_that_were_checked_are_checked_again_where_they_differ(hidden)
         direct.rms_norm(x, w.clone().requires_grad_(), 1e-6)
     with pytest.raises(ValueError, match=r"w must have shape \[D\]"):
         rms_norm(x, w[:3])
+
+
+@pytest.mark.parametrize("device_of_new", ["cpu", "meta"])
+def test_nor_where_there_is_a_default_device(hidden, monkeypatch, device_of_new):
+    x, w = hidden
+    expected = [rms_norm(x, w), dropout_add(x, dropout_p=0.5, seed=torch.tensor([3], device=x.device))]
+    overload = torch.ops.fastprompt.rms_norm.default
+    monkeypatch.setattr(type(overload), "__call__", lambda *args: pytest.fail("dispatched"))
+    seed = torch.tensor([3], device=x.device)
+    with torch.device(device_of_new):
+        found = [rms_norm(x, w), dropout_add(x, dropout_p=0.5, seed=seed)]
+        recorded = rms_norm(x.requires_grad_(), w)
+        recorded.sum().backward()
+    assert all(map(torch.equal, found, expected))
+    assert x.grad.device == x.device
+    assert recorded.requires_grad
+
+
+def test_a_function_mode_sees_the_ops(hidden):
+    x, w = hidden
+
+    class SeenFunctions(TorchFunctionMode):
+        names = ()
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names += (str(function),)
+            return function(*args, **(kwargs or {}))
+
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.device(x.device), SeenFunctions() as seen:
+            rms_norm(x.requires_grad_(), w)
+        assert any("rms_norm" in name for name in seen.names)
 
 
 def test_scopes_may_end_in_any_order(hidden):

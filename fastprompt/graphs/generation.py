@@ -19,7 +19,7 @@ from fastprompt._cache_name import CACHE, CACHE_NAMES
 from fastprompt._extra_outputs import OUTPUT_FLAGS, extra_output
 from fastprompt._generation import generation_option
 from fastprompt._plain import is_plain_call
-from fastprompt._replayed import replayed
+from fastprompt._replayed import replayed, settle
 from fastprompt._stamp import State
 from fastprompt.graphs.places import fixed
 from fastprompt.graphs.recording import Pool, has_cuda_graphs
@@ -132,6 +132,8 @@ def generator_of(model: Any) -> Any:
 def can_replay(model: Any, state: State, whole: bool) -> bool:
     """Can graphs be what the stacks' calls are, as things are now? ``whole``: for passes of all tokens at once."""
     called = model, model.get_encoder(), model.get_decoder()
+    for stack in called[1:]:
+        settle(stack)
     device = device_of(state)
     return (
         not model.training

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, contiguous, serves, stream
 from fastprompt._op import Op, direct
-from fastprompt._plain import is_capturing
+from fastprompt._plain import is_capturing, is_plain
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
     FLOATS,
@@ -158,7 +158,10 @@ def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
     if lengths.dim() == 2:
         check_tensor("t5_attention", "key_mask", lengths, (torch.bool,))  # a mask [B, S]
     check_shape("t5_attention", "key_mask", lengths, tuple(k.shape[:1]), "[B] (numbers of keys)")
-    return torch.arange(k.shape[1], device=lengths.device) < lengths[:, None]
+    S = k.shape[1]
+    if lengths.device.type == "cpu" and is_plain(lengths) and not _lie_in(lengths, 0, S):
+        fail("t5_attention", f"key_mask must hold lengths in [0, S]=[0, {S}], got {lengths.tolist()[:8]}")
+    return torch.arange(S, device=lengths.device) < lengths[:, None]
 
 
 def _check(*arguments: Any) -> None:

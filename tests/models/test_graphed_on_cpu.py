@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """graphed(model).generate on a CPU: what the model gives, each token but the first by a tape of its operations."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -209,6 +211,37 @@ def test_in_a_mode_that_looks_at_operations(make, batch, tapes):
     counts = [sum("rms_norm" in event.name for event in each.events()) for each in (profile, expected)]
     assert counts[0] == counts[1] > 0
     assert len(tapes) == 1
+
+
+def test_default_devices_say_nothing_of_a_token(make, batch, tapes):
+    step, given = graphed(patch(make())), batch()
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            assert_the_same(step, **given)
+    assert len(tapes) == 1
+
+
+@pytest.mark.parametrize("kind", ["prepend", "cached"])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_meanwhile_is_a_copy(prompted, batch, kind, way, tapes):
+    model = prompted(kind)
+    step, copies = graphed(model), []
+
+    class Copies(LogitsProcessor):
+        def __call__(self, ids, logits):
+            copies.append(way(model))
+            return logits
+
+    expected = step.generate(**batch(), **SHORT, logits_processor=[Copies()])
+    first, last = copies[0], copies[-1]
+    assert torch.equal(graphed(first).generate(**batch(), **SHORT), expected)
+    assert len(tapes) == 2
+    with torch.no_grad():
+        last.model.decoder.final_layer_norm.weight.zero_()
+    assert torch.equal(step.generate(**batch(), **SHORT), expected)
+    assert not last(**batch(), labels=batch()["input_ids"]).logits.any()
+    assert "forward" not in vars(last.model.decoder)
+    assert patch(first) is first
 
 
 def test_nothing_is_left_of_a_call(make, batch):

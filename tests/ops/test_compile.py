@@ -65,6 +65,22 @@ def test_a_forward_mode_derivative_is_refused(name, grad):
         getattr(torch.ops.fastprompt, member)(*arguments)  # without tangents
 
 
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_a_derivative_inside_torch_func_is_refused(name):
+    """By a message that says what to do, where PyTorch's tells a user to change this package."""
+    member, arguments = next(iter(SAMPLES[name]()))
+    place = next(i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+    def total(x):
+        result = getattr(torch.ops.fastprompt, member)(*arguments[:place], x, *arguments[place + 1 :])
+        return sum(each.sum() for each in ([result] if isinstance(result, torch.Tensor) else result))
+
+    with pytest.raises(
+        NotImplementedError, match=f"^fastprompt::{member}: has no derivative inside torch.func"
+    ):
+        torch.func.grad(total)(arguments[place].detach())
+
+
 @pytest.mark.parametrize("name", ["dropout_add", "frozen_linear", "gated_act", "relu_dropout"])
 def test_one_graph_of_the_function_alone(name):
     """Its samples have the function's arguments by their names."""

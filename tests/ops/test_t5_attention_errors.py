@@ -88,6 +88,8 @@ BAD = {
         prompt_k=random(0, P, H, K), prompt_v=random(0, P, H, K), prompt_ids=None
     ),
     "prompt_lens must lie in [0, P]=[0, 4], got [-1, 2, 4]": lambda: with_prompt(prompt_lens=torch.tensor([-1, 2, 4])),
+    "key_mask must hold lengths in [0, S]=[0, 5], got [7, 2]": lambda: arguments(key_mask=torch.tensor([7, 2])),
+    "key_mask must hold lengths in [0, S]=[0, 5], got [5, -1]": lambda: arguments(key_mask=torch.tensor([5, -1])),
     "cu_q must have shape [B + 1], got [0]": lambda: packed(cu_q=torch.empty(0).long(), cu_k=torch.empty(0).long()),
     "cu_q must rise from 0 to 4, got [0, 1, 3]": lambda: packed(cu_q=torch.tensor([0, 1, 3])),
     "cu_k must rise from 0 to 6, got [0, 2, 4]": lambda: packed(cu_k=torch.tensor([0, 2, 4])),
