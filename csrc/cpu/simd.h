@@ -368,20 +368,9 @@ FP_INLINE vfloat shuffle(vfloat a, vfloat b) {
 }
 #endif
 
-// a0 b0 a1 b1 ... of the lower half of each, or of the upper.
-template <bool kUpper>
-struct Zip {
-    static constexpr int at(int lane) { return (lane + kUpper * FP_LANES) / 2 + lane % 2 * FP_LANES; }
-};
-
-template <bool kUpper>
-FP_INLINE vfloat zip(vfloat a, vfloat b) {
-    return shuffle<Zip<kUpper>>(a, b);
-}
-
-// The same within each four lanes, kSize of a at a time and then of b.
+// Within each four lanes kSize of a and kSize of b by turns: of their lower half, or of their upper.
 template <int kSize, bool kUpper>
-struct ZipFours {
+struct Zip {
     static constexpr int at(int lane) {
         const int part = lane % 4 / kSize, first = lane / 4 * 4 + kUpper * 2;
         return first + part / 2 * kSize + lane % kSize + part % 2 * FP_LANES;
@@ -389,8 +378,8 @@ struct ZipFours {
 };
 
 template <int kSize, bool kUpper>
-FP_INLINE vfloat zip_fours(vfloat a, vfloat b) {
-    return shuffle<ZipFours<kSize, kUpper>>(a, b);
+FP_INLINE vfloat zip(vfloat a, vfloat b) {
+    return shuffle<Zip<kSize, kUpper>>(a, b);
 }
 
 // Four lanes at a time: every other four of a, then of b, from the first or the second on.
@@ -412,12 +401,12 @@ FP_INLINE void turn(const T* from, int64_t from_row, vfloat* turned) {
         vfloat row[4];
         for (int64_t i = 0; i < 4; ++i) row[i] = load(from + i * from_row);
         from = forget_origin(from + 4 * from_row);
-        const vfloat low[] = {zip_fours<1, false>(row[0], row[1]), zip_fours<1, false>(row[2], row[3])};
-        const vfloat high[] = {zip_fours<1, true>(row[0], row[1]), zip_fours<1, true>(row[2], row[3])};
-        turned[4 * four] = zip_fours<2, false>(low[0], low[1]);
-        turned[4 * four + 1] = zip_fours<2, true>(low[0], low[1]);
-        turned[4 * four + 2] = zip_fours<2, false>(high[0], high[1]);
-        turned[4 * four + 3] = zip_fours<2, true>(high[0], high[1]);
+        const vfloat low[] = {zip<1, false>(row[0], row[1]), zip<1, false>(row[2], row[3])};
+        const vfloat high[] = {zip<1, true>(row[0], row[1]), zip<1, true>(row[2], row[3])};
+        turned[4 * four] = zip<2, false>(low[0], low[1]);
+        turned[4 * four + 1] = zip<2, true>(low[0], low[1]);
+        turned[4 * four + 2] = zip<2, false>(high[0], high[1]);
+        turned[4 * four + 3] = zip<2, true>(high[0], high[1]);
     }
     for (int64_t apart = 1; apart < kFours; apart *= 2) {
         vfloat mixed[kLanes];
@@ -467,9 +456,9 @@ FP_INLINE void sum_lanes_of_four(const vfloat* value, float* to) {
     if constexpr (FP_LANES < 4) {
         for (int64_t j = 0; j < 4; ++j) to[j] = sum_lanes(value[j]);
     } else {
-        const vfloat even = zip<false>(value[0], value[2]) + zip<true>(value[0], value[2]);  // 0 2 0 2 ...
-        const vfloat odd = zip<false>(value[1], value[3]) + zip<true>(value[1], value[3]);
-        const vfloat all = zip<false>(even, odd) + zip<true>(even, odd);  // 0 1 2 3 0 1 2 3 ...
+        const vfloat even = zip<1, false>(value[0], value[2]) + zip<1, true>(value[0], value[2]);  // 0 2 0 2
+        const vfloat odd = zip<1, false>(value[1], value[3]) + zip<1, true>(value[1], value[3]);
+        const vfloat all = zip<1, false>(even, odd) + zip<1, true>(even, odd);  // 0 1 2 3
         using quad = float __attribute__((vector_size(16)));
         quad part[kLanes / 4];
         memcpy(part, &all, sizeof(all));
