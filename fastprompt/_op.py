@@ -383,14 +383,10 @@ def _direct(op: Op, member: str) -> Function:
         if not is_plain_call():
             tensors_of(args)
             return overload(*args)
-        if torch._C._len_torch_function_stack() == 0:
-            result = plain_call(args)
-        else:  # default devices, which a launcher has no need of, and every look at a tensor would ask
-            with torch._C.DisableTorchFunction():
-                result = plain_call(args)
+        result = plain_call(args, torch._C._len_torch_function_stack() > 0)
         return overload(*args) if result is NotImplemented else result
 
-    def plain_call(args: tuple[Any, ...]) -> Any:
+    def plain_call(args: tuple[Any, ...], default_device: bool) -> Any:
         record = None
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) and not is_below_autograd():
             record = op._forward.get(member)
@@ -400,6 +396,7 @@ def _direct(op: Op, member: str) -> Function:
         found = running.get((member, known.get(described, ""))) if described is not None else None
         if found:
             run = found[-1].unchecked  # type: ignore[attr-defined]
+            run = _quietly(run) if default_device else run
             return record(*args, run) if record else run(*args)
         given = tensors_of(args)
         if any(isinstance(args[i], torch.Tensor) for i in others):
@@ -408,7 +405,8 @@ def _direct(op: Op, member: str) -> Function:
         found = running.get((member, key))
         if not found:
             return NotImplemented
-        result = record(*args, found[-1]) if record else found[-1](*args)
+        run = _quietly(found[-1]) if default_device else found[-1]
+        result = record(*args, run) if record else run(*args)
         if described is not None:
             if len(known) >= MOST_KNOWN:
                 known.clear()
@@ -429,6 +427,16 @@ def _direct(op: Op, member: str) -> Function:
         return given
 
     return call
+
+
+def _quietly(run: Function) -> Function:
+    """``run`` without default devices: a launcher has no need of them, and every look at a tensor would ask them."""
+
+    def quiet(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return run(*args)
+
+    return quiet
 
 
 def _has_tangent(x: Any) -> bool:

@@ -13,31 +13,31 @@ class _Replay:
 
     def __init__(self, stack: Any, forward: Any) -> None:
         update_wrapper(self, forward)
-        self._stack, self._forward = stack, forward
+        self.stack, self._forward = stack, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _OfCopy(memo.get(id(self._stack), self._stack))
+        return _OfCopy(memo.get(id(self.stack), self.stack))
 
     def __reduce__(self) -> Any:
-        return _OfCopy, (self._stack,)
+        return _OfCopy, (self.stack,)
 
 
 class _OfCopy:
     """What a copy that was made meanwhile has for its forward, until it is called or settled."""
 
     def __init__(self, stack: Any) -> None:
-        self._stack = stack
+        self.stack = stack
 
     @property
     def __wrapped__(self) -> Any:
-        return MethodType(type(self._stack).forward, self._stack)
+        return MethodType(type(self.stack).forward, self.stack)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        settle(self._stack)
-        return self.__wrapped__(*args, **kwargs)
+        settle(self.stack)
+        return type(self.stack).forward(self.stack, *args, **kwargs)
 
 
 @contextmanager
@@ -51,10 +51,12 @@ def replayed(stack: Any, forward: Any) -> Iterator[None]:
 
 
 def is_replayed(stack: Any) -> bool:
-    return isinstance(vars(stack).get("forward"), _Replay)
+    found = vars(stack).get("forward")
+    return isinstance(found, _Replay) and found.stack is stack
 
 
 def settle(stack: Any) -> None:
     """Leave nothing to a copy of the replays of the stack that it was made of."""
-    if isinstance(vars(stack).get("forward"), _OfCopy):
+    found = vars(stack).get("forward")
+    if isinstance(found, _OfCopy) or (isinstance(found, _Replay) and found.stack is not stack):
         vars(stack).pop("forward", None)

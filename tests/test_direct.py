@@ -147,16 +147,29 @@ def test_nor_where_there_is_a_default_device(hidden, monkeypatch, device_of_new)
     assert recorded.requires_grad
 
 
+class SeenFunctions(TorchFunctionMode):
+    names = ()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names += (str(function),)
+        return function(*args, **(kwargs or {}))
+
+
+def test_hooks_on_saved_tensors_are_called_as_elsewhere(hidden):
+    x, w = hidden
+    seen = SeenFunctions()
+
+    def pack(tensor):
+        with seen:
+            return tensor * 1
+
+    with torch.device("cpu"), torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        rms_norm(x.requires_grad_(), w).sum().backward()
+    assert any("mul" in name for name in seen.names)
+
+
 def test_a_function_mode_sees_the_ops(hidden):
     x, w = hidden
-
-    class SeenFunctions(TorchFunctionMode):
-        names = ()
-
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            self.names += (str(function),)
-            return function(*args, **(kwargs or {}))
-
     for grad in (False, True):
         with torch.set_grad_enabled(grad), torch.device(x.device), SeenFunctions() as seen:
             rms_norm(x.requires_grad_(), w)

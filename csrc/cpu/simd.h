@@ -345,14 +345,15 @@ FP_INLINE void interleave(vwords a, vwords b, vuint* to) {
 // All lanes equal. Subtracting zero changes no value, so the compiler leaves it out; adding would turn -0 into 0.
 FP_INLINE vfloat splat(float value) { return value - vfloat{}; }
 
-// Lane i of the result is lane From::at(i) of a and, behind it, b.
+// Lane i of the result is lane From::at(i) of a and, behind it, b. (Of one lane, which nothing shuffles, it is some
+// lane.)
 #if defined(__clang__)
 template <class T, T... lane>
 struct LaneNumbers {};
 
 template <class From, int... lane>
 FP_INLINE vfloat shuffle(vfloat a, vfloat b, LaneNumbers<int, lane...>) {
-    return __builtin_shufflevector(a, b, From::at(lane)...);
+    return __builtin_shufflevector(a, b, (From::at(lane) % (2 * FP_LANES))...);
 }
 
 template <class From>

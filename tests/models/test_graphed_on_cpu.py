@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
 from fastprompt import _C, backend_used, graphed, patch, unpatch, use_backend
+from fastprompt._replayed import is_replayed, settle
 from fastprompt.graphs import places, stacks
 from fastprompt.graphs.tape import Tape
 
@@ -244,6 +245,20 @@ def test_a_copy_made_meanwhile_is_a_copy(prompted, batch, kind, way, tapes):
     assert patch(first) is first
 
 
+def test_a_shallow_copy_of_a_stack_replays_nothing_afterwards(make, batch):
+    step, copies = graphed(patch(make())), []
+
+    class Copies(LogitsProcessor):
+        def __call__(self, ids, logits):
+            copies.append(copy.copy(step.model.decoder))
+            return logits
+
+    step.generate(**batch(), **SHORT, logits_processor=[Copies()])
+    assert not is_replayed(copies[0])
+    settle(copies[0])
+    assert "forward" not in vars(copies[0])
+
+
 def test_nothing_is_left_of_a_call(make, batch):
     step = graphed(patch(make()))
     one = {name: x[:1] for name, x in batch().items()}
@@ -362,3 +377,19 @@ def test_no_operation_is_run_for_nothing(make, batch, tapes):
     assert names.count("t5_attention") == 2 * layers
     assert names.count("rms_norm") == 3 * layers + 1
     assert not [name for name in names if "aminmax" in name or "empty" in name]
+
+
+def test_a_copy_made_meanwhile_compiles(make, batch):
+    model, copies = make(), []
+
+    class Copies(LogitsProcessor):
+        def __call__(self, ids, logits):
+            copies.append(copy.deepcopy(model))
+            return logits
+
+    graphed(patch(model)).generate(**batch(), **SHORT, logits_processor=[Copies()])
+    torch._dynamo.reset()
+    compiled = torch.compile(copies[0], backend="eager", fullgraph=True)
+    found, expected = (each(**batch(), labels=batch()["input_ids"]).logits for each in (compiled, copies[1]))
+    torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()
