@@ -7,6 +7,8 @@ from functools import update_wrapper
 from types import MethodType
 from typing import Any
 
+import torch
+
 
 class _Replay:
     """A stack's forward for a while. Of a copy of the stack, in a file, too, it is the copy's own."""
@@ -36,7 +38,8 @@ class _OfCopy:
         return MethodType(type(self.stack).forward, self.stack)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        settle(self.stack)
+        if not torch.compiler.is_compiling():  # PyTorch 2.11 cannot trace it
+            settle(self.stack)
         return type(self.stack).forward(self.stack, *args, **kwargs)
 
 
