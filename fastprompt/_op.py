@@ -383,34 +383,29 @@ def _direct(op: Op, member: str) -> Function:
         if not is_plain_call():
             tensors_of(args)
             return overload(*args)
-        result = plain_call(args, torch._C._len_torch_function_stack() > 0)
-        return overload(*args) if result is NotImplemented else result
-
-    def plain_call(args: tuple[Any, ...], default_device: bool) -> Any:
         record = None
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) and not is_below_autograd():
             record = op._forward.get(member)
             if record is None:
-                return NotImplemented
+                return overload(*args)
         described, known = _native.describe(*args), op._known[member]
         found = running.get((member, known.get(described, ""))) if described is not None else None
+        new = None
         if found:
             run = found[-1].unchecked  # type: ignore[attr-defined]
-            run = _quietly(run) if default_device else run
-            return record(*args, run) if record else run(*args)
-        given = tensors_of(args)
-        if any(isinstance(args[i], torch.Tensor) for i in others):
-            return NotImplemented
-        key = plain_device(given)
-        found = running.get((member, key))
-        if not found:
-            return NotImplemented
-        run = _quietly(found[-1]) if default_device else found[-1]
+        else:
+            new = plain_device(tensors_of(args))
+            found = running.get((member, new))
+            if not found or any(isinstance(args[i], torch.Tensor) for i in others):
+                return overload(*args)
+            run = found[-1]
+        if torch._C._len_torch_function_stack() > 0:
+            run = _quietly(run)
         result = record(*args, run) if record else run(*args)
-        if described is not None:
+        if new is not None and described is not None:
             if len(known) >= MOST_KNOWN:
                 known.clear()
-            known[described] = key
+            known[described] = new
         return result
 
     def tensors_of(args: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -60,6 +60,5 @@ def is_replayed(stack: Any) -> bool:
 
 def settle(stack: Any) -> None:
     """Leave nothing to a copy of the replays of the stack that it was made of."""
-    found = vars(stack).get("forward")
-    if isinstance(found, _OfCopy) or (isinstance(found, _Replay) and found.stack is not stack):
+    if isinstance(vars(stack).get("forward"), (_Replay, _OfCopy)) and not is_replayed(stack):
         vars(stack).pop("forward", None)

@@ -232,26 +232,20 @@ def test_direct_calls_are_seen_by_what_sees_other_ops(hidden):
     x, w = hidden
     name = "fastprompt::rms_norm"
     with torch.no_grad():
-        with Seen() as seen:
-            direct.rms_norm(x, w, 1e-6)
-        assert name in seen.names
-        with torch.profiler.profile() as profile:
-            direct.rms_norm(x, w, 1e-6)
-        assert name in {event.key for event in profile.key_averages()}
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert isinstance(direct.rms_norm(mode.from_tensor(x), w, 1e-6)[0], FakeTensor)
         assert torch.func.functionalize(lambda x: direct.rms_norm(x, w, 1e-6)[0])(x).shape == x.shape
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-            direct.rms_norm(forward_ad.make_dual(x, x), w, 1e-6)
-    x.requires_grad_()
-    with Seen() as seen:
-        direct.rms_norm(x, w, 1e-6)
-    assert name in seen.names
-    with torch.profiler.profile() as profile:
-        direct.rms_norm(x, w, 1e-6)
-    assert name in {event.key for event in profile.key_averages()}
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        direct.rms_norm(forward_ad.make_dual(x, x), w, 1e-6)
+    for recorded in (False, True):
+        x.requires_grad_(recorded)
+        with torch.set_grad_enabled(recorded):
+            with Seen() as seen:
+                direct.rms_norm(x, w, 1e-6)
+            assert name in seen.names
+            with torch.profiler.profile() as profile:
+                direct.rms_norm(x, w, 1e-6)
+            assert name in {event.key for event in profile.key_averages()}
+            with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+                direct.rms_norm(forward_ad.make_dual(x, x), w, 1e-6)
     y, _ = direct.rms_norm(x, w, 1e-6)
     assert y.requires_grad
 

@@ -18,6 +18,7 @@ FLAGS = [
 ]  # fmt: skip
 BF16_SOURCES = ("frozen_linear_pairs", "t5_attention", "t5_attention_backward")
 SHUFFLING_SOURCES = ("frozen_linear", "t5_attention")
+ONE_LANE = ["-UFP_LANES", "-DFP_LANES=1"]
 PAIRS = ["-DFP_HAS_PAIRS"]
 TILES = [*PAIRS, "-DFP_HAS_TILES", "-DFP_EMULATED_AMX", f"-isystem{ROOT / 'tests' / 'emulation'}"]
 
@@ -36,12 +37,9 @@ def main() -> int:
     sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(tidy, source) for source in sources]
-        for name in BF16_SOURCES:
-            source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
-            jobs += [pool.submit(tidy, source, *flags) for flags in (PAIRS, TILES)]
-        for name in SHUFFLING_SOURCES:
-            source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
-            jobs.append(pool.submit(tidy, source, "-UFP_LANES", "-DFP_LANES=1"))
+        ways = [(name, flags) for name in BF16_SOURCES for flags in (PAIRS, TILES)]
+        ways += [(name, ONE_LANE) for name in SHUFFLING_SOURCES]
+        jobs += [pool.submit(tidy, ROOT / "csrc" / "cpu" / f"{name}.cpp", *flags) for name, flags in ways]
         results = [job.result() for job in jobs]
     for result in results:
         if result.returncode != 0:

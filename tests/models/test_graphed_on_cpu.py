@@ -222,18 +222,25 @@ def test_default_devices_say_nothing_of_a_token(make, batch, tapes):
     assert len(tapes) == 1
 
 
+class Meanwhile(LogitsProcessor):
+    """Does something for each token."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __call__(self, ids, logits):
+        self.act()
+        return logits
+
+
 @pytest.mark.parametrize("kind", ["prepend", "cached"])
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_made_meanwhile_is_a_copy(prompted, batch, kind, way, tapes):
     model = prompted(kind)
     step, copies = graphed(model), []
 
-    class Copies(LogitsProcessor):
-        def __call__(self, ids, logits):
-            copies.append(way(model))
-            return logits
-
-    expected = step.generate(**batch(), **SHORT, logits_processor=[Copies()])
+    meanwhile = [Meanwhile(lambda: copies.append(way(model)))]
+    expected = step.generate(**batch(), **SHORT, logits_processor=meanwhile)
     first, last = copies[0], copies[-1]
     assert torch.equal(graphed(first).generate(**batch(), **SHORT), expected)
     assert len(tapes) == 2
@@ -248,12 +255,8 @@ def test_a_copy_made_meanwhile_is_a_copy(prompted, batch, kind, way, tapes):
 def test_a_shallow_copy_of_a_stack_replays_nothing_afterwards(make, batch):
     step, copies = graphed(patch(make())), []
 
-    class Copies(LogitsProcessor):
-        def __call__(self, ids, logits):
-            copies.append(copy.copy(step.model.decoder))
-            return logits
-
-    step.generate(**batch(), **SHORT, logits_processor=[Copies()])
+    meanwhile = [Meanwhile(lambda: copies.append(copy.copy(step.model.decoder)))]
+    step.generate(**batch(), **SHORT, logits_processor=meanwhile)
     assert not is_replayed(copies[0])
     settle(copies[0])
     assert "forward" not in vars(copies[0])
@@ -382,12 +385,8 @@ def test_no_operation_is_run_for_nothing(make, batch, tapes):
 def test_a_copy_made_meanwhile_compiles(make, batch):
     model, copies = make(), []
 
-    class Copies(LogitsProcessor):
-        def __call__(self, ids, logits):
-            copies.append(copy.deepcopy(model))
-            return logits
-
-    graphed(patch(model)).generate(**batch(), **SHORT, logits_processor=[Copies()])
+    meanwhile = [Meanwhile(lambda: copies.append(copy.deepcopy(model)))]
+    graphed(patch(model)).generate(**batch(), **SHORT, logits_processor=meanwhile)
     torch._dynamo.reset()
     decoders = torch.compile(copies[0].decoder, backend="eager", fullgraph=True), copies[1].decoder
     ids, states = batch()["input_ids"], torch.randn(*batch()["input_ids"].shape, model.config.d_model)
