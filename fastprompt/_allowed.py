@@ -5,16 +5,16 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
-from fastprompt._note import leave_note, note_on
+from fastprompt._note import KEPT, leave_note, note_on
 
 
 def mark_kept(keys: tuple[Tensor, ...]) -> None:
     """These keys of prompts, one per layer, stay where they are from call to call."""
-    leave_note(keys[0], "fastprompt_kept", True)
+    leave_note(keys[0], KEPT, True)
 
 
 def is_kept(keys: tuple[Tensor, ...]) -> bool:
-    return note_on(keys[0], "fastprompt_kept") is not None
+    return note_on(keys[0], KEPT) is not None
 
 
 class PromptKeys(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastprompt._allowed import Allowed
-from fastprompt._note import leave_note, note_on
+from fastprompt._note import TABLE, leave_note, note_on
 from fastprompt._plain import may_keep
 
 
@@ -37,10 +37,10 @@ def table(bias: Tensor, allowed: Allowed, layer: Any) -> Tensor | None:
         return bias
     if isinstance(allowed.offset, Tensor) or not may_keep(bias):
         return _table(bias.detach(), allowed)
-    causal, offset, found = note_on(bias, "fastprompt_table") or (None, None, None)
+    causal, offset, found = note_on(bias, TABLE) or (None, None, None)
     if (causal, offset) != (allowed.causal, allowed.offset):
         found = _table(bias.detach(), allowed)
-        leave_note(bias, "fastprompt_table", (allowed.causal, allowed.offset, found))
+        leave_note(bias, TABLE, (allowed.causal, allowed.offset, found))
     return found
 
 

@@ -37,7 +37,7 @@ from transformers.modeling_utils import AttentionInterface
 from fastprompt._allowed import Allowed as Allowed
 from fastprompt._allowed import PromptKeys as PromptKeys
 from fastprompt._bias_by_distance import dense, makes_t5s_bias, table
-from fastprompt._note import leave_note, note_on
+from fastprompt._note import OTHER_BIAS, leave_note, note_on
 from fastprompt._plain import is_transformed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
@@ -272,8 +272,8 @@ def _is_by_distance(module: nn.Module, bias: Tensor | None) -> bool:
                 f'attn_implementation="{NAME}" needs transformers\' own compute_bias in torch.compile and'
                 f' torch.inference_mode, got a {type(module).__name__} with another. Use "sdpa"'
             )
-        leave_note(bias, "fastprompt_other_bias", True)
-    return note_on(bias, "fastprompt_other_bias") is None
+        leave_note(bias, OTHER_BIAS, True)
+    return not note_on(bias, OTHER_BIAS)
 
 
 def _transformers_attention(

@@ -17,7 +17,7 @@ from fastprompt.modules.ff import FastFF
 from fastprompt.modules.head import FastHead
 from fastprompt.modules.lm_loss import FastLoss
 from fastprompt.modules.norm import FastNorm
-from fastprompt.modules.tree import check_module, lm_heads, stacks, stock_class, swappable
+from fastprompt.modules.tree import bias_owners, check_module, lm_heads, stacks, stock_class, swappable
 from fastprompt.report import NOT_CHOSEN, explain
 
 MEMORY = ("speed", "balanced", "lean", "minimal")
@@ -85,11 +85,9 @@ def patch(
             f"fastprompt.patch: model must contain a T5 ({', '.join(FAMILY)}), got {type(model).__name__} without any"
             " of their layers"
         )
-    bias: tuple[nn.Module, ...] = ()
+    owners = bias_owners(model)
     blocks = 0
     for module in swappable(model):
-        own: Any = getattr(module, "SelfAttention", None)
-        bias = (module,) if getattr(own, "has_relative_attention_bias", False) else bias
         mixin = mixin_for(stock_class(type(module)))
         chosen = mixin is not None and any(on and issubclass(mixin, base) for base, on in wanted.items())
         if chosen and "forward" not in module.__dict__:
@@ -97,8 +95,8 @@ def patch(
             blocks += isinstance(module, FastSelfAttention)
             attends = isinstance(module, FastAttention)
             module.fastprompt_memory = _policy(memory, blocks) if attends else memory  # type: ignore[assignment]
-            if bias and isinstance(module, FastSelfAttention):
-                module.fastprompt_bias = bias
+            if isinstance(module, FastSelfAttention):
+                module.fastprompt_bias = owners[module]
         elif not chosen:
             _restore(module)
     for stack in stacks(model):

@@ -113,6 +113,8 @@ def _backend(module: nn.Module, parent: nn.Module) -> str:
     """Of the op that is most of it. Dropout has no weight: its parent's says where it runs."""
     weight = next(chain(module.parameters(), parent.parameters()), None)
     device = "cpu" if weight is None or weight.is_meta else weight.device.type
+    if device not in ("cpu", "cuda"):
+        return "reference"
     if isinstance(module, FastAttention):  # CUDA C++ has it for decoding alone
         return next(name for name in backends("t5_attention", device) if name != "cuda")
     return backends("frozen_linear" if isinstance(module, FastHead) else "rms_norm", device)[0]

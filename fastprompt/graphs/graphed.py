@@ -33,9 +33,10 @@ from fastprompt.graphs.generation import (
 from fastprompt.graphs.recording import Pool, has_cuda_graphs, padded
 from fastprompt.graphs.stacks import Decoding
 from fastprompt.graphs.step import RecordedStep, Replay, check_batch, loss_of
+from fastprompt.modules.tree import check_module
 from fastprompt.ops import raise_device_errors
 
-# One call at a time replays the graphs of a model's stacks, whichever Graphed it is of.
+# One call at a time replays the graphs of a model or of its stacks, whichever Graphed it is of.
 _LOCKS: WeakKeyDictionary[nn.Module, Lock] = WeakKeyDictionary()
 
 
@@ -72,12 +73,15 @@ class Graphed:
         leaves = [x for x in dict.fromkeys(state.tensors) if isinstance(x, nn.Parameter) and x.requires_grad]
         if not all(x.is_cuda for x in leaves):
             return loss_of(self.model, batch)
-        raise_device_errors()
-        recorded = self._kept(
-            self._key(batch, tensors, state),
-            lambda: RecordedStep(self.model, batch, tensors, leaves, self._pool),
-        )
-        loss: Tensor = Replay.apply(recorded, *inputs, *leaves)
+        with self._turn() as free:
+            if not free:
+                return loss_of(self.model, batch)
+            raise_device_errors()
+            recorded = self._kept(
+                self._key(batch, tensors, state),
+                lambda: RecordedStep(self.model, batch, tensors, leaves, self._pool),
+            )
+            loss: Tensor = Replay.apply(recorded, *inputs, *leaves)
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,13 +135,9 @@ class Graphed:
     def _graphs(self, whole: bool = True) -> Iterator[Sequences | None]:
         """A ``with`` block in which the stacks replay graphs, and the cache for generate; None: they do not."""
         model = generator_of(self.model)
-        lock = None if model is None else _LOCKS.setdefault(model, Lock())
-        if lock is None or not lock.acquire(blocking=False):
-            yield None
-            return
-        try:
-            state = State.of(model)
-            if not can_replay(model, state, whole):
+        with self._turn() as free:
+            state = State.of(model) if free and model is not None else None
+            if state is None or not can_replay(model, state, whole):
                 yield None
                 return
             raise_device_errors()
@@ -149,13 +149,24 @@ class Graphed:
 
             on_gpu = has_cuda_graphs(next(model.parameters()).device)
             packing = padded(self.model) if on_gpu else nullcontext()
-            with packing, by_graphs(model, kept, self._pool, whole) as past:
-                yield past
+            try:
+                with packing, by_graphs(model, kept, self._pool, whole) as past:
+                    yield past
+            finally:
+                gone = [key for key, each in self._recorded.items() if getattr(each, "is_released", False)]
+                for key in gone:
+                    del self._recorded[key]
+
+    @contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """A ``with`` block that may replay graphs; False: another one does, and this one has to do without."""
+        lock = _LOCKS.setdefault(generator_of(self.model) or self.model, Lock())
+        free = lock.acquire(blocking=False)
+        try:
+            yield free
         finally:
-            gone = [key for key, each in self._recorded.items() if getattr(each, "is_released", False)]
-            for key in gone:
-                del self._recorded[key]
-            lock.release()
+            if free:
+                lock.release()
 
     def _forget_moved(self, fixed: Any) -> None:
         """What generates by weights that were elsewhere: on a CPU it would keep those."""
@@ -251,9 +262,11 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
         moved ones, another patch and switched adapters are seen.
 
     Raises:
+        TypeError: model is no module.
         ValueError: shapes is not positive, or, in a call, the output has no loss, or a tensor is inside another object.
         RuntimeError: in a call, the model cannot be recorded as a CUDA graph.
     """
+    check_module("graphed", model)
     if shapes < 1:
         raise ValueError(f"fastprompt.graphed: shapes must be positive, got {shapes}")
     return Graphed(model, shapes)

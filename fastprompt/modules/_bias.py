@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The relative position bias of a transformers attention layer, as the table by distance that t5_attention reads."""
+"""The relative position bias of a transformers attention layer as the table by distance that t5_attention reads, and
+what of such a layer that op does not cover.
+"""
 
 from typing import Any
 
@@ -8,8 +10,10 @@ from torch import Tensor, nn
 from fastprompt._bias_by_distance import makes_t5s_bias
 from fastprompt._hooks import is_hooked
 from fastprompt._plain import PLAIN_TYPES
+from fastprompt._tensors import is_sharded
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
+from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 
 def bias_table(attention: Any) -> Tensor:
@@ -22,13 +26,35 @@ def bias_table(attention: Any) -> Tensor:
     )
 
 
-def has_bias_table(attention: Any) -> bool:
-    """T5's formula gives no constant beyond max_distance, where that is too small for its buckets."""
-    return makes_table(
-        attention.relative_attention_num_buckets,
-        attention.relative_attention_max_distance,
-        bidirectional=not attention.is_decoder,
-    )
+def bias_obstacle(attention: Any, evaluated: bool = False) -> str | None:
+    """Why no table says the bias of this layer, or of a stack whose first it is; None: one does.
+
+    ``evaluated``: nobody will want a gradient of its weight.
+    """
+    if not is_plain_bias(attention):
+        return "relative_attention_bias is more than its weight"
+    weight = attention.relative_attention_bias.weight
+    for why, holds in (
+        ("trained", weight.requires_grad and not evaluated),
+        ("offloaded", weight.is_meta),
+        ("sharded", is_sharded(weight)),
+    ):
+        if holds:
+            return f"relative_attention_bias.weight is {why}"
+    buckets, distance = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
+    # T5's formula gives no constant beyond max_distance, where that is too small for its buckets.
+    if not makes_table(buckets, distance, bidirectional=not attention.is_decoder):
+        return f"relative_attention_bias has {buckets} buckets, too many for the distance {distance}"
+    return None
+
+
+def head_obstacle(attention: Any) -> str | None:
+    """Why kernels do not compute what its heads do; None if they do."""
+    if attention.key_value_proj_dim not in HEAD_WIDTHS:
+        widths = ", ".join(map(str, HEAD_WIDTHS))
+        return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
+    scaling = getattr(attention, "scaling", 1.0)
+    return None if scaling == 1.0 else f"its scores are scaled by {scaling}"
 
 
 def is_plain_bias(attention: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt._note import leave_note, note_on
+from fastprompt._note import MADE, leave_note, note_on
 from fastprompt._op import direct
 
 
@@ -30,10 +30,10 @@ class Made(NamedTuple):
 def leave_made(y: Tensor, made: Made | None) -> None:
     """Note on y that it was made so."""
     if made is not None and torch.is_grad_enabled() and y.requires_grad:
-        leave_note(y, "fastprompt_made", made._replace(x=made.x.detach()))
+        leave_note(y, MADE, made._replace(x=made.x.detach()))
 
 
 def made_of(y: Tensor | None) -> Made | None:
     """How y was made, if that is known and y was not written to since."""
-    found: Made | None = None if y is None else note_on(y, "fastprompt_made")
+    found: Made | None = None if y is None else note_on(y, MADE)
     return found

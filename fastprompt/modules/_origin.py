@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastprompt._hooks import is_watched
-from fastprompt._note import leave_note, note_on
+from fastprompt._note import ORIGIN, leave_note, note_on
 from fastprompt.modules._attend import Attend
 from fastprompt.modules._frozen import add, linear
 
@@ -32,7 +32,7 @@ def origin_of(x: Tensor, memory: str, layer: nn.Module) -> Origin:
     """Where the layer's input came from, if that is known, it was not written to since, and memory is to be saved; else
     x itself. A hook may have written to x.data, which no version counts.
     """
-    known = None if memory == "speed" or is_watched(layer) else note_on(x, "fastprompt_origin")
+    known = None if memory == "speed" or is_watched(layer) else note_on(x, ORIGIN)
     return known or Origin(x)
 
 
@@ -40,7 +40,7 @@ def leave_origin(y: Tensor, x: Tensor, before: Origin, step: Attend, layer: nn.M
     """Note on y that the layer made it from x, which came about as ``before``."""
     if step.options.memory != "speed" and not is_watched(layer):
         base = x.detach() if before.base is x else before.base
-        leave_note(y, "fastprompt_origin", Origin(base, (*before.steps, step)))
+        leave_note(y, ORIGIN, Origin(base, (*before.steps, step)))
 
 
 def save(ctx: Any, origin: Origin, *tensors: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 
 from fastprompt._allowed import Allowed
-from fastprompt._note import leave_note, note_on
+from fastprompt._note import PER_ROW, leave_note, note_on
 from fastprompt._op import direct
 from fastprompt.modules._frozen import add, linear
 from fastprompt.ops._t5_attention_reference import Inputs
@@ -61,8 +61,8 @@ def step(
 
 def _per_row(offset: Tensor, rows: int) -> Tensor:
     """int64 [B] of a number, which all layers of a stack are handed."""
-    found: Tensor | None = note_on(offset, "fastprompt_per_row")
+    found: Tensor | None = note_on(offset, PER_ROW)
     if found is None:
         found = offset.expand(rows).clone()  # no view: what offset holds on to must not hold on to it
-        leave_note(offset, "fastprompt_per_row", found)
+        leave_note(offset, PER_ROW, found)
     return found

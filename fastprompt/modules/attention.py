@@ -32,18 +32,17 @@ from transformers import EncoderDecoderCache
 from fastprompt._allowed import Allowed
 from fastprompt._bias_by_distance import dense as dense_bias
 from fastprompt._bias_by_distance import table as table_of
-from fastprompt._note import note_on
+from fastprompt._note import OTHER_BIAS, ROWS, note_on
 from fastprompt.hf_attention import wants_weights
 from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._attend import TENSORS, Attend, Options
-from fastprompt.modules._bias import bias_table, has_bias_table, is_plain_bias
+from fastprompt.modules._bias import bias_obstacle, bias_table, head_obstacle
 from fastprompt.modules._frozen import add, apply, dropped, linear, norm_gradient, products, rate
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
 from fastprompt.modules._ready import Inputs, is_evaluated, is_stock, obstacle, ready
 from fastprompt.modules._step import step
 from fastprompt.ops._dropout import new_seed
-from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 
 class FrozenAttention(torch.autograd.Function):
@@ -145,11 +144,7 @@ class FastAttention:
         attention = self._attention
         if not is_stock(type(attention)):
             return f"{self.attention_name} is a {type(attention).__name__}"
-        if attention.key_value_proj_dim not in HEAD_WIDTHS:
-            widths = ", ".join(map(str, HEAD_WIDTHS))
-            return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
-        scaling = getattr(attention, "scaling", 1.0)
-        return None if scaling == 1.0 else f"its scores are scaled by {scaling}"
+        return head_obstacle(attention)
 
     def fastprompt_saved(self, attended: bool) -> int | None:
         """Bytes per row; of cross-attention with few queries. attended: a served one precedes it in this block."""
@@ -270,7 +265,7 @@ class FastAttention:
             absorbed=absorbed,
             made_eps=0.0 if made is None else made.eps,
             made_p=0.0 if made is None else made.p,
-            rows=note_on(x, "fastprompt_rows") if states is None else None,
+            rows=note_on(x, ROWS) if states is None else None,
         )
         a = Attend(
             weights["layer_norm"],
@@ -349,8 +344,8 @@ class FastSelfAttention(FastAttention):
         )
 
     def _is_frozen_bias(self, bias: Tensor, T: int, offset: int | Tensor) -> bool:
-        """Dense, without a gradient."""
-        if isinstance(offset, Tensor) or bias.requires_grad:
+        """Dense, without a gradient, a function of distance."""
+        if isinstance(offset, Tensor) or bias.requires_grad or note_on(bias, OTHER_BIAS):
             return False
         return bias.shape == (1, self._attention.n_heads, T, offset + T)
 
@@ -362,13 +357,12 @@ class FastSelfAttention(FastAttention):
     def _other_scores(self, inputs: Inputs | None = None) -> str | None:
         for owner in self.fastprompt_bias:
             attention = owner._modules["SelfAttention"]
-            if not (is_stock(type(attention)) and is_plain_bias(attention)):
-                return "relative_attention_bias is more than its weight"
+            if not is_stock(type(attention)):
+                return f"its stack's bias is made by a {type(attention).__name__}"
             # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
-            if self._bias_trains() and not is_evaluated(attention, inputs):
-                return "relative_attention_bias.weight is trained"
-            if not has_bias_table(attention):
-                return "its relative_attention_num_buckets and max_distance have no logarithmic buckets"
+            found = bias_obstacle(attention, is_evaluated(attention, inputs))
+            if found is not None:
+                return found
         return super()._other_scores(inputs)
 
     def _weights(

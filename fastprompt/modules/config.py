@@ -6,6 +6,7 @@ the user's, and other models' too, so that name is not written into it. A stack 
 state instead: what is set on one is read from the other.
 """
 
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,10 @@ class Served:
         setattr(self.stock, name, value)  # which may refuse, or set more
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return served_config, (self.stock,)  # copies and pickles share their state again
+        return served_config, (self.stock,)  # deep copies and pickles share their state again
+
+    def __copy__(self) -> Any:
+        return served_config(copy(self.stock))
 
 
 @cache

@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from fastprompt._note import leave_note, note_on
+from fastprompt._note import ROWS, leave_note, note_on
 from fastprompt.modules._made import leave_made, made_of
 from fastprompt.modules._ready import is_followed
 from fastprompt.ops._checks import FLOATS
@@ -32,7 +32,7 @@ class FastDropout:
         seed, made = new_seed(x.device), made_of(x)
         y = dropout_add(x, dropout_p=self.p, seed=seed)
         leave_made(y, made and made._replace(seed=seed, p=self.p))
-        rows = note_on(x, "fastprompt_rows")
+        rows = note_on(x, ROWS)
         if rows is not None:
-            leave_note(y, "fastprompt_rows", rows)
+            leave_note(y, ROWS, rows)
         return y

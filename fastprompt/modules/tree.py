@@ -61,10 +61,29 @@ def is_family_model(module: nn.Module) -> bool:
 
 def stacks(model: nn.Module) -> Iterator[Any]:
     """The encoders and decoders whose attention function can be set."""
+    yield from filter(_is_stack, model.modules())
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return (
+        isinstance(module, PreTrainedModel)
+        and type(module).__name__.endswith("Stack")
+        and module.config.model_type in hf_attention.SERVED
+    )
+
+
+def bias_owners(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
+    """By layer of self-attention: the layer, of any class, whose bias it is given: itself, its stack's first, or none.
+
+    In tuples, as layers keep them, they are no child modules.
+    """
+    owners: dict[nn.Module, tuple[nn.Module, ...]] = {}
+    owner: tuple[nn.Module, ...] = ()
     for module in model.modules():
-        if (
-            isinstance(module, PreTrainedModel)
-            and type(module).__name__.endswith("Stack")
-            and module.config.model_type in hf_attention.SERVED
-        ):
-            yield module
+        if _is_stack(module):
+            owner = ()
+        attention: Any = getattr(module, "SelfAttention", None)
+        if attention is not None:
+            owner = (module,) if getattr(attention, "has_relative_attention_bias", False) else owner
+            owners[module] = owner
+    return owners

@@ -43,6 +43,12 @@ def check_same_device(op: str, name: str, value: torch.Tensor, like: str, other:
         )
 
 
+def check_number(op: str, name: str, value: object) -> None:
+    """``value`` must be a real number: Python's, NumPy's, symbolic, or a tensor of one element."""
+    if not isinstance(value, int | float | torch.SymInt) and not hasattr(value, "__float__"):
+        fail(op, f"{name} must be a number, got {type(value).__name__}", TypeError)
+
+
 def as_int(op: str, name: str, value: Any) -> int:
     """``value`` as the int that kernels take: NumPy's are none. Symbolic ones stay symbolic."""
     if isinstance(value, int | torch.SymInt):

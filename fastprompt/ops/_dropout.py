@@ -12,13 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from fastprompt.ops._checks import check_same_device, check_shape, check_tensor, fail
+from fastprompt.ops._checks import check_number, check_same_device, check_shape, check_tensor, fail
 
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 7
 
 
 def check_rate(op: str, dropout_p: float) -> None:
+    check_number(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         fail(op, f"dropout_p must lie in [0, 1], got {dropout_p}")
 
@@ -38,8 +39,12 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 def drawn_seed(seed: Tensor | None, dropout_p: float, like: Tensor) -> Tensor | None:
-    """``seed``; where it is missed, a new one. Of a ``like`` that is no tensor the op's own checks tell."""
-    if seed is not None or not dropout_p > 0.0 or not isinstance(like, Tensor):
+    """``seed``; where it is missed, a new one. Of a ``like`` or a rate that is none the op's own checks tell."""
+    try:
+        drops = dropout_p > 0.0
+    except TypeError:
+        return seed
+    if seed is not None or not drops or not isinstance(like, Tensor):
         return seed
     return new_seed(like.device)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._plain import may_keep
-from fastprompt.ops._checks import FLOATS, check_tensor, fail
+from fastprompt.ops._checks import FLOATS, as_int, check_tensor, fail
 
 
 def t5_bias_table(
@@ -36,6 +36,8 @@ def t5_bias_table(
             "t5_bias_table",
             f"weight must have shape [num_buckets, H]=[{num_buckets}, H], got {list(weight.shape)}",
         )
+    num_buckets = as_int("t5_bias_table", "num_buckets", num_buckets)
+    max_distance = as_int("t5_bias_table", "max_distance", max_distance)
     if not makes_table(num_buckets, max_distance, bidirectional):
         exact = _exact_buckets(num_buckets, bidirectional)
         if exact < 1:

@@ -43,6 +43,7 @@ from fastprompt.ops._checks import (
     FLOATS,
     as_int,
     check_frozen,
+    check_number,
     check_same_device,
     check_shape,
     check_tensor,
@@ -83,6 +84,7 @@ def linear_cross_entropy(
         TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
         IndexError: on a CPU, a label is outside [0, V). A GPU makes the loss NaN instead, and that row's gradient.
     """
+    check_number("linear_cross_entropy", "scale", scale)
     ignore_index = as_int("linear_cross_entropy", "ignore_index", ignore_index)
     if chunk is not None:
         chunk = as_int("linear_cross_entropy", "chunk", chunk)

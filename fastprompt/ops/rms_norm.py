@@ -23,6 +23,7 @@ from fastprompt._op import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,
+    check_number,
     check_same_device,
     check_shape,
     check_tensor,
@@ -81,6 +82,7 @@ def _check(x: Tensor, w: Tensor, eps: float) -> None:
         fail("rms_norm", "x must have shape [..., D], got a scalar")
     check_shape("rms_norm", "w", w, (x.shape[-1],), "[D]")
     check_same_device("rms_norm", "w", w, "x", x)
+    check_number("rms_norm", "eps", eps)
     if not eps >= 0.0:
         fail("rms_norm", f"eps must not be negative, got {eps}")
 

@@ -126,6 +126,8 @@ def t5_attention(
     if isinstance(offset, Tensor):
         offsets, offset = _offsets(offset, q, cu_q), 0
     offset = as_int("t5_attention", "offset", offset)
+    if not isinstance(causal, bool):
+        causal = _as_bool(causal)
     if key_mask is not None and cu_k is None and getattr(key_mask, "dtype", None) != torch.bool:
         key_mask = _mask_of_lengths(key_mask, k)
     seed = drawn_seed(seed, dropout_p, q)
@@ -140,12 +142,21 @@ def t5_attention(
     return direct.t5_attention(*arguments)[0]
 
 
+def _as_bool(causal: Any) -> bool:
+    """Of NumPy's, or 0 or 1."""
+    if causal not in (False, True):
+        fail("t5_attention", f"causal must be a bool, got {causal!r}", TypeError)
+    return bool(causal)
+
+
 def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
     """int64 [B] of a tensor with one element or B."""
     check_tensor("t5_attention", "q", q, FLOATS)
     if cu_q is not None:
         check_tensor("t5_attention", "cu_q", cu_q, (torch.int64, torch.int32))
     check_tensor("t5_attention", "offset", offset, (torch.int64, torch.int32))
+    if q.dim() < 1:
+        fail("t5_attention", "q must have shape [B, T, H, K], got []")
     B = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     if offset.numel() not in (1, B) or offset.dim() > 1:
         fail("t5_attention", f"offset must have shape [B]=[{B}] or [1], got {list(offset.shape)}")
@@ -154,6 +165,8 @@ def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
 
 def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
     check_tensor("t5_attention", "k", k, FLOATS)
+    if k.dim() != 4:
+        fail("t5_attention", f"k must have shape [B, S, H, K], got {list(k.shape)}")
     check_tensor("t5_attention", "key_mask", lengths, (torch.bool, torch.int64, torch.int32))
     if lengths.dim() == 2:
         check_tensor("t5_attention", "key_mask", lengths, (torch.bool,))  # a mask [B, S]

@@ -36,10 +36,13 @@ class KeyKeeper(PromptHolder):
                 None: all of the bank's own.
 
         Raises:
+            TypeError: ``names`` is neither a name nor several.
             ValueError: an unknown name, or a prompt of kind "prepend", whose keys depend on the tokens.
         """
         if names is None:
             names = [name for name in self.prompts if self.kind(name) != "prepend"]
+        if not isinstance(names, Iterable):
+            raise TypeError(f"PromptModel: names must be a prompt's name or several, got {names!r}")
         chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         if not chosen:
             return

@@ -21,10 +21,8 @@ from fastprompt import hf_attention
 from fastprompt._allowed import Allowed, PromptKeys
 from fastprompt._extra_outputs import extra_output
 from fastprompt._plain import is_capturing, is_transformed
-from fastprompt._tensors import is_sharded
-from fastprompt.modules._bias import has_bias_table, is_plain_bias
+from fastprompt.modules._bias import bias_obstacle, head_obstacle
 from fastprompt.ops._indices import indices
-from fastprompt.ops.t5_attention import HEAD_WIDTHS
 from fastprompt.prompts import stock
 from fastprompt.prompts.sites import bias_tables, disorder
 
@@ -160,24 +158,9 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
         return f"needs {found}"
     for i, block in enumerate(encoder.block):
         attention = block.layer[0].SelfAttention
-        if getattr(attention, "scaling", 1.0) != 1.0:
-            return f"needs scores as they are, got scaling={attention.scaling} in block.{i}"
-        if attention.key_value_proj_dim not in HEAD_WIDTHS:
-            return (
-                f"needs heads of width {', '.join(map(str, HEAD_WIDTHS))}, got {attention.key_value_proj_dim}"
-            )
-        if attention.has_relative_attention_bias:
-            weight = attention.relative_attention_bias.weight
-            sharded = is_sharded(weight)
-            if weight.requires_grad or weight.is_meta or sharded:
-                got = "it offloaded" if weight.is_meta else "it sharded" if sharded else "requires_grad=True"
-                return f"needs a frozen relative_attention_bias.weight, got {got}"
-            if not is_plain_bias(attention):
-                return "needs the bias of relative_attention_bias.weight and no more"
-            if not has_bias_table(attention):
-                buckets, distance = (
-                    attention.relative_attention_num_buckets,
-                    attention.relative_attention_max_distance,
-                )
-                return f"needs a bias by distance, got {buckets} buckets up to distance {distance}"
+        found = head_obstacle(attention)
+        if found is None and attention.has_relative_attention_bias:
+            found = bias_obstacle(attention)
+        if found is not None:
+            return f"does not go with block.{i}'s attention: {found}"
     return None

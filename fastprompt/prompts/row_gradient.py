@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._hooks import has_global_hooks, is_watched
-from fastprompt._note import leave_note
+from fastprompt._note import ROWS, leave_note
 
 
 def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str, Any]) -> None:
@@ -32,4 +32,4 @@ def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str
     if not (
         shown or has_global_hooks() or any(map(is_watched, (encoder, encoder.dropout, block, block.layer[0])))
     ):
-        leave_note(embeds, "fastprompt_rows", rows)
+        leave_note(embeds, ROWS, rows)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt import hf_attention
-from fastprompt.modules._bias import bias_table, is_plain_bias
+from fastprompt.modules._bias import bias_obstacle, bias_table
 from fastprompt.modules.config import give_config, served_config
 from fastprompt.prompts.config import SITES
 
@@ -65,17 +65,11 @@ def bias_tables(model: Any, site: str) -> Tensor | tuple[Tensor, ...] | None:
     tables = []
     for _, attention in site_layers(model, site):
         if attention.has_relative_attention_bias:
-            weight = attention.relative_attention_bias.weight
-            if weight.requires_grad:
+            found = bias_obstacle(attention)
+            if found is not None:
                 raise ValueError(
-                    f"PromptModel: the {site}'s relative_attention_bias.weight must be frozen, got requires_grad=True. "
-                    "Call model.requires_grad_(False)"
-                )
-            if not is_plain_bias(attention):
-                raise ValueError(
-                    f"PromptModel: the {site}'s bias must be that of relative_attention_bias.weight and no more, got a"
-                    f" {type(attention.relative_attention_bias).__name__} that is adapted, hooked or has a max_norm, or"
-                    f" a {type(attention).__name__} with a compute_bias of its own. Use kind='prepend'"
+                    f"PromptModel: prompts with keys of their own need the {site}'s bias as a table by distance, but"
+                    f" its {found}. Call model.requires_grad_(False) if it is trained, or use kind='prepend'"
                 )
             tables.append(bias_table(attention))
     return tables[0] if len(tables) == 1 else tuple(tables)

@@ -48,12 +48,14 @@ def answer(
     """
     if prompts is not None and not prompts:
         raise ValueError("answer: prompts must be one or more names, or None for the first one, got none")
+    if choices is not None and not choices:
+        raise ValueError("answer: choices must be one or more answers, or None to generate them, got none")
     given_model, (model, on_gpu) = model, of_graphed(model)
     if prompts is not None and not isinstance(model, PromptModel):
         raise ValueError(f"answer: prompts={prompts!r} needs a PromptModel, got {type(model).__name__}")
     names = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
     pairs = encode([Example(text, "") for text in inputs], tokenizer, max_input=max_input)
-    ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices else []
+    ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices is not None else []
     check_choices(ids)
     # Only a PromptModel ranks by graphs, and prompts that vote are not by graphs at all.
     served = on_gpu and len(names) == 1 and (choices is None or isinstance(model, PromptModel))

@@ -64,7 +64,9 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     targets = [each.target for each in examples]
-    wanted = targets if choices else [_read(ids, tokenizer) for ids in tokenizer(targets)["input_ids"]]
+    wanted = (
+        targets if choices is not None else [_read(ids, tokenizer) for ids in tokenizer(targets)["input_ids"]]
+    )
     right = sum(map(operator.eq, predictions, wanted))
     return Evaluation(right / len(examples), predictions)
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that are no longer T5's, of a quantised, wrapped or replaced module, run as they are."""
 
+import copy
+
 import pytest
 import torch
 from layouts import close, step
 from peft import LoraConfig, inject_adapter_in_model
 from quantised import quantise
 from torch import nn
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerSelfAttention
 
 from fastprompt import explain, patch
 
@@ -87,6 +90,46 @@ def test_quantised_child_falls_back(make, batch, labels):
     for ours, theirs in zip(step(patch(model), batch(), labels), expected, strict=True):
         close(ours, theirs)
     assert "Linear8bit" in str(explain(model))
+
+
+class _OwnBias(T5Attention):
+    """With a bias that is no function of distance."""
+
+    def compute_bias(self, *args, **kwargs):
+        bias = super().compute_bias(*args, **kwargs)
+        return bias + torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)).to(bias)
+
+
+class _OwnLayer(T5LayerSelfAttention):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_first_layer_of_ones_own_gives_its_stack_its_bias(make, batch, labels, stack, when):
+    """The decoder's is not the encoder's, which comes before it."""
+
+    def changed(model):
+        layers = getattr(model, stack).block[0].layer
+        layers[0] = copy.deepcopy(layers[0])
+        layers[0].__class__, layers[0].SelfAttention.__class__ = _OwnLayer, _OwnBias
+        return model
+
+    expected, plain = step(changed(make()), batch(), labels), step(make(), batch(), labels)
+    model = patch(changed(make())) if when == "before" else changed(patch(make()))
+    for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    assert not torch.allclose(expected[0], plain[0], rtol=1e-3)
+
+
+def test_the_first_layer_of_a_second_model(make, batch, labels):
+    models = nn.ModuleList([make(), make()])
+    layer = models[1].encoder.block[0].layer[0]
+    layer.__class__, layer.SelfAttention.__class__ = _OwnLayer, _OwnBias
+    expected = step(models[1], batch(), labels)
+    for ours, theirs in zip(step(patch(models)[1], batch(), labels), expected, strict=True):
+        close(ours, theirs)
+    assert "its stack's bias is made by a _OwnBias" in str(explain(models))
 
 
 @pytest.mark.parametrize("what", ["scaling", "cross scaling", "LoRA", "max_norm"])

@@ -98,6 +98,8 @@ def test_what_is_refused(make, batch):
         graphed(make(), shapes=0)
     with pytest.raises(ValueError, match=r"^fastprompt.graphed: the output of \w+ has no loss. Pass labels"):
         graphed(make())(**batch(), decoder_input_ids=batch()["input_ids"])
+    with pytest.raises(TypeError, match=r"^fastprompt.graphed: model must be a torch.nn.Module, got int"):
+        graphed(3)
 
 
 def test_a_graph_per_shape_and_mode(prompted, batch, labels, on_gpu):
@@ -251,6 +253,22 @@ def test_the_graph_that_was_not_used_for_longest_goes_first(recorded):
         step(x=on_a_gpu(length))
         assert len(step) == min(2, len(recorded))
     assert [length for length, _ in recorded] == [1, 2, 3, 2]
+
+
+def test_one_step_at_a_time(recorded, monkeypatch):
+    """A graph's inputs and memory are one call's; another thread's is meanwhile the model's own."""
+    step, others = graphed(Sum(1, 1).requires_grad_(False)), []
+
+    def replayed(*_):
+        others.append(float(step(x=on_a_gpu(2))))
+        return torch.ones(())
+
+    monkeypatch.setattr(step_graphs.Replay, "apply", replayed)
+    step(x=on_a_gpu(3))
+    assert ([length for length, _ in recorded], others) == ([3], [2.0])
+    monkeypatch.setattr(step_graphs.Replay, "apply", lambda *_: torch.ones(()))
+    step(x=on_a_gpu(2))
+    assert [length for length, _ in recorded] == [3, 2]
 
 
 def test_many_shapes_are_told_of(recorded):

@@ -26,6 +26,15 @@ def test_save_load_copy_and_pickle(make, batch, labels, tmp_path):
     assert classes(pickle.loads(pickle.dumps(model))) == classes(model)
 
 
+def test_a_shallow_copy_of_a_configuration_is_one(make):
+    """As transformers makes them: what is set on it is not the model's."""
+    model = patch(make())
+    mine = copy.copy(model.encoder.config)
+    mine.d_ff = 999
+    assert model.encoder.config.d_ff == model.config.d_ff == 40
+    assert mine._attn_implementation == model.encoder.config._attn_implementation == "fastprompt"
+
+
 def test_a_pickle_may_be_read_before_anything_was_patched(make, batch, labels, monkeypatch):
     """As in another process."""
     model = patch(make(), lm_loss=True)

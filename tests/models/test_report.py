@@ -113,6 +113,16 @@ def test_backends_are_those_of_the_model_s_device(make, monkeypatch):
     assert devices == {"cuda"}
 
 
+def test_a_device_that_no_kernel_is_for(make, monkeypatch):
+    model = patch(make())
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                fake = torch.empty(parameter.shape, device="xpu")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=False)
+    assert {row.backend for row in explain(model)} <= {"reference", None}
+
+
 def test_what_falls_back_says_why(make):
     model = patch(make(d_kv=24))
     model.lm_head = nn.Linear(48, 64)

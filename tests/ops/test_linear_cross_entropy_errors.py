@@ -41,6 +41,7 @@ REFUSED = [
     case(TypeError, "num_items must have dtype int64, int32, float32, got bool", num_items=torch.tensor(True)),
     case(ValueError, r"num_items must have shape .*=\[\], got \[1\]", num_items=torch.tensor([3])),
     case(ValueError, "num_items must be on cpu like hidden, got meta", num_items=torch.tensor(3, device="meta")),
+    case(TypeError, "scale must be a number, got NoneType", scale=None),
     case(ValueError, "chunk must be positive, got 0", chunk=0),
     case(TypeError, "chunk must be an int, got str", chunk="a"),
     case(IndexError, r"labels must lie in \[0, V\)=\[0, 9\), got 9", labels=torch.tensor([2, 9])),

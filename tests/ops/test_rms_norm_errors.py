@@ -29,6 +29,8 @@ REFUSED = [
     case(ValueError, "w must be frozen, got requires_grad=True", w=torch.ones(4, requires_grad=True)),
     case(ValueError, "eps must not be negative, got -1e-06", eps=-1e-6),
     case(ValueError, "eps must not be negative, got nan", eps=float("nan")),
+    case(TypeError, "eps must be a number, got str", eps="a"),
+    case(TypeError, "dropout_p must be a number, got NoneType", residual=torch.ones(2, 4), dropout_p=None),
     case(ValueError, "dropout_p=0.1 needs a residual", dropout_p=0.1),
     case(TypeError, "residual must be a torch.Tensor, got float", residual=1.0),
     case(TypeError, "residual must have dtype .*, got int32", residual=torch.ones(2, 4, dtype=torch.int32)),

@@ -469,10 +469,17 @@ def test_bad_input(changes, error, message, call, device):
 def test_a_trained_bias_is_refused_by_name(make_keyed, make_batch):
     prompted, batch = make_keyed(CONFIGS), make_batch()
     prompted.model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_(True)
-    with pytest.raises(
-        ValueError, match=r"the encoder's relative_attention_bias.weight must be frozen.*requires_grad_"
-    ):
+    message = r"the encoder's bias as a table .* its relative_attention_bias.weight is trained. Call model"
+    with pytest.raises(ValueError, match=message):
         prompted(**batch, prompts="cached")
+
+
+def test_a_bias_that_no_table_says_is_refused_with_the_remedy(make_keyed, make_batch):
+    few = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 4}
+    with pytest.raises(
+        ValueError, match=r"has 32 buckets, too many for the distance 4. .* use kind='prepend'"
+    ):
+        make_keyed(CONFIGS, **few)(**make_batch(), prompts="cached")
 
 
 def test_models_that_are_not_served(make_model):
