@@ -63,8 +63,8 @@ class Report(list[Row]):
 def explain(model: nn.Module) -> Report:
     """Which kernels serve each layer of a T5, or why none does. Print it.
 
-    A served layer may still fall back in one call, for what only the call knows: a cache, autocast, a mask of the
-    user's own, attention weights as output.
+    A served layer may still fall back in one call, for what only the call knows: a cache that is not
+    transformers' own, autocast, a mask of the user's own, attention weights as output.
 
     Args:
         model: a T5, or what holds one, patched or not.

@@ -20,7 +20,7 @@ def table(results: dict[str, Any]) -> str:
         f"test accuracy, {size} documents of unseen modules, {len(results['labels'])} areas",
         f"  always the largest area         {accuracy['majority']:7.1%}",
         f"  frozen T5 without a prompt      {accuracy['frozen']:7.1%}",
-        f"  told {INSTRUCTION!r} in words        {accuracy['instructed']:7.1%}",
+        f"  {f'told {INSTRUCTION!r} in words':<32}{accuracy['instructed']:7.1%}",
         f"  frozen T5 with the prompt       {accuracy['prompt']:7.1%}",
         f"trained parameters                {parameters['trained']:7,} of {parameters['model']:,} ({share:.2%})",
         "",

@@ -246,8 +246,9 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
     the operations of the second one, without Python between them.
 
     Args:
-        model: a frozen T5, patched or not, a PromptModel, a PeftModel: anything whose output has a loss, that trains
-            few parameters (their gradients are copied), and whose forward waits for no value on the GPU. A PromptModel
+        model: a PromptModel, a PeftModel, a T5, patched or not: anything whose output has a loss, that trains few
+            parameters (their gradients are copied; none where it only generates), and whose forward waits for no value
+            on the GPU. A PromptModel
             runs padded in it on a GPU (``pack=False``). ``generate`` has graphs of T5, mT5 and UMT5, by themselves, in
             a PromptModel or with PEFT's LoRA, on a CPU of those whose attention is fastprompt's (patched or by name),
             and is the model's own otherwise.

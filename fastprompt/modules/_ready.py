@@ -65,8 +65,10 @@ def _examine(
             return weights, f"{name} has a bias"
         if weight.requires_grad and not is_evaluated(child, inputs):
             return weights, f"{name}.weight is trained"
-        if weight.is_meta or is_hooked(child):
+        if is_hooked(child):
             return weights, f"{name} has hooks"
+        if weight.is_meta:
+            return weights, f"{name}.weight is on the meta device, as offloaded ones are"
         found = weight.dtype
         if found is not dtype:
             if found not in FLOATS:
