@@ -25,7 +25,7 @@ def makes_t5s_bias(attention: nn.Module) -> bool:
     return True
 
 
-def table(bias: Tensor, allowed: Allowed, layer: Any) -> Tensor | None:
+def table_of(bias: Tensor, allowed: Allowed, layer: Any) -> Tensor | None:
     """What t5_attention is told of a bias [1, H, T, S], a function of j - i: [H, 2M + 1] by key - query.
 
     A table, which fused layers hand on in place of that bias, stays as it is; one that comes with the keys goes before.
@@ -61,7 +61,7 @@ def _table(bias: Tensor, allowed: Allowed) -> Tensor:
     return functional.pad(diagonals[:, : M + 1], (0, M))
 
 
-def dense(table: Tensor, T: int, S: int, offset: int | Tensor) -> Tensor:
+def dense_bias(table: Tensor, T: int, S: int, offset: int | Tensor) -> Tensor:
     """The bias [1, H, T, S] of a table by distance [H, 2M + 1]."""
     M = table.shape[1] // 2
     query_at = torch.arange(T, device=table.device) + offset

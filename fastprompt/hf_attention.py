@@ -36,7 +36,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from fastprompt._allowed import Allowed as Allowed
 from fastprompt._allowed import PromptKeys as PromptKeys
-from fastprompt._bias_by_distance import dense, makes_t5s_bias, table
+from fastprompt._bias_by_distance import dense_bias, makes_t5s_bias, table_of
+from fastprompt._extra_outputs import asks_for
 from fastprompt._note import OTHER_BIAS, leave_note, note_on
 from fastprompt._plain import is_transformed
 from fastprompt.ops._checks import FLOATS
@@ -193,7 +194,7 @@ def _fused(
         q,
         k,
         v,
-        None if bias is None else table(bias, allowed, module.layer_idx),
+        None if bias is None else table_of(bias, allowed, module.layer_idx),
         key_mask=allowed.mask,
         offset=allowed.offset if allowed.causal else 0,
         causal=allowed.causal,
@@ -221,10 +222,9 @@ def _refuse_uncovered(module: nn.Module, mask: Allowed | Tensor | None) -> None:
         _refuse_prompt("a decoder_attention_mask of another form than [B, S]")
 
 
-def wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Are attention weights asked for, in the call or in the configuration? As in capture_outputs."""
-    default = getattr(getattr(module, "config", None), "output_attentions", False)
-    return bool(kwargs.get("output_attentions", default))
+def wants_weights(module: Any, arguments: dict[str, Any]) -> bool:
+    """Are attention weights asked for?"""
+    return asks_for("output_attentions", arguments, getattr(module, "config", None))
 
 
 def _check_family(config: Any) -> None:
@@ -290,7 +290,7 @@ def _transformers_attention(
     if isinstance(mask, Allowed):
         if position_bias is not None and position_bias.dim() == 2:
             offset = mask.offset if mask.causal else 0
-            position_bias = dense(position_bias, query.shape[2], key.shape[2], offset).to(query.dtype)
+            position_bias = dense_bias(position_bias, query.shape[2], key.shape[2], offset).to(query.dtype)
         # transformers' own mask functions leave out one that hides nothing.
         if not mask.fits(key.shape[2]) and mask.mask is not None and bool(mask.mask.all()):
             mask = mask._replace(mask=None)

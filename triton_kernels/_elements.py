@@ -22,7 +22,7 @@ def elements(N, BD: tl.constexpr):
 
 
 @triton.jit
-def kept(seed, threshold, BD: tl.constexpr):
+def kept_by_dropout(seed, threshold, BD: tl.constexpr):
     """Which of this program's elements [BD] dropout keeps."""
     o_first = tl.program_id(0).to(tl.int64) * BD + tl.arange(0, 1)
     return tl.reshape(keep_mask(tl.load(seed), o_first, threshold, 8, 1, BD), (BD,))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprompt.ops._dropout import drop_threshold, keep_scale
 
-from ._elements import aot_tensors, elements, kept, launch_elements
+from ._elements import aot_tensors, elements, kept_by_dropout, launch_elements
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -20,7 +20,7 @@ def dropout_add_kernel(x, residual, seed, h, scale, threshold: tl.uint32, N, BD:
     o, m = elements(N, BD)
     b_h = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
     if seed is not None:
-        b_h = tl.where(kept(seed, threshold, BD), b_h * scale, 0.0)
+        b_h = tl.where(kept_by_dropout(seed, threshold, BD), b_h * scale, 0.0)
     if residual is not None:
         b_h += tl.load(residual + o, mask=m, other=0.0).to(tl.float32)
     tl.store(h + o, b_h.to(h.dtype.element_ty), mask=m)

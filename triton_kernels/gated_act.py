@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprompt.ops._dropout import drop_threshold, keep_scale
 
-from ._elements import aot_tensors, elements, kept, launch_elements
+from ._elements import aot_tensors, elements, kept_by_dropout, launch_elements
 from ._math import exp
 
 
@@ -44,7 +44,7 @@ def gated_act_kernel(a, b, seed, y, scale, threshold: tl.uint32, N, BD: tl.const
     b_y, _ = _curve(tl.load(a + o, mask=m, other=0.0).to(tl.float32), ACT)
     b_y *= tl.load(b + o, mask=m, other=0.0).to(tl.float32)
     if seed is not None:
-        b_y = tl.where(kept(seed, threshold, BD), b_y * scale, 0.0)
+        b_y = tl.where(kept_by_dropout(seed, threshold, BD), b_y * scale, 0.0)
     tl.store(y + o, b_y.to(y.dtype.element_ty), mask=m)
 
 
@@ -56,7 +56,7 @@ def gated_act_backward_kernel(
     o, m = elements(N, BD)
     b_g = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)
     if seed is not None:
-        b_g = tl.where(kept(seed, threshold, BD), b_g * scale, 0.0)
+        b_g = tl.where(kept_by_dropout(seed, threshold, BD), b_g * scale, 0.0)
     b_value, b_slope = _curve(tl.load(a + o, mask=m, other=0.0).to(tl.float32), ACT)
     b_da = b_g * tl.load(b + o, mask=m, other=0.0).to(tl.float32) * b_slope
     tl.store(da + o, b_da.to(da.dtype.element_ty), mask=m)

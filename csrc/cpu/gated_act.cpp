@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // gated_act on the CPU: one pass over the tensors, whatever their shape. Formulas: fastprompt/ops/gated_act.py.
+#include "common/act.h"
 #include "common/kernel.h"
 #include "cpu/simd.h"
 
 namespace {
 
-enum Act : int64_t { kGeluNew, kGelu, kSilu };
+using fp::Act, fp::kGeluNew, fp::kGelu, fp::kSilu, fp::kTwice, fp::kCubic, fp::kRootHalf, fp::kDensityAt0;
 
 FP_INLINE vfloat horner(vfloat x, const float* coefficients, int count) {
     vfloat sum = splat(coefficients[count - 1]);
@@ -34,10 +35,9 @@ struct Curve {
 template <Act kAct>
 FP_INLINE Curve curve(vfloat x) {
     if constexpr (kAct == kGelu) {
-        const vfloat cdf = 0.5f * (1.0f + erf(x * 0.70710678f));
-        return {x * cdf, cdf + x * (0.39894228f * exp(-0.5f * (x * x)))};
+        const vfloat cdf = 0.5f * (1.0f + erf(x * kRootHalf));
+        return {x * cdf, cdf + x * (kDensityAt0 * exp(-0.5f * (x * x)))};
     } else {
-        constexpr float kTwice = 1.59576912f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
         const vfloat square = x * x;
         const vfloat v = kAct == kSilu ? x : kTwice * x * (1.0f + kCubic * square);
         const vfloat e = exp(v < 0.0f ? v : -v), near = 1.0f / (1.0f + e);

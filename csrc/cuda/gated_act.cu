@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // gated_act, forward and backward: fastprompt/ops/gated_act.py has the formulas. Memory-bound: one pass.
+#include "common/act.h"
 #include "common/kernel.h"
 #include "cuda/dropout.h"
 #include "cuda/elements.h"
@@ -7,7 +8,7 @@
 
 namespace {
 
-enum Act : int64_t { kGeluNew, kGelu, kSilu };
+using fp::Act, fp::kGeluNew, fp::kGelu, fp::kSilu, fp::kTwice, fp::kCubic, fp::kRootHalf, fp::kDensityAt0;
 
 struct Gate {
     const void *a, *b, *dy;  // dy: backward only
@@ -21,13 +22,12 @@ struct Curve {
     float value, slope;  // act(x), act'(x)
 };
 
-template <int64_t kAct>
+template <Act kAct>
 __device__ __forceinline__ Curve curve(float x) {
     if constexpr (kAct == kGelu) {
-        const float cdf = 0.5f * (1.0f + erff(x * 0.70710678f));
-        return {x * cdf, cdf + x * (0.39894228f * expf(-0.5f * (x * x)))};
+        const float cdf = 0.5f * (1.0f + erff(x * kRootHalf));
+        return {x * cdf, cdf + x * (kDensityAt0 * expf(-0.5f * (x * x)))};
     } else {
-        constexpr float kTwice = 1.59576912f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
         const float square = x * x;
         const float v = kAct == kSilu ? x : kTwice * x * (1.0f + kCubic * square);
         const float e = expf(-fabsf(v)), near = 1.0f / (1.0f + e);
@@ -39,7 +39,7 @@ __device__ __forceinline__ Curve curve(float x) {
     }
 }
 
-template <int V, int Mix, int64_t kAct, bool kBackward>
+template <int V, int Mix, Act kAct, bool kBackward>
 __global__ void __launch_bounds__(kElementThreads) gate_elements(const Gate g) {
     const fp::DType type = type_of<Mix>(g.type);
     const DropoutKey key(g.dropout);

@@ -108,7 +108,7 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
     return device, getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
-def by_graphs(arguments: argparse.Namespace, model: Any) -> Any:
+def graphed_if_served(arguments: argparse.Namespace, model: Any) -> Any:
     """What runs steps and generates: on a GPU CUDA graphs, of models that are known to wait for no value there."""
     served = model.device.type == "cuda" and model.config.model_type in SERVED
     return graphed(model) if served and not arguments.no_graphs else model

@@ -16,9 +16,9 @@ from fastprompt import PromptConfig, PromptModel, patch
 from fastprompt.commands._model import (
     add_graph_argument,
     add_model_arguments,
-    by_graphs,
     check_model,
     device_and_dtype,
+    graphed_if_served,
     positive,
 )
 from fastprompt.patching import MEMORY
@@ -148,7 +148,7 @@ def _steps(
         patched = patch(share(stock), memory=memory, lm_loss=True)
         models[name] = PromptModel(patched, config)
         steps[name] = step(ours, models[name], models[name].prompts["default"])
-    recorded = by_graphs(arguments, models[SPEED])
+    recorded = graphed_if_served(arguments, models[SPEED])
     if recorded is not models[SPEED]:
         models[GRAPHED] = models[SPEED]
         steps[GRAPHED] = step(lambda graph: graph(**inputs), recorded, models[SPEED].prompts["default"])

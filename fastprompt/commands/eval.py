@@ -10,7 +10,7 @@ from fastprompt.commands._model import (
     add_example_arguments,
     add_graph_argument,
     add_model_arguments,
-    by_graphs,
+    graphed_if_served,
     load,
     positive,
     read_file,
@@ -81,11 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         "max_new_tokens": arguments.max_target,
     }
     if arguments.no_targets:
-        answers = training.answer(by_graphs(arguments, model), inputs, tokenizer, **how)
+        answers = training.answer(graphed_if_served(arguments, model), inputs, tokenizer, **how)
         write(arguments.out, [{"input": text} for text in inputs], answers)
         print(f"{len(answers):,} inputs answered in {arguments.out}")
         return 0
-    found = training.evaluate(by_graphs(arguments, model), examples, tokenizer, **how)
+    found = training.evaluate(graphed_if_served(arguments, model), examples, tokenizer, **how)
     if arguments.out:  # before the score, which nobody may read
         write(arguments.out, [each._asdict() for each in examples], found.predictions)
     print(f"{found.score:.1%} of {len(examples):,} answers right")

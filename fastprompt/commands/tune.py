@@ -19,7 +19,7 @@ from fastprompt.commands._model import (
     add_example_arguments,
     add_graph_argument,
     add_model_arguments,
-    by_graphs,
+    graphed_if_served,
     load,
     positive,
     read_file,
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     patch(model, memory=arguments.memory, lm_loss=True)
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
-    step = by_graphs(arguments, prompted)
+    step = graphed_if_served(arguments, prompted)
     loss = (
         training.choice_loss(prompted, choices) if arguments.loss == "choice" else training.model_loss(step)
     )

@@ -22,7 +22,7 @@ from fastprompt._plain import is_plain_call
 from fastprompt._replayed import replayed, settle
 from fastprompt._stamp import State
 from fastprompt.graphs.places import fixed
-from fastprompt.graphs.recording import Pool, has_cuda_graphs
+from fastprompt.graphs.recording import Pool
 from fastprompt.graphs.stacks import Decoding, Pass
 from fastprompt.hf_attention import NAME, SERVED, prompts_in_force
 
@@ -46,7 +46,7 @@ class Sequences(EncoderDecoderCache):
 
 @contextmanager
 def by_graphs(
-    model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: Pool, whole: bool
+    model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: Pool, whole: bool, on_gpu: bool
 ) -> Iterator[Sequences]:
     """A ``with`` block in which the stacks of ``model`` replay graphs, for one call of generate over the given cache.
 
@@ -56,7 +56,6 @@ def by_graphs(
     """
     encoder, decoder = model.get_encoder(), model.get_decoder()
     encode, decode = encoder.forward, decoder.forward
-    on_gpu = has_cuda_graphs(next(decoder.parameters()).device)
     past, thread, used = Sequences(), get_ident(), []
 
     def use(key: Any, make: Callable[[], Any]) -> Any:
@@ -94,7 +93,7 @@ def by_graphs(
             pool.reserve(Decoding.nbytes(decoder, states, room), states.device)
             # A tape of prompts that lie elsewhere takes another's place, and keeps no prompts that are gone.
             key = "decoder", room, pool.epoch, fixed(like, places=on_gpu)
-            return use(key, lambda: Decoding(decode, model, call, room, pool))
+            return use(key, lambda: Decoding(decode, model, call, room, pool, on_gpu))
 
         if past.decoding is None:
             past.decoding = decoding(_room(tokens))
@@ -129,16 +128,14 @@ def generator_of(model: Any) -> Any:
     return found if getattr(config, "model_type", None) in SERVED else None
 
 
-def can_replay(model: Any, state: State, whole: bool) -> bool:
+def can_replay(model: Any, device: torch.device, whole: bool, on_gpu: bool) -> bool:
     """Can graphs be what the stacks' calls are, as things are now? ``whole``: for passes of all tokens at once."""
     called = model, model.get_encoder(), model.get_decoder()
     for stack in called[1:]:
         settle(stack)
-    device = device_of(state)
     return (
         not model.training
-        and device is not None
-        and (has_cuda_graphs(device) or (not whole and _is_ours(model.get_decoder()) and is_plain_call()))
+        and (on_gpu or (not whole and _is_ours(model.get_decoder()) and is_plain_call()))
         and not torch.is_autocast_enabled(device.type)
         and not torch.compiler.is_compiling()
         # accelerate's forward may switch autocast on; torch's compiled calls know of no other forward

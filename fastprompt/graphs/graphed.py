@@ -27,6 +27,7 @@ from fastprompt.graphs.generation import (
     Sequences,
     by_graphs,
     can_replay,
+    device_of,
     generator_of,
     is_token_by_token,
 )
@@ -137,20 +138,21 @@ class Graphed:
         model = generator_of(self.model)
         with self._turn() as free:
             state = State.of(model) if free and model is not None else None
-            if state is None or not can_replay(model, state, whole):
+            device = None if state is None else device_of(state)
+            on_gpu = device is not None and has_cuda_graphs(device)
+            if state is None or device is None or not can_replay(model, device, whole, on_gpu):
                 yield None
                 return
             raise_device_errors()
-            fixed = _fixed(state)
-            self._forget_moved(fixed)
+            of_model = _fixed(state)
+            self._forget_moved(of_model)
 
             def kept(key: Any, make: Callable[[], Any]) -> Any:
-                return self._kept((fixed, *key), make)
+                return self._kept((of_model, *key), make)
 
-            on_gpu = has_cuda_graphs(next(model.parameters()).device)
             packing = padded(self.model) if on_gpu else nullcontext()
             try:
-                with packing, by_graphs(model, kept, self._pool, whole) as past:
+                with packing, by_graphs(model, kept, self._pool, whole, on_gpu) as past:
                     yield past
             finally:
                 gone = [key for key, each in self._recorded.items() if getattr(each, "is_released", False)]
@@ -181,7 +183,7 @@ class Graphed:
                 self._recorded.popitem(last=False)
             recorded = make()
             # A tape's recording takes a few steps' time, not many's.
-            self._made += not (isinstance(recorded, Decoding) and recorded.on_cpu)
+            self._made += not (isinstance(recorded, Decoding) and not recorded.on_gpu)
             if self._made == 4 * self.shapes:
                 warn(
                     f"fastprompt.graphed: {self._made} shapes were recorded, and {self.shapes} are kept: recording one"

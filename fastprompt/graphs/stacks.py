@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from fastprompt._cache_name import CACHE
 from fastprompt.graphs.keys import CrossKeys, OwnKeys
 from fastprompt.graphs.places import Places, fixed
-from fastprompt.graphs.recording import Pool, Recording, has_cuda_graphs
+from fastprompt.graphs.recording import Pool, Recording
 from fastprompt.graphs.tape import Tape
 from fastprompt.hf_attention import prompt_keys
 
@@ -49,11 +49,16 @@ class Decoding:
     """
 
     def __init__(
-        self, forward: Callable[..., Any], model: Any, call: dict[str, Any], room: int, pool: Pool
+        self,
+        forward: Callable[..., Any],
+        model: Any,
+        call: dict[str, Any],
+        room: int,
+        pool: Pool,
+        on_gpu: bool,
     ) -> None:
         """``call``: the first one of a sequence."""
-        self.forward, self.model, self.pool, self.room = forward, model, pool, room
-        self.on_cpu = not has_cuda_graphs(call["arguments"]["encoder_hidden_states"].device)
+        self.forward, self.model, self.pool, self.room, self.on_gpu = forward, model, pool, room, on_gpu
         self.decoder, self.places = model.get_decoder(), Places()
         states: Tensor = call["arguments"]["encoder_hidden_states"]
         shapes, nbytes = self._shapes(self.decoder, states, room), self.nbytes(self.decoder, states, room)
@@ -120,14 +125,14 @@ class Decoding:
             return found
 
         # A start of several tokens is of any length, and comes once.
-        passes = tokens > 1 or (self.on_cpu and (first or self.own.shape[2] > CPU_ROWS))
+        passes = tokens > 1 or (not self.on_gpu and (first or self.own.shape[2] > CPU_ROWS))
         found = run() if passes else self._replay((first, fixed(call)), run)
         self.seen += tokens
         return type(found)(last_hidden_state=found.last_hidden_state.clone())
 
     def reorder(self, rows: Tensor) -> None:
         """Row b goes on from row ``rows[b]``, of the same example: what cross-attention reads is the same."""
-        if self.on_cpu:
+        if not self.on_gpu:
             held = self.own[..., : self.seen, :]
             held.copy_(held.index_select(2, rows))
             return
@@ -138,7 +143,7 @@ class Decoding:
 
     def _replay(self, key: Any, run: Callable[[], Any]) -> Any:
         if key not in self._recorded:
-            if self.on_cpu:
+            if not self.on_gpu:
                 return self._first_run(key, run)
             own = self.own.clone()
 

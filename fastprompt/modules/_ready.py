@@ -12,14 +12,15 @@ from fastprompt._plain import PLAIN_TYPES, is_transformed
 from fastprompt.ops._checks import FLOATS
 
 Modules = Mapping[str, Any]
-Inputs = tuple[Tensor, ...]
 
 _NO_MODULES: Modules = {}  # torch.compile takes no MappingProxyType where keywords were written to before
 
 _STOCK_MODULES = ("transformers.models.", "transformers.activations", "torch.nn.modules.activation")
 
 
-def obstacle(children: Modules, others: Modules = _NO_MODULES, inputs: Inputs | None = None) -> str | None:
+def obstacle(
+    children: Modules, others: Modules = _NO_MODULES, inputs: tuple[Tensor, ...] | None = None
+) -> str | None:
     """Why the linear layers and norms ``children`` cannot be computed from their weights alone; None if they can.
 
     A LoRA or quantised layer is another class or weight, an offloaded one has hooks or a meta weight; a weight that
@@ -47,7 +48,7 @@ def is_followed() -> bool:
 
 
 def _examine(
-    children: Modules, others: Modules, inputs: Inputs | None
+    children: Modules, others: Modules, inputs: tuple[Tensor, ...] | None
 ) -> tuple[dict[str, Tensor], str | None]:
     """Asked by every fused layer at every call: of dictionaries, as nn.Module's own lookup would take the longest."""
     weights: dict[str, Tensor] = {}
@@ -98,7 +99,7 @@ def is_stock(cls: type) -> bool:
     return cls is nn.Dropout or "stock_class" in vars(cls) or cls.__module__.startswith(_STOCK_MODULES)
 
 
-def is_evaluated(module: nn.Module, inputs: Inputs | None) -> bool:
+def is_evaluated(module: nn.Module, inputs: tuple[Tensor, ...] | None) -> bool:
     """Will nobody want a gradient of its weights in a call on these inputs? None: the question is of training.
 
     The first run of a reentrant checkpoint records none; the second will, and is to draw the same dropout masks. In

@@ -30,8 +30,7 @@ from torch.autograd.function import once_differentiable
 from transformers import EncoderDecoderCache
 
 from fastprompt._allowed import Allowed
-from fastprompt._bias_by_distance import dense as dense_bias
-from fastprompt._bias_by_distance import table as table_of
+from fastprompt._bias_by_distance import dense_bias, table_of
 from fastprompt._note import OTHER_BIAS, ROWS, note_on
 from fastprompt.hf_attention import wants_weights
 from fastprompt.modules import _absorbed, _projected
@@ -40,7 +39,7 @@ from fastprompt.modules._bias import bias_obstacle, bias_table, head_obstacle
 from fastprompt.modules._frozen import add, apply, dropped, linear, norm_gradient, products, rate
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
-from fastprompt.modules._ready import Inputs, is_evaluated, is_stock, obstacle, ready
+from fastprompt.modules._ready import is_evaluated, is_stock, obstacle, ready
 from fastprompt.modules._step import step
 from fastprompt.ops._dropout import new_seed
 
@@ -139,7 +138,7 @@ class FastAttention:
     def fastprompt_obstacle(self) -> str | None:
         return self._other_scores() or obstacle(*self._parts())
 
-    def _other_scores(self, inputs: Inputs | None = None) -> str | None:
+    def _other_scores(self, inputs: tuple[Tensor, ...] | None = None) -> str | None:
         """Why kernels do not compute its scores; None if they do."""
         attention = self._attention
         if not is_stock(type(attention)):
@@ -354,7 +353,7 @@ class FastSelfAttention(FastAttention):
         weight = owner._modules["SelfAttention"]._modules["relative_attention_bias"].weight
         return bool(weight.requires_grad)
 
-    def _other_scores(self, inputs: Inputs | None = None) -> str | None:
+    def _other_scores(self, inputs: tuple[Tensor, ...] | None = None) -> str | None:
         for owner in self.fastprompt_bias:
             attention = owner._modules["SelfAttention"]
             if not is_stock(type(attention)):

@@ -19,7 +19,8 @@ def t5_bias_table(
     From ``max_distance`` on the bias is constant on either side, and the table ends.
 
     Args:
-        weight: [num_buckets, H], the weight of a T5Attention's ``relative_attention_bias``.
+        weight: [num_buckets, H] float32, bfloat16, float16 or float64, that of a T5Attention's
+            ``relative_attention_bias``.
         bidirectional: True in an encoder, False in a decoder.
         num_buckets: ``config.relative_attention_num_buckets``.
         max_distance: ``config.relative_attention_max_distance``.

@@ -81,7 +81,8 @@ def linear_cross_entropy(
         The loss, 0-d, in hidden's dtype. If no row counts it is 0 with a zero gradient, where PyTorch's mean is NaN.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
+        TypeError, ValueError: an argument has another dtype, shape or device, weight requires grad, or ``num_items`` or
+            ``chunk`` is less than 1.
         IndexError: on a CPU, a label is outside [0, V). A GPU makes the loss NaN instead, and that row's gradient.
     """
     check_number("linear_cross_entropy", "scale", scale)

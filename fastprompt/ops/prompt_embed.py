@@ -59,8 +59,10 @@ def prompt_embed(
     Args:
         input_ids: [B, S] token ids, or [T] with ``cu_seqlens``; int32 or int64.
         weight: [V, D] the embedding table, frozen; its dtype is the output's.
-        prompts: one prompt [P, D], n of one length [n, P, D], or a list of [P_i, D]; weight's dtype or float32.
-        prompt_ids: which prompt each of the B sequences takes; None: the first.
+        prompts: one prompt [P, D], n of one length [n, P, D], or a list of [P_i, D]; weight's dtype, float32 or
+            float64.
+        prompt_ids: [B] which prompt each sequence takes: ints, or an int32 or int64 tensor, which the host reads; None:
+            the first.
         cu_seqlens: [B + 1] int32 or int64, where each packed sequence begins in ``input_ids``, and the end.
         dropout_p: probability of dropping an element of the output, to the nearest 2^-16.
         seed: [1] int64 on the same device, fixes the dropout mask; drawn from torch's generator when None.
@@ -71,7 +73,7 @@ def prompt_embed(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
         IndexError: a prompt id or a token id is out of range. On a GPU a bad token id yields a zero row and is
-            reported by the next call, or by ``fastprompt.ops.raise_device_errors()``, so that no call has to wait.
+            reported by the next call, or by ``fastprompt.ops.raise_device_errors()``: no call waits for the tokens.
     """
     raise_device_errors()
     table, lengths = _table(prompts)

@@ -49,9 +49,9 @@ def rms_norm(
 
     Args:
         x: [..., D] float32, bfloat16, float16 or float64.
-        w: [D], frozen; its dtype is the output's.
+        w: [D], frozen, of any of these dtypes, which is the output's.
         eps: added to the mean square before the root.
-        residual: [..., D], the stream that ``x`` is added to.
+        residual: [..., D] of any of these dtypes, the stream that ``x`` is added to.
         dropout_p: probability of dropping an element of ``x`` before the addition, to the nearest 2^-16; needs
             ``residual``.
         seed: [1] int64 on x's device, fixes the dropout mask; drawn from torch's generator when None.
@@ -80,6 +80,8 @@ def _check(x: Tensor, w: Tensor, eps: float) -> None:
     check_tensor("rms_norm", "w", w, FLOATS)
     if x.dim() < 1:
         fail("rms_norm", "x must have shape [..., D], got a scalar")
+    if x.shape[-1] < 1:
+        fail("rms_norm", f"x must have shape [..., D] with D of 1 or more, got {list(x.shape)}")
     check_shape("rms_norm", "w", w, (x.shape[-1],), "[D]")
     check_same_device("rms_norm", "w", w, "x", x)
     check_number("rms_norm", "eps", eps)
@@ -133,7 +135,7 @@ def _check_residual_backward(
 
 
 def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return x.numel() // x.shape[-1]
 
 
 def _native_covers(*tensors: Tensor) -> bool:

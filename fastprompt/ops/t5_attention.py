@@ -102,8 +102,8 @@ def t5_attention(
         k, v: [B, S, H, K], or [Nk, H, K]; q's dtype.
         bias: fp32 [H, 2M + 1] from :func:`fastprompt.ops.t5_bias_table`; None: no bias.
         prompt_k, prompt_v: [R, P, H, K], keys and values of R prompts, in q's dtype.
-        prompt_ids: [B] int64, the prompt of each example; None: the only one.
-        prompt_lens: [R] int64, how many of its P keys each prompt has; None: all.
+        prompt_ids: [B] int64 or int32, the prompt of each example; None: the only one.
+        prompt_lens: [R] int64 or int32, how many of its P keys each prompt has; None: all.
         key_mask: bool [B, S], True where an own key may be attended to; or int64 [B], the number of own keys.
         offset: the position of query 0 among the own keys: an int, or int64 [B] or [1]. S - T while decoding.
         causal: an own key after the query is not attended to.

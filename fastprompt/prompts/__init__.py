@@ -5,9 +5,9 @@ what a prompt is        config, init, prefix, prefix_init, layout (its tensors' 
 those of a PromptModel  bank, holder; store and stored: from a file when they are named
 files                   prompt_file, files, peft_files, loading, identity, _safe_files
 a batch                 tokens, row_batch (kind "prepend"), key_batch (others), mask, packed, stock, row_gradient
-keys and values         sites, branch, keyed, reentrant; kept: keeper, cache, stamp, cache_file, cache_loading
-answers                 rank, ensemble, generation
-for all                 checks, tensors
+keys and values         sites, branch, keyed, reentrant; kept: keeper, cache, cache_file, cache_loading
+answers                 rank, ensemble
+for all                 checks
 """
 
 from fastprompt.prompts.bank import PromptBank

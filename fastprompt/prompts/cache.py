@@ -23,7 +23,7 @@ from fastprompt.prompts.keyed import Keyed, Part, SiteKeys
 from fastprompt.prompts.sites import Keys
 
 
-class Pool(NamedTuple):
+class KeptPool(NamedTuple):
     names: tuple[str, ...]  # "" where a prompt is not wanted any more
     stamps: tuple[Stamp, ...]  # of each prompt
     model: Stamp
@@ -34,7 +34,7 @@ class PromptCaches:
     """The pools of a PromptModel. Copies and pickles of it are empty: they are made again where they are used."""
 
     def __init__(self) -> None:
-        self._pools: list[Pool] = []
+        self._pools: list[KeptPool] = []
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return PromptCaches, ()
@@ -49,7 +49,7 @@ class PromptCaches:
         _KEEPING.add(self)
         _watch_optimizers()
         stamps = tuple(Stamp(State.of(prompt)) for prompt in prompts)
-        pool = Pool(tuple(names), stamps, Stamp(State.of(model)), _heads_first(keyed))
+        pool = KeptPool(tuple(names), stamps, Stamp(State.of(model)), _heads_first(keyed))
         for site in pool.keyed.values():
             mark_kept(site.keys.keys)
         self._pools = [*self._pools, pool]

@@ -58,7 +58,7 @@ class GeneratedEnsemble(NamedTuple):
     winners: Tensor
 
 
-class Pass(NamedTuple):
+class Rows(NamedTuple):
     """Some of the N * B rows that run together."""
 
     rows: Tensor  # their numbers
@@ -116,7 +116,7 @@ def ranked(
     if combine not in COMBINE:
         raise ValueError(f"PromptModel: combine must be one of {', '.join(COMBINE)}, got {combine!r}")
 
-    def run(each: Pass) -> Tensor:
+    def run(each: Rows) -> Tensor:
         return choice_scores(model, choices=choices, length_normalized=length_normalized, **each.arguments)
 
     # Choices of one token keep no cache, and the decoder's only position is cheapest without keys and values.
@@ -147,7 +147,7 @@ def generated(
             )
     pad = generation_option(model, kwargs, "pad_token_id", model.config.pad_token_id or 0)
 
-    def run(each: Pass) -> Tensor:
+    def run(each: Rows) -> Tensor:
         found = model.generate(**each.arguments, **_of_inputs(kwargs, each.inputs))
         if not isinstance(found, Tensor) or len(found) != len(each.rows):
             raise ValueError(
@@ -176,7 +176,7 @@ def _run(
     prompts: Sequence[str],
     rows_per_pass: int,
     keep_cross: bool,
-    run: Callable[[Pass], Tensor],
+    run: Callable[[Rows], Tensor],
 ) -> list[tuple[Tensor, Tensor]]:
     """The rows of each pass, and what ``run`` makes of it."""
     _check_names(prompts)
@@ -201,7 +201,7 @@ def _passes(
     group: Group,
     rows_per_pass: int,
     keep_cross: bool,
-) -> Iterator[Pass]:
+) -> Iterator[Rows]:
     """The rows of some prompts, those of one prompt after the other: so a pass has few prompts."""
     B, device = len(input_ids), input_ids.device
 
@@ -220,7 +220,7 @@ def _passes(
             arguments = taken(rows % B) | {"prompts": [prompts[number // B] for number in numbers]}
             if shared is not None:
                 arguments |= shared.arguments(rows % B - some[0])
-            yield Pass(rows, rows % B, arguments)
+            yield Rows(rows, rows % B, arguments)
 
 
 def _groups(model: Any, prompts: Sequence[str]) -> list[Group]:

@@ -189,6 +189,7 @@ class PromptHolder(nn.Module):
 
         Raises:
             FileNotFoundError: there is nothing at ``path``.
+            TypeError: the file holds numbers of another kind than floats.
             ValueError: other sizes, kind or model than this one's or the existing prompt's, or a broken file.
         """
         self.prompts.check_name(name)

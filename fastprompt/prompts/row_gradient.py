@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprompt._extra_outputs import asks_for
 from fastprompt._hooks import has_global_hooks, is_watched
 from fastprompt._note import ROWS, leave_note
 
@@ -27,7 +28,7 @@ def mark_prompt_rows(embeds: Tensor, encoder: Any, rows: int, flags: Mapping[str
     """
     if torch.compiler.is_compiling():
         return
-    shown = flags.get("output_hidden_states", getattr(encoder.config, "output_hidden_states", False))
+    shown = asks_for("output_hidden_states", flags, encoder.config)
     block = encoder.block[0]
     if not (
         shown or has_global_hooks() or any(map(is_watched, (encoder, encoder.dropout, block, block.layer[0])))

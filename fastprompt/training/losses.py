@@ -33,9 +33,9 @@ def model_loss(prompted: Any, *, prompts: str | None = None) -> Loss:
     """
 
     def mean(batch: Batch) -> Tensor:
-        model, by_graphs = of_graphed(prompted)
+        model, on_gpu = of_graphed(prompted)
         there = on(model.device, {"prompts": prompts} | batch)
-        if by_graphs and "prompts" not in batch:
+        if on_gpu and "prompts" not in batch:
             return prompted(**to_few_lengths(there), return_logits=False)
         return model(**there, return_logits=False).loss
 

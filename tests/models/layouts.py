@@ -89,11 +89,13 @@ def no_further(ours, stock, truth):
 
 
 def as_close(ours, stock, truth):
-    """Root mean square of the errors of several steps, as each is (logits, loss, gradient): one loss alone is luck."""
+    """Root mean square of the errors of several steps, as each is (logits, loss, gradient): one loss alone is luck, and
+    of n numbers the quotient of two such means still spreads by 1 / sqrt(n), of which three are allowed.
+    """
     pooled = (
         [torch.cat([x.flatten() for x in each]) for each in zip(*steps, strict=True)]
         for steps in (ours, stock, truth)
     )
     for mine, theirs, exact in zip(*pooled, strict=True):
         error, allowed = ((x.double() - exact).pow(2).mean().sqrt() for x in (mine, theirs))
-        assert error <= 1.1 * allowed + 2**-9 * exact.abs().mean()
+        assert error <= (1.1 + 3 * len(exact) ** -0.5) * allowed + 2**-9 * exact.abs().mean()

@@ -134,7 +134,7 @@ def test_a_linear_layers_bias_may_be_a_buffer(make, batch, labels):
 
 def test_a_norms_weight_may_be_no_float(make, batch, labels):
     def integers(model):
-        weight = torch.full((48,), 2, dtype=torch.int32, device=model.device)
+        weight = torch.full((48,), -1, dtype=torch.int32, device=model.device)
         model.encoder.final_layer_norm.weight = nn.Parameter(weight, requires_grad=False)
         return model
 

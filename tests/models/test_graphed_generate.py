@@ -19,7 +19,6 @@ from transformers import EncoderDecoderCache, LogitsProcessor
 from fastprompt import graphed, patch, unpatch
 from fastprompt._allowed import Allowed, PromptKeys, mark_kept
 from fastprompt._cache_name import CACHE, cache_of
-from fastprompt._stamp import State
 from fastprompt.graphs import generation, places, recording, stacks
 
 graphed_module = sys.modules["fastprompt.graphs.graphed"]  # whose name in the package is the function
@@ -42,8 +41,7 @@ def recordings(monkeypatch, device):
 
 
 def pretend_a_gpu(monkeypatch):
-    for module in (graphed_module, generation, stacks):
-        monkeypatch.setattr(module, "has_cuda_graphs", lambda device: True)
+    monkeypatch.setattr(graphed_module, "has_cuda_graphs", lambda device: True)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -447,7 +445,7 @@ def test_what_a_graph_cannot_follow(make, batch, what, recordings, monkeypatch):
         model.forward = functools.wraps(model.forward)(
             lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
         )
-    assert generation.can_replay(model, State.of(model), whole=False) is False
+    assert generation.can_replay(model, model.device, whole=False, on_gpu=True) is False
     monkeypatch.undo()
     if what in ("compiled", "wrapped"):
         pretend_a_gpu(monkeypatch)

@@ -77,7 +77,7 @@ def test_benchs_numbers(capsys, monkeypatch):
 
 def test_bench_has_a_graph_where_there_is_a_gpu(capsys, monkeypatch):
     """Here its step is the model's own."""
-    monkeypatch.setattr(bench, "by_graphs", lambda arguments, model: graphed(model))
+    monkeypatch.setattr(bench, "graphed_if_served", lambda arguments, model: graphed(model))
     status, said, _ = run(capsys, "bench", *MODEL, *SIZES, "--rounds", 1)
     assert status == 0
     rows = {line[:22].strip(): line[22:].split() for line in said.splitlines()[3:]}

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastprompt import graphed, training
 from fastprompt.commands import tune
-from fastprompt.commands._model import by_graphs
+from fastprompt.commands._model import graphed_if_served
 from fastprompt.graphs import Graphed
 from fastprompt.training import answers, losses
 from fastprompt.training.batches import to_few_lengths
@@ -149,13 +149,15 @@ def test_the_longest_batch_is_recorded_first(prompted, tokenizer, examples, widt
 
 def test_where_commands_use_graphs():
     def model(device="cuda", model_type="t5"):
-        return Namespace(device=torch.device(device), config=Namespace(model_type=model_type))
+        found = torch.nn.Module()
+        found.device, found.config = torch.device(device), Namespace(model_type=model_type)
+        return found
 
     use, leave = (Namespace(no_graphs=no_graphs) for no_graphs in (False, True))
-    assert isinstance(by_graphs(use, model()), Graphed)
+    assert isinstance(graphed_if_served(use, model()), Graphed)
     for arguments, given in (
         (leave, model()),
         (use, model("cpu")),
         (use, model(model_type="switch_transformers")),
     ):
-        assert by_graphs(arguments, given) is given
+        assert graphed_if_served(arguments, given) is given

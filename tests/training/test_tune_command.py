@@ -144,7 +144,7 @@ def test_graphs_change_no_draw(files, capsys, monkeypatch):
         where = ["--train", data, "--dev", data, "--out", out]
         assert run(capsys, "tune", *common, *where, "--num-tokens", 4, "--steps", 2, "--dev-every", 1)[0] == 0
         learned.append(read_prompt(out).rows)
-        monkeypatch.setattr(tune, "by_graphs", lambda arguments, model: graphed(model))
+        monkeypatch.setattr(tune, "graphed_if_served", lambda arguments, model: graphed(model))
     assert torch.equal(*learned)
 
 
