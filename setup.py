@@ -182,7 +182,7 @@ class NinjaBuild(build_ext):
         compile_flags = f"$flags {includes} -MD -MF $out.d -c $in -o $out"
         lines = [
             "ninja_required_version = 1.5",
-            f"cxx = {CXX}",
+            f"cxx = {CXX.replace('$', '$$')}",
             f"rule cxx\n  command = $cxx {' '.join(cxx_flags)} {compile_flags}",
             "  depfile = $out.d\n  deps = gcc",
             f"rule cuda\n  command = {' '.join(map(in_command, [nvcc or 'nvcc', *nvcc_flags()]))} {compile_flags}",

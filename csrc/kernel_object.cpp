@@ -167,8 +167,12 @@ PyObject* call(PyObject* self, PyObject* const* arguments, size_t count_and_flag
     for (size_t i = 0; i < count; ++i) {
         if (!read_argument(kernel, i, arguments[i], tensors[i], slots[i])) return nullptr;
     }
-    if (recorded != nullptr && !record(kernel, arguments, tensors.data(), slots.data())) return nullptr;
-    return run(kernel, slots.data());
+    PyObject* status = run(kernel, slots.data());
+    if (status == nullptr || recorded == nullptr || record(kernel, arguments, tensors.data(), slots.data())) {
+        return status;
+    }
+    Py_DECREF(status);
+    return nullptr;
 }
 
 std::array<PyMemberDef, 5> kernel_members = {{

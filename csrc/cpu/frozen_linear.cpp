@@ -110,7 +110,7 @@ FP_INLINE void chains(const float* x, int64_t x_row, const float* b, float* y, i
     for (int64_t k = 0; k < depth; k += kChain, adds = true) {
         for (int64_t i = 0; asks_ahead && i < ROWS; ++i) {
             const int64_t end = least(depth, k + kChain);
-            for (int64_t j = k; j < end; j += kLineFloats) fetch(x + (ROWS + i) * x_row + j);
+            for (int64_t j = k; j < end; j += kLineFloats) fetch_outer(x + (ROWS + i) * x_row + j);
         }
         multiply_tile<ROWS, VECTORS>(Matrix{x + k, x_row, 1}, b + k * kTileColumns, kTileColumns, y, y_row,
                                      least(depth - k, kChain), adds);

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kRows = 8;      // of x, multiplied together
 constexpr int64_t kColumns = 24;  // of y: rows of the weight, which stay in the first-level cache for more rows of x
 constexpr int64_t kStep = 2 * kLanes;  // products in a vector of pairs
-constexpr int64_t kAhead = 1024;       // elements of the weight, asked for before they are multiplied
+constexpr int64_t kAhead = 2048;       // elements of the weight, asked for before they are multiplied
 
 // y[M][N] = x[M][K] w[N][K]^T, rows of x and of w so many elements apart.
 struct Product {
@@ -42,8 +42,9 @@ void some_sums(const Product& p, int64_t m, int64_t n, int64_t apart) {
 #pragma GCC unroll 8
         for (int64_t j = 0; j < COLUMNS; ++j) {
             const fp::bf16* from = w + j * apart * p.row + k;
-            // Fewer rows are multiplied as fast as a CPU reads ahead by itself.
-            if (ROWS > 4) fetch(from + kAhead);
+            // Of one or two rows a CPU reads ahead by itself as fast as they are multiplied. Into the second-level
+            // cache, as the first one waits for few lines at a time.
+            if (ROWS > 2) fetch_outer(from + kAhead);
             right[j] = pairs_at(from, extent);
         }
 #pragma GCC unroll 8

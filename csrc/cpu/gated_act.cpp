@@ -69,12 +69,13 @@ int64_t gated_act(const void* a, const void* b, const int64_t* seed, void* y, in
             using T = decltype(type);
             const T *as = static_cast<const T*>(a), *bs = static_cast<const T*>(b);
             T* ys = static_cast<T*>(y);
+            const Put how = put_in_passing(dropout.active());
             each_chunk_parallel(count, [&](int64_t first, int64_t size) {
                 with_factors(dropout, first, size, [&](const auto& factor_at) {
                     each_vector(size, [&](int64_t i, auto extent) {
                         const vfloat gate = curve<kind>(load_at(as + first, i, extent)).value;
                         const vfloat value = gate * load_at(bs + first, i, extent);
-                        store_at(ys + first, i, extent, drop(value, factor_at(i, extent)));
+                        store_at(ys + first, i, extent, drop(value, factor_at(i, extent)), how);
                     });
                 });
             });
@@ -92,13 +93,14 @@ int64_t gated_act_backward(const void* dy, const void* a, const void* b, const i
             using T = decltype(type);
             const T *dys = static_cast<const T*>(dy), *as = static_cast<const T*>(a), *bs = static_cast<const T*>(b);
             T *das = static_cast<T*>(da), *dbs = static_cast<T*>(db);
+            const Put how = put_in_passing(dropout.active());
             each_chunk_parallel(count, [&](int64_t first, int64_t size) {
                 with_factors(dropout, first, size, [&](const auto& factor_at) {
                     each_vector(size, [&](int64_t i, auto extent) {
                         const vfloat grad = drop(load_at(dys + first, i, extent), factor_at(i, extent));
                         const Curve gate = curve<kind>(load_at(as + first, i, extent));
-                        store_at(das + first, i, extent, grad * load_at(bs + first, i, extent) * gate.slope);
-                        store_at(dbs + first, i, extent, grad * gate.value);
+                        store_at(das + first, i, extent, grad * load_at(bs + first, i, extent) * gate.slope, how);
+                        store_at(dbs + first, i, extent, grad * gate.value, how);
                     });
                 });
             });

@@ -220,7 +220,8 @@ struct ResidualBackward {
         each_chunk(D, [&](int64_t begin, int64_t count) {
             float total[kChunk], factors[kChunk];
             total_row(dys + begin, above == nullptr ? nullptr : above + begin, hs + begin, ws + begin, rstd[n], slope,
-                      count, next, [&](int64_t d, auto extent, vfloat value) { store_at(total, d, extent, value); });
+                      count, next,
+                      [&](int64_t d, auto extent, vfloat value) { store_at(total, d, extent, value, Put::kPlain); });
             with_type(residual_dtype, [&](auto type) {
                 auto* out = static_cast<decltype(type)*>(dresidual) + first + begin;
                 store_row(total, nullptr, out, count, put_residual);

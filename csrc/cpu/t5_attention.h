@@ -251,8 +251,12 @@ struct Work {
     // Looks up what a few queries read.
     void find_rows() {
         const auto find = [&](Rows& rows, bool values) {
-            const bool apart = (values ? a.v_strides : a.k_strides).row != a.K;
-            rows.find(keys.count, a.K, dtype, apart, [&](int64_t n) { return key_row(keys.index[n], values); });
+            const auto spaced = [&](const fp::Strides& s, int64_t first) {
+                return Spaced{key_row(first, values), s.row * size_of(dtype)};
+            };
+            const Spaced own = spaced(values ? a.v_strides : a.k_strides, keys.prompt);
+            const Spaced prompt = keys.prompt > 0 ? spaced(values ? a.prompt_v_strides : a.prompt_k_strides, 0) : own;
+            rows.find(keys.index, keys.count, keys.prompt, prompt, own, a.K, dtype);
         };
         find(few_keys, false);
         find(few_values, true);

@@ -212,7 +212,8 @@ bool Backward::is_silent(const void* dout_rows, const float* stats, int64_t i) c
     for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
     const float most = stats[stats_offset(i)], sum = stats[a.H * a.N + stats_offset(i)];
     const bool finite = std::isfinite(most) && std::isfinite(sum);  // NaN and infinity among scores must spread
-    return finite && sum_lanes(size) == 0.0f;
+    // A starved query, whose sum is zero, reads keys that nobody has looked at.
+    return finite && sum != 0.0f && sum_lanes(size) == 0.0f;
 }
 
 // Zero times one that is not is NaN, in a silent query's gradients, too.

@@ -17,6 +17,13 @@ void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
     for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch(row + byte);
 }
 
+// Rows that lie so many bytes apart.
+struct Spaced {
+    const void* first;
+    int64_t step;
+    const void* at(int64_t n) const { return static_cast<const char*>(first) + n * step; }
+};
+
 // Sums of a tile of queries: as many as the registers hold beside the operands, as kTileVectors.
 constexpr int kFewRows = kTileVectors, kFewVectors = kTileVectors;
 constexpr int64_t kFewDepth = 64;  // products of a sum in registers: short chains keep the error small
@@ -35,11 +42,14 @@ class Rows {
 public:
     void cut(Arena& arena, int64_t rows) { at_ = arena.take<const void*>(rows); }
 
-    // at(n): where row n lies. apart: not side by side.
-    template <class At>
-    void find(int64_t count, int64_t K, int64_t dtype, bool apart, const At& at) {
-        count_ = count, K_ = K, dtype_ = dtype, ahead_ = apart ? kRowsAhead : count;
-        for (int64_t n = 0; n < count; ++n) at_[n] = at(n);
+    // Of `count` rows the first `prompt` are a prompt's, in order; the others' indices among all count from there.
+    void find(const int32_t* index, int64_t count, int64_t prompt, Spaced of_prompt, Spaced own, int64_t K,
+              int64_t dtype) {
+        count_ = count, K_ = K, dtype_ = dtype;
+        ahead_ = own.step == K * size_of(dtype) ? count : kRowsAhead;  // those side by side a processor foresees
+        const void** at = at_;
+        for (int64_t n = 0; n < prompt; ++n) at[n] = of_prompt.at(n);
+        for (int64_t n = prompt; n < count; ++n) at[n] = own.at(index[n] - prompt);
     }
 
     // to[queries][kScoreRow] = q[queries][K] times rows [chunk, chunk + width); up to three more of each are undefined.
@@ -76,10 +86,13 @@ public:
 private:
     static constexpr int64_t kAbreast = 4;  // rows
 
-    // Row n, or the last; asks for a later one.
+    // Row n, or the last; asks for a later one, into the second-level cache: the first waits for few lines at a time.
     template <class T>
     FP_INLINE const T* next(int64_t n) const {
-        if (n + ahead_ < count_) fetch_row(at_[n + ahead_], 0, dtype_, K_);
+        if (n + ahead_ < count_) {
+            const T* later = static_cast<const T*>(at_[n + ahead_]);
+            for (int64_t d = 0; d < K_; d += kLine / static_cast<int64_t>(sizeof(T))) fetch_outer(later + d);
+        }
         return static_cast<const T*>(at_[n < count_ ? n : count_ - 1]);
     }
 

@@ -8,7 +8,7 @@ no other trace; then they are computed again, in a pool of their own.
 """
 
 import weakref
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class PromptCaches:
 
     def __init__(self) -> None:
         self._pools: list[KeptPool] = []
+        self._making: list[Stamp] = []  # of what is computed now
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return PromptCaches, ()
@@ -43,15 +44,24 @@ class PromptCaches:
     def names(self) -> set[str]:
         return {name for pool in self._pools for name in pool.names if name}
 
-    def keep(self, names: Sequence[str], prompts: Sequence[Any], model: nn.Module, keyed: Keyed) -> None:
-        """Keep what was computed of these prompts, in place of what was kept of them before."""
-        self.drop(names)
+    def keep(
+        self, names: Sequence[str], prompts: Sequence[Any], model: nn.Module, make: Callable[[], Keyed]
+    ) -> None:
+        """Keep what ``make`` computes of these prompts, in place of what was kept of them before.
+
+        Stamps come first: what another thread writes meanwhile makes the result stale.
+        """
         _KEEPING.add(self)
         _watch_optimizers()
-        stamps = tuple(Stamp(State.of(prompt)) for prompt in prompts)
-        pool = KeptPool(tuple(names), stamps, Stamp(State.of(model)), _heads_first(keyed))
+        stamps = tuple(Stamp(State.of(owner)) for owner in (*prompts, model))
+        self._making = [*self._making, *stamps]
+        try:
+            pool = KeptPool(tuple(names), stamps[:-1], stamps[-1], _heads_first(make()))
+        finally:
+            self._making = [stamp for stamp in self._making if stamp not in stamps]
         for site in pool.keyed.values():
             mark_kept(site.keys.keys)
+        self.drop(names)
         self._pools = [*self._pools, pool]
 
     def drop(self, names: Iterable[str]) -> None:
@@ -65,9 +75,9 @@ class PromptCaches:
 
     def note_step(self, parameters: Container[int]) -> None:
         """An optimiser wrote to the tensors with these ids."""
-        for pool in self._pools:
-            for stamp in (*pool.stamps, pool.model):
-                stamp.note_step(parameters)
+        kept = [stamp for pool in self._pools for stamp in (*pool.stamps, pool.model)]
+        for stamp in (*kept, *self._making):
+            stamp.note_step(parameters)
 
     def stale(self, prompts: Mapping[str, Any], model: nn.Module) -> list[str]:
         """Those of ``prompts`` whose kept keys are not their keys any more; where that is because the model changed,

@@ -21,6 +21,7 @@ from fastprompt.prompts.prefix import PrefixPrompt, sites_of
 @torch.no_grad()
 def save_cache(path: str | os.PathLike[str], model: Any, identity: ModelIdentity, prompt: Prompt) -> None:
     """Compute the keys of ``prompt``, of kind cached or prefix, and write them beside its file ``path``."""
+    prompt = _as_it_is(prompt)
     with evaluating(model):
         found = keyed(model, [prompt])
     tensors = {}
@@ -47,6 +48,13 @@ def load_caches(
     ]
     # To whoever reads them, keys and values are a prefix.
     return keyed(model, [PrefixPrompt(tensors) for tensors in found])
+
+
+def _as_it_is(prompt: Prompt) -> Prompt:
+    """A copy: the file has the keys and the hash of one prompt, whatever another thread writes to it meanwhile."""
+    if isinstance(prompt, PrefixPrompt):
+        return PrefixPrompt({name: tensor.detach().clone() for name, tensor in prompt.tensors().items()})
+    return prompt.detach().clone()
 
 
 def _read(source: Path, model: Any, prompt: Prompt, origin: CacheOrigin) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class KeyKeeper(PromptHolder):
             return
         prompts = self._keyed_prompts(chosen)
         with torch.no_grad(), evaluating(self.model):
-            self._caches.keep(chosen, prompts, self.model, keyed(self.model, prompts))
+            self._caches.keep(chosen, prompts, self.model, lambda: keyed(self.model, prompts))
 
     def drop_caches(self) -> None:
         """Free what ``cache_prompts`` and ``load_caches`` keep."""
@@ -111,8 +112,9 @@ class KeyKeeper(PromptHolder):
         names = list(paths)
         prompts = self._keyed_prompts(names)
         with torch.autocast(self._table().device.type, enabled=False):
-            found = load_caches(list(paths.values()), self.model, self._identity(), prompts)
-            self._caches.keep(names, prompts, self.model, found)
+            files = list(paths.values())
+            make = partial(load_caches, files, self.model, self._identity(), prompts)
+            self._caches.keep(names, prompts, self.model, make)
 
     def _site_keys(
         self, choice: Choice, batch: int, sites: Sequence[str] = SITES

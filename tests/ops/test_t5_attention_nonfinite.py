@@ -31,6 +31,14 @@ def test_nan_spreads_in_rows_that_may_attend_to_nothing(backend, device, p, T):
     assert_finite_where_hf_is(case)
 
 
+@pytest.mark.parametrize("T", [3, 9, 40])
+def test_nan_spreads_in_rows_that_may_attend_to_nothing_and_that_nothing_reads(backend, device, T):
+    """Zero times NaN is NaN in their gradients."""
+    case = Case(device, T=queries(backend, T), key_mask=key_mask("nothing", 2, 11, device))
+    case.v[1, 8, 0, 2], case.dout[:] = float("nan"), 0.0
+    assert_finite_where_hf_is(case)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("T", [3, 9, 40])
 def test_scores_that_are_all_minus_infinity(backend, device, T, p):

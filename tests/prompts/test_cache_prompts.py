@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastprompt._stamp import Stamp, State
-from fastprompt.prompts import PromptConfig, keeper, rank
+from fastprompt.prompts import PromptConfig, cache_loading, keeper, rank
 
 CONFIGS = {
     "c5": PromptConfig(5, "cached", init="uniform"),
@@ -200,6 +200,60 @@ def test_a_stale_cache_is_made_again(how, served, make_batch):
     assert prompted.passes == [3], "the other prompt is kept as before, or anew"
     prompted.drop_caches()
     torch.testing.assert_close(logits(prompted, batch, "c5"), after)
+
+
+def parameters_of(prompt):
+    return [*prompt.parameters()] if isinstance(prompt, nn.Module) else [prompt]
+
+
+@pytest.mark.parametrize("how", ["write", "fused"])
+@pytest.mark.parametrize("prompts", ["c5", "rows"])
+def test_what_changes_while_its_keys_are_computed(prompts, how, served, make_batch, monkeypatch):
+    """As by another thread: the next call finds them stale."""
+    prompted, batch = served(), make_batch()
+    parameters = parameters_of(prompted.prompts[prompts])
+
+    def changed_meanwhile(model, given):
+        found = keyed(model, given)
+        for each in parameters:
+            if how == "write":
+                each.add_(1.0)
+            else:
+                each.grad = torch.ones_like(each)
+                torch.optim.AdamW([each], lr=1.0, fused=True).step()
+        return found
+
+    keyed = keeper.keyed
+    with monkeypatch.context() as patched:
+        patched.setattr(keeper, "keyed", changed_meanwhile)
+        prompted.cache_prompts(prompts)
+    found = logits(prompted, batch, prompts)
+    prompted.drop_caches()
+    torch.testing.assert_close(found, logits(prompted, batch, prompts))
+
+
+@pytest.mark.parametrize("prompts", ["c5", "rows", "kv"])
+def test_a_file_has_the_keys_and_the_hash_of_one_prompt(prompts, served, make_batch, monkeypatch, tmp_path):
+    """Whatever another thread writes while it is made."""
+    prompted, batch, path = served(), make_batch(), tmp_path / "x.safetensors"
+    prompted.save_prompt(prompts, path)
+    expected = logits(prompted, batch, prompts)
+
+    def changed_meanwhile(model, given):
+        found = keyed(model, given)
+        for each in parameters_of(prompted.prompts[prompts]):
+            each.add_(1.0)
+        return found
+
+    keyed = cache_loading.keyed
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_loading, "keyed", changed_meanwhile)
+        prompted.save_cache(prompts, path)
+    with pytest.raises(ValueError, match="from another prompt"):
+        prompted.load_caches({prompts: path})
+    prompted.load_prompt(prompts, path)
+    prompted.load_caches({prompts: path})
+    torch.testing.assert_close(logits(prompted, batch, prompts), expected)
 
 
 def test_a_prompt_that_is_gone_is_not_made_again(served, make_batch):
