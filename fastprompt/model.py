@@ -207,7 +207,8 @@ class PromptModel(KeyKeeper):
 
         Returns:
             HF's BaseModelOutput, ``last_hidden_state`` [B, L, D]; L = longest prompt + S for "prepend", whose rows are
-            [prompt | tokens | filling], L = S for other kinds. :meth:`encoder_mask` tells which rows are real.
+            [prompt | tokens | filling], L = S for other kinds. :meth:`encoder_mask` tells which rows are real. While
+            gradients are recorded it has one, and kept keys are not read: serve under ``torch.no_grad()``.
 
         Raises:
             TypeError, ValueError, IndexError: as in ``forward``.
