@@ -13,9 +13,7 @@ from torch import Tensor
 
 ORIGIN = "fastprompt_origin"  # modules/_origin: what a layer's input is made again from
 MADE = "fastprompt_made"  # modules/_made: what a layer made beside its output, for the next
-ROWS = (
-    "fastprompt_rows"  # prompts/row_gradient, by way of modules/dropout, for attention: which rows can learn
-)
+ROWS = "fastprompt_rows"  # prompts/row_gradient, by modules/dropout, for attention: how many rows can learn
 PER_ROW = "fastprompt_per_row"  # modules/_step: an offset, laid out for each row
 TABLE = "fastprompt_table"  # _bias_by_distance: a dense bias as a table
 OTHER_BIAS = "fastprompt_other_bias"  # hf_attention, for it and modules/attention: no table can say this bias

@@ -250,10 +250,9 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
     Args:
         model: a PromptModel, a PeftModel, a T5, patched or not: anything whose output has a loss, that trains few
             parameters (their gradients are copied; none where it only generates), and whose forward waits for no value
-            on the GPU. A PromptModel
-            runs padded in it on a GPU (``pack=False``). ``generate`` has graphs of T5, mT5 and UMT5, by themselves, in
-            a PromptModel or with PEFT's LoRA, on a CPU of those whose attention is fastprompt's (patched or by name),
-            and is the model's own otherwise.
+            on the GPU. A PromptModel runs padded in it on a GPU (``pack=False``). ``generate`` has graphs of T5, mT5
+            and UMT5, by themselves, in a PromptModel or with PEFT's LoRA, on a CPU of those whose attention is
+            fastprompt's (patched or by name), and is the model's own otherwise.
         shapes: how many shapes are kept; the one not used for longest goes first. Each holds a step's activations, on a
             GPU in memory that they share; generate has two per shape, of the encoder and of the decoder (on a CPU of
             that alone), and one more each time that its tokens outgrow their room (64, 128, 256, ...).

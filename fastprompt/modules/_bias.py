@@ -31,16 +31,15 @@ def bias_obstacle(attention: Any, evaluated: bool = False) -> str | None:
 
     ``evaluated``: nobody will want a gradient of its weight.
     """
-    if not is_plain_bias(attention):
+    weight = getattr(attention._modules.get("relative_attention_bias"), "weight", None)
+    if isinstance(weight, Tensor) and is_sharded(weight):
+        return "relative_attention_bias.weight is sharded"
+    if weight is None or not is_plain_bias(attention):
         return "relative_attention_bias is more than its weight"
-    weight = attention.relative_attention_bias.weight
-    for why, holds in (
-        ("trained", weight.requires_grad and not evaluated),
-        ("offloaded", weight.is_meta),
-        ("sharded", is_sharded(weight)),
-    ):
-        if holds:
-            return f"relative_attention_bias.weight is {why}"
+    if weight.requires_grad and not evaluated:
+        return "relative_attention_bias.weight is trained"
+    if weight.is_meta:
+        return "relative_attention_bias.weight is offloaded"
     buckets, distance = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
     # T5's formula gives no constant beyond max_distance, where that is too small for its buckets.
     if not makes_table(buckets, distance, bidirectional=not attention.is_decoder):
