@@ -112,7 +112,8 @@ class FastFF:
     def fastprompt_obstacle(self) -> str | None:
         found = obstacle(*self._parts())
         if found is None and self._act() is None:
-            return f"its activation is a {type(self.DenseReluDense.act).__name__}"
+            part = "gate" if "wi_0" in self.DenseReluDense._modules else "activation"
+            return f"its {part} is a {type(self.DenseReluDense.act).__name__}"
         return found
 
     def fastprompt_saved(self, attended: bool) -> int:

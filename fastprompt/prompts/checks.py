@@ -19,19 +19,22 @@ MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
 
 def check_model(model: object) -> None:
     """Raise TypeError unless ``model`` is a T5 with a seq2seq head."""
+    remedy = "Wrap the model itself, before torch.compile, DDP or PEFT"
     if not isinstance(model, PreTrainedModel):
         problem = f"got a {type(model).__name__}, no PreTrainedModel"
     elif model.config.model_type not in MODEL_TYPES:
         problem = f"got a {type(model).__name__} of type {model.config.model_type!r}"
+        remedy = "Other models have prompt tuning in PEFT"
     elif not model.can_generate():
         problem = f"got a {type(model).__name__}, which has no seq2seq head"
+        remedy = "Load it by AutoModelForSeq2SeqLM"
     elif type(model.get_encoder().get_input_embeddings()) is not nn.Embedding:
         problem = f"its embedding is a {type(model.get_encoder().get_input_embeddings()).__name__}"
     else:
         return
     raise TypeError(
         f"PromptModel: model must be a ForConditionalGeneration of type {', '.join(MODEL_TYPES)}: {problem}. "
-        "Wrap the model itself, before torch.compile, DDP or PEFT"
+        f"{remedy}"
     )
 
 
