@@ -9,12 +9,13 @@
 namespace {
 
 // A head's rows lie H * K elements apart, nearly each in a page of its own, and no processor foresees the next. So rows
-// are asked for, those that are to be written, too, so many before their turn.
+// are asked for, those that are to be written, too, so many before their turn, into the second-level cache: the first
+// one waits for few lines at a time.
 constexpr int64_t kRowsAhead = 16;
 
 void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
     const char* row = static_cast<const char*>(from) + offset * size_of(dtype);
-    for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch(row + byte);
+    for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch_outer(row + byte);
 }
 
 // Rows that lie so many bytes apart.
@@ -86,7 +87,7 @@ public:
 private:
     static constexpr int64_t kAbreast = 4;  // rows
 
-    // Row n, or the last; asks for a later one, into the second-level cache: the first waits for few lines at a time.
+    // Row n, or the last; asks for a later one, by a loop of its own: a run-time dtype takes long beside so few sums.
     template <class T>
     FP_INLINE const T* next(int64_t n) const {
         if (n + ahead_ < count_) {

@@ -34,12 +34,12 @@ def bias_obstacle(attention: Any, evaluated: bool = False) -> str | None:
     weight = getattr(attention._modules.get("relative_attention_bias"), "weight", None)
     if isinstance(weight, Tensor) and is_sharded(weight):
         return "relative_attention_bias.weight is sharded"
+    if not makes_t5s_bias(attention):
+        return "relative_attention_bias goes through a compute_bias of its own"
     if weight is None or not is_plain_bias(attention):
         return "relative_attention_bias is more than its weight"
     if weight.requires_grad and not evaluated:
         return "relative_attention_bias.weight is trained"
-    if weight.is_meta:
-        return "relative_attention_bias.weight is offloaded"
     buckets, distance = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
     # T5's formula gives no constant beyond max_distance, where that is too small for its buckets.
     if not makes_table(buckets, distance, bidirectional=not attention.is_decoder):

@@ -160,7 +160,8 @@ def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str 
         attention = block.layer[0].SelfAttention
         found = head_obstacle(attention)
         if found is None and attention.has_relative_attention_bias:
-            found = bias_obstacle(attention)
+            offloaded = attention.relative_attention_bias.weight.is_meta
+            found = "relative_attention_bias.weight is offloaded" if offloaded else bias_obstacle(attention)
         if found is not None:
             return f"does not go with block.{i}'s attention: {found}"
     return None

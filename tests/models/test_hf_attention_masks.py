@@ -119,6 +119,6 @@ def test_a_dense_bias_has_a_table_for_each_mask(device):
     bias = torch.randn(1, 4, 5, 9, device=device)
     for causal, offset in ((False, 0), (True, 0), (True, 4), (True, 0), (False, 0)):
         allowed = hf_attention.Allowed(None, offset, causal)
-        expected = hf_attention.table(bias.clone(), allowed, 0)
-        assert torch.equal(hf_attention.table(bias, allowed, 0), expected)
-        assert hf_attention.table(bias, allowed, 1) is hf_attention.table(bias, allowed, 0)
+        expected = hf_attention.table_of(bias.clone(), allowed, 0)
+        assert torch.equal(hf_attention.table_of(bias, allowed, 0), expected)
+        assert hf_attention.table_of(bias, allowed, 1) is hf_attention.table_of(bias, allowed, 0)
