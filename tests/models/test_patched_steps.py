@@ -62,7 +62,8 @@ def test_activations_that_no_kernel_has(make, batch, labels, proj):
     model = patch(make(feed_forward_proj=proj))
     for ours, theirs in zip(step(model, batch(), labels), expected, strict=True):
         close(ours, theirs)
-    assert any("activation" in (row.reason or "") for row in explain(model))
+    part = "gate" if proj == "gated-relu" else "activation"
+    assert any(f"its {part} is a " in (row.reason or "") for row in explain(model))
 
 
 @pytest.mark.parametrize(("buckets", "distance"), [(8, 2), (8, 1), (32, 8), (4, 1), (2, 8), (1, 8)])
