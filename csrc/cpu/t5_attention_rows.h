@@ -13,9 +13,13 @@ namespace {
 // one waits for few lines at a time.
 constexpr int64_t kRowsAhead = 16;
 
+FP_INLINE void fetch_bytes(const void* row, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += kLine) fetch_outer(static_cast<const char*>(row) + byte);
+}
+
 void fetch_row(const void* from, int64_t offset, int64_t dtype, int64_t count) {
-    const char* row = static_cast<const char*>(from) + offset * size_of(dtype);
-    for (int64_t byte = 0; byte < count * size_of(dtype); byte += kLine) fetch_outer(row + byte);
+    const int64_t size = size_of(dtype);
+    fetch_bytes(static_cast<const char*>(from) + offset * size, count * size);
 }
 
 // Rows that lie so many bytes apart.
@@ -87,13 +91,10 @@ public:
 private:
     static constexpr int64_t kAbreast = 4;  // rows
 
-    // Row n, or the last; asks for a later one, by a loop of its own: a run-time dtype takes long beside so few sums.
+    // Row n, or the last; asks for a later one.
     template <class T>
     FP_INLINE const T* next(int64_t n) const {
-        if (n + ahead_ < count_) {
-            const T* later = static_cast<const T*>(at_[n + ahead_]);
-            for (int64_t d = 0; d < K_; d += kLine / static_cast<int64_t>(sizeof(T))) fetch_outer(later + d);
-        }
+        if (n + ahead_ < count_) fetch_bytes(at_[n + ahead_], K_ * static_cast<int64_t>(sizeof(T)));
         return static_cast<const T*>(at_[n < count_ ? n : count_ - 1]);
     }
 

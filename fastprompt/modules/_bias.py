@@ -11,6 +11,7 @@ from fastprompt._bias_by_distance import makes_t5s_bias
 from fastprompt._hooks import is_hooked
 from fastprompt._plain import PLAIN_TYPES
 from fastprompt._tensors import is_sharded
+from fastprompt.modules._ready import is_evaluated
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
@@ -26,25 +27,35 @@ def bias_table(attention: Any) -> Tensor:
     )
 
 
-def bias_obstacle(attention: Any, evaluated: bool = False) -> str | None:
+def bias_obstacle(attention: Any, inputs: tuple[Tensor, ...] | None = None) -> str | None:
     """Why no table says the bias of this layer, or of a stack whose first it is; None: one does.
 
-    ``evaluated``: nobody will want a gradient of its weight.
+    ``inputs``: of a call, whose weights may learn nothing; None: the question is of training.
     """
-    weight = getattr(attention._modules.get("relative_attention_bias"), "weight", None)
-    if isinstance(weight, Tensor) and is_sharded(weight):
-        return "relative_attention_bias.weight is sharded"
     if not makes_t5s_bias(attention):
         return "relative_attention_bias goes through a compute_bias of its own"
-    if weight is None or not is_plain_bias(attention):
-        return "relative_attention_bias is more than its weight"
-    if weight.requires_grad and not evaluated:
+    embedding = attention._modules.get("relative_attention_bias")
+    if not _is_plain(embedding):
+        weight = getattr(embedding, "weight", None)
+        sharded = weight is not None and is_sharded(weight)
+        return "relative_attention_bias" + (".weight is sharded" if sharded else " is more than its weight")
+    if embedding.weight.requires_grad and not is_evaluated(attention, inputs):
         return "relative_attention_bias.weight is trained"
     buckets, distance = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
     # T5's formula gives no constant beyond max_distance, where that is too small for its buckets.
     if not makes_table(buckets, distance, bidirectional=not attention.is_decoder):
         return f"relative_attention_bias has {buckets} buckets, too many for the distance {distance}"
     return None
+
+
+def _is_plain(embedding: Any) -> bool:
+    """Is it its weight and no more? It is not with LoRA, quantised weights, a norm of the rows, or hooks."""
+    return (
+        type(embedding) is nn.Embedding
+        and type(embedding.weight) in PLAIN_TYPES
+        and embedding.max_norm is None
+        and not is_hooked(embedding)
+    )
 
 
 def head_obstacle(attention: Any) -> str | None:
@@ -54,17 +65,3 @@ def head_obstacle(attention: Any) -> str | None:
         return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
     scaling = getattr(attention, "scaling", 1.0)
     return None if scaling == 1.0 else f"its scores are scaled by {scaling}"
-
-
-def is_plain_bias(attention: Any) -> bool:
-    """Is the bias its embedding's weight by T5's formula and no more, as with methods of its own, LoRA, quantised
-    weights, a norm of the rows, or hooks?
-    """
-    embedding = attention._modules.get("relative_attention_bias")
-    return (
-        makes_t5s_bias(attention)
-        and type(embedding) is nn.Embedding
-        and type(embedding.weight) in PLAIN_TYPES
-        and embedding.max_norm is None
-        and not is_hooked(embedding)
-    )

@@ -39,7 +39,7 @@ from fastprompt.modules._bias import bias_obstacle, bias_table, head_obstacle
 from fastprompt.modules._frozen import add, apply, dropped, linear, norm_gradient, products, rate
 from fastprompt.modules._made import made_of
 from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
-from fastprompt.modules._ready import is_evaluated, is_stock, obstacle, ready
+from fastprompt.modules._ready import is_stock, obstacle, ready
 from fastprompt.modules._step import step
 from fastprompt.ops._dropout import new_seed
 
@@ -359,7 +359,7 @@ class FastSelfAttention(FastAttention):
             if not is_stock(type(attention)):
                 return f"its stack's bias is made by a {type(attention).__name__}"
             # Asked of the weight: reentrant checkpointing lets the bias itself require a gradient that nobody reads.
-            found = bias_obstacle(attention, is_evaluated(attention, inputs))
+            found = bias_obstacle(attention, inputs)
             if found is not None:
                 return found
         return super()._other_scores(inputs)
