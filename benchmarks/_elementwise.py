@@ -26,6 +26,8 @@ class Elementwise:
         leaves: how many inputs it has.
         tensors: how many tensors a step reads and writes at least.
         goal, others: the shape of the headline, and further ones; the last size is the width.
+        terms: (*leaves, grad) -> of the output and of each gradient, the size of the terms that cancel in it; None:
+            none do.
     """
 
     op: str
@@ -37,6 +39,7 @@ class Elementwise:
     tensors: int
     goal: Sizes
     others: tuple[Sizes, ...]
+    terms: Callable[..., tuple[Tensor, ...]] | None = None
 
     def specs(self, options: Options) -> list[Spec]:
         *_, width = self.goal
@@ -77,5 +80,6 @@ class Elementwise:
     def check(self, calls: dict[str, Contender], leaves: tuple[Tensor, ...], grad: Tensor) -> None:
         wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
         out = self.stock(0.0, *wide)
-        truth = (out, *torch.autograd.grad(out, wide, grad.double()))
-        check_results(self.op, calls, self.stock_name, tuple(t.detach() for t in truth))
+        truth = tuple(t.detach() for t in (out, *torch.autograd.grad(out, wide, grad.double())))
+        terms = self.terms(*(leaf.detach() for leaf in wide), grad.double()) if self.terms else None
+        check_results(self.op, calls, self.stock_name, truth, terms)

@@ -216,7 +216,9 @@ def check(inputs: Inputs, calls: dict[str, Contender], backward: bool) -> None:
     wide = [x.detach().double().requires_grad_() for x in inputs.leaves]
     out = inputs.hf(eager_attention_forward, 0.0, wide)
     truth = (out, *torch.autograd.grad(out, wide, inputs.dout.double())) if backward else (out,)
-    check_results("t5_attention", calls, SDPA, tuple(x.detach() for x in truth), whole=True)
+    truth = tuple(x.detach() for x in truth)
+    terms = tuple(x.abs().amax() for x in truth)  # whole rows cancel
+    check_results("t5_attention", calls, SDPA, truth, terms, ulps=8.0)
 
 
 def plot(rows: list[dict[str, Any]], folder: Path, device: str) -> None:

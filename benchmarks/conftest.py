@@ -49,7 +49,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @lru_cache(maxsize=1)
 def build(module, spec, options):
-    return module.build(spec, options)
+    return _harness.seeded(module.build, spec, options)
 
 
 @pytest.fixture
