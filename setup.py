@@ -215,6 +215,7 @@ setup(
         "fastprompt",
         "fastprompt.commands",
         "fastprompt.demo",
+        "fastprompt.dispatch",
         "fastprompt.graphs",
         "fastprompt.modules",
         "fastprompt.ops",

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastprompt import hf_attention as hf_attention
 from fastprompt import ops
-from fastprompt._op import backend_used, backends, use_backend
+from fastprompt.dispatch.backends import backend_used, backends, use_backend
 from fastprompt.graphs import graphed
 from fastprompt.model import PromptModel
 from fastprompt.patching import patch, patched, unpatch

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fastprompt._allowed import Allowed
 from fastprompt._note import TABLE, leave_note, note_on
-from fastprompt._plain import may_keep
+from fastprompt.dispatch.plain import may_keep
 
 
 def makes_t5s_bias(attention: nn.Module) -> bool:

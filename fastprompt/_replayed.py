@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a stack replay graphs in place of its forward?"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
 from types import MethodType
@@ -13,12 +13,12 @@ import torch
 class _Replay:
     """A stack's forward for a while. Of a copy of the stack, in a file, too, it is the copy's own."""
 
-    def __init__(self, stack: Any, forward: Any) -> None:
-        update_wrapper(self, forward)
-        self.stack, self._forward = stack, forward
+    def __init__(self, stack: Any, replay: Callable[..., Any]) -> None:
+        update_wrapper(self, stack.forward)
+        self.stack, self._own, self._replay = stack, stack.forward, replay
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+        return self._replay(self._own, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _OfCopy(memo.get(id(self.stack), self.stack))
@@ -44,9 +44,9 @@ class _OfCopy:
 
 
 @contextmanager
-def replayed(stack: Any, forward: Any) -> Iterator[None]:
-    """A ``with`` block in which ``forward`` runs in place of the stack's own."""
-    stack.forward = _Replay(stack, forward)
+def replayed(stack: Any, replay: Callable[..., Any]) -> Iterator[None]:
+    """A ``with`` block in which the stack's forward is ``replay(forward, ...)``, told what it takes the place of."""
+    stack.forward = _Replay(stack, replay)
     try:
         yield
     finally:

@@ -39,7 +39,7 @@ from fastprompt._allowed import PromptKeys as PromptKeys
 from fastprompt._bias_by_distance import dense_bias, makes_t5s_bias, table_of
 from fastprompt._extra_outputs import asks_for
 from fastprompt._note import OTHER_BIAS, leave_note, note_on
-from fastprompt._plain import is_transformed
+from fastprompt.dispatch.plain import is_transformed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastprompt._op import backends
+from fastprompt.dispatch.backends import backends
 from fastprompt.modules import mixin_for
 from fastprompt.modules.attention import FastAttention
 from fastprompt.modules.ff import FastFF

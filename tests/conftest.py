@@ -19,7 +19,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fastprompt import _native, _op, use_backend
+from fastprompt import _native, use_backend
+from fastprompt.dispatch import OPS
 from fastprompt.testing import poison_empty
 
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def survey(device):
         here += ["emulated"] if EMULATION.exists() and shutil.which("g++") else []
         here += ["triton"] if INTERPRETED else []
     elif torch.cuda.is_available():
-        here += [name for name in ("cuda", "triton") if name in _op.OPS["rms_norm"].backends("cuda")]
+        here += [name for name in ("cuda", "triton") if name in OPS["rms_norm"].backends("cuda")]
     return here, {name: reason for name, reason in why.items() if name not in here}
 
 
@@ -90,8 +91,8 @@ def offers(op, backend):
     if backend in ("cuda", "emulated"):
         return (HERE.parent / "csrc" / "cuda" / f"{op}.cu").exists()
     if backend.startswith("cpu:"):
-        return backend in _op.OPS[op].backends("cpu")
-    return backend != "triton" or bool(_op.OPS[op]._triton)
+        return backend in OPS[op].backends("cpu")
+    return backend != "triton" or any(schema.triton for schema in OPS[op].schemas.values())
 
 
 def load(path):
@@ -158,7 +159,7 @@ def device(request):
 def emulated():
     """The CUDA kernels compiled for the host, offered as one more backend of every op."""
     kernels = load(EMULATION).emulated_kernels()
-    for op in _op.OPS.values():
+    for op in OPS.values():
         op.add_native_backend("emulated", kernels, "CPU")
     return kernels
 
@@ -178,7 +179,7 @@ class Ran(dict):
 @pytest.fixture
 def backend(request):
     """The name of the backend that ``OP`` runs on; memory comes poisoned. Afterwards: did it, and it alone, run?"""
-    name, op = request.param, _op.OPS[request.module.OP]
+    name, op = request.param, OPS[request.module.OP]
     if name == "emulated":
         request.getfixturevalue("emulated")
     request.node.user_properties.append(("backend", name))

@@ -4,7 +4,7 @@
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 
 
 def set_apart(model):

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprompt import _native, backend_used, backends, use_backend
 from fastprompt._native import CPU_TARGETS
-from fastprompt._op import OPS
+from fastprompt.dispatch import OPS
 from fastprompt.ops import prompt_embed, rms_norm
 from fastprompt.ops._t5_attention_reference import Inputs
 
@@ -168,8 +168,8 @@ def test_a_cuda_kernel_is_launched_where_its_tensors_are(monkeypatch):
 
     op = OPS["rms_norm"]
     monkeypatch.setitem(_native.TARGETS, "cuda", SimpleNamespace())
-    for member in op.members:
-        monkeypatch.setitem(op._native, member, lambda kernels, *args: list(entered))
+    for schema in op.schemas.values():
+        monkeypatch.setattr(schema, "native", lambda kernels, *args: list(entered))
     # A fake tensor asks for the GPU it is on, and there may be one only.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -15,7 +15,7 @@ import torch
 
 import fastprompt
 from fastprompt import _native
-from fastprompt._op import OPS
+from fastprompt.dispatch import OPS
 
 ROOT = Path(__file__).parents[1]
 SIBLINGS = [
@@ -26,7 +26,7 @@ SIBLINGS = [
     "tests/ops/test_{}.py",
     "benchmarks/bench_{}.py",
 ]
-MEMBERS = [(name, member) for name, op in sorted(OPS.items()) for member in op.members]
+MEMBERS = [(name, member) for name, op in sorted(OPS.items()) for member in op.schemas]
 
 each_op = pytest.mark.parametrize("name", sorted(OPS))
 each_schema = pytest.mark.parametrize(("name", "member"), MEMBERS)
@@ -55,12 +55,11 @@ def test_siblings(name, sibling):
 
 @each_schema
 def test_launchers(name, member):
-    op = OPS[name]
+    schema = OPS[name].schemas[member]
     assert member.startswith(name)
-    assert member in op._reference
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprompt::{member}", "Meta"), "no fake"
-    assert member in op._native
-    assert member in op._triton or excused(name, f"triton_kernels/{name}.py")
+    assert schema.native
+    assert schema.triton or excused(name, f"triton_kernels/{name}.py")
 
 
 @each_schema

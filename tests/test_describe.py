@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastprompt import _native, _op, use_backend
+from fastprompt import _native, use_backend
 from fastprompt._native import CPU_TARGETS, describe
-from fastprompt._op import OPS, direct
+from fastprompt.dispatch import OPS, direct
 
 pytestmark = pytest.mark.skipif(not CPU_TARGETS, reason="no compiled kernels")
 X = torch.arange(12.0).view(3, 4)
@@ -105,10 +105,10 @@ def test_what_a_transform_wraps_is_not_described():
 @pytest.fixture
 def checked(monkeypatch):
     """How often rms_norm's arguments were looked at."""
-    op, calls = OPS["rms_norm"], []
-    check = op._check["rms_norm"]
-    monkeypatch.setitem(op._check, "rms_norm", lambda *args: (calls.append(args), check(*args)))
-    monkeypatch.setitem(op._known, "rms_norm", {})
+    schema, calls = OPS["rms_norm"].schemas["rms_norm"], []
+    check = schema.check
+    monkeypatch.setattr(schema, "check", lambda *args: (calls.append(args), check(*args)))
+    monkeypatch.setattr(schema, "known", {})
     return calls
 
 
@@ -132,18 +132,18 @@ def test_known_arguments_are_not_looked_at_again(checked):
 
 
 def test_what_is_known_is_forgotten_before_it_is_much(checked, monkeypatch):
-    monkeypatch.setattr(_op, "MOST_KNOWN", 4)
+    monkeypatch.setattr("fastprompt.dispatch.calls.MOST_KNOWN", 4)
     with use_backend("rms_norm", "cpu:scalar"), torch.no_grad():
         for rows in (*range(1, 12), 11):
             y, _ = direct.rms_norm(X[:1].expand(rows, 4), torch.ones(4), 1e-6)
             assert y.shape == (rows, 4)
-            assert 1 <= len(OPS["rms_norm"]._known["rms_norm"]) <= 4
+            assert 1 <= len(OPS["rms_norm"].schemas["rms_norm"].known) <= 4
     assert len(checked) == 11
 
 
 def test_known_arguments_run_what_is_in_use(monkeypatch):
     """Also an op whose default on a CPU may be PyTorch's own, of which nothing is registered."""
-    monkeypatch.setitem(OPS["frozen_linear"]._known, "frozen_linear", {})
+    monkeypatch.setattr(OPS["frozen_linear"].schemas["frozen_linear"], "known", {})
     x, w = torch.randn(2, 64, 64)
     with torch.no_grad():
         expected = [direct.frozen_linear(x, w)]

@@ -9,8 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprompt import backend_used, backends, use_backend
-from fastprompt._op import direct
-from fastprompt._plain import is_capturing, is_plain
+from fastprompt.dispatch import direct
+from fastprompt.dispatch.plain import is_capturing, is_plain
 from fastprompt.ops import dropout_add, gated_act, rms_norm
 from fastprompt.testing import saved_bytes
 

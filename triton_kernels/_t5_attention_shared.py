@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fastprompt._native import stream
 from fastprompt._note import leave_note, note_on
-from fastprompt._plain import is_capturing
+from fastprompt.dispatch.plain import is_capturing
 from fastprompt.ops._dropout import drop_threshold, keep_scale
 from fastprompt.ops._t5_attention_layout import laid_out
 

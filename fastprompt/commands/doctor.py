@@ -10,8 +10,9 @@ import platform
 import torch
 
 import fastprompt
-from fastprompt import _native, _op
+from fastprompt import _native
 from fastprompt.commands._terminal import printable
+from fastprompt.dispatch import OPS
 
 HELP = "say what is installed and which backend each op uses on this machine"
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     there = importlib.util.find_spec("fastprompt.triton_kernels") is not None
     print(f"{'Triton kernels':20} {'installed' if there else 'not installed'}")
     print(f"{'GPU':20} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
-    for name in _op.OPS:
+    for name in OPS:
         found = [f"{device}: {', '.join(fastprompt.backends(name, device))}" for device in ("cpu", "cuda")]
         print(f"{name:20} {'; '.join(found)}")
     return 0

@@ -7,7 +7,6 @@ Those have room for 64 tokens at first, then for twice as many as before, with g
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import wraps
 from threading import get_ident
 from typing import Any
 
@@ -18,9 +17,9 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from fastprompt._cache_name import CACHE, CACHE_NAMES
 from fastprompt._extra_outputs import OUTPUT_FLAGS, extra_output
 from fastprompt._generation import generation_option
-from fastprompt._plain import is_plain_call
 from fastprompt._replayed import replayed, settle
 from fastprompt._stamp import State
+from fastprompt.dispatch.plain import is_plain_call
 from fastprompt.graphs.places import fixed
 from fastprompt.graphs.recording import Pool
 from fastprompt.graphs.stacks import Decoding, Pass
@@ -44,6 +43,73 @@ class Sequences(EncoderDecoderCache):
             self.decoding.reorder(beam_idx)
 
 
+class _Call:
+    """One call of generate, rank or encode: what the stacks run in place of their ``forward``."""
+
+    def __init__(
+        self, model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: Pool, whole: bool, on_gpu: bool
+    ) -> None:
+        self.model, self.kept, self.pool, self.whole, self.on_gpu = model, kept, pool, whole, on_gpu
+        self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
+        self.past, self.thread = Sequences(), get_ident()
+        self.used: list[Pass | Decoding] = []
+
+    def encode(self, forward: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+        if not self._is_ours(self.encoder, args, arguments):
+            return forward(*args, **arguments)
+        return self._at_once("encoder", self.encoder, forward, arguments)
+
+    def decode(self, forward: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+        cache = arguments.get(CACHE)
+        if cache is self.past:
+            del arguments[CACHE]
+            found = self._token_by_token(forward, arguments)
+            setattr(found, CACHE, self.past)
+            return found
+        alone = self.whole and cache is None and arguments.get("use_cache") is False
+        if not (alone and self._is_ours(self.decoder, args, arguments)):
+            return forward(*args, **arguments)
+        return self._at_once("whole decoder", self.decoder, forward, arguments)
+
+    def _is_ours(self, stack: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> bool:
+        return not args and get_ident() == self.thread and _is_recordable(stack, arguments)
+
+    def _at_once(self, name: str, stack: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        call = {"arguments": arguments, "prompts": prompts_in_force(stack.config)}
+        key = name, fixed(call)
+        found: Pass = self._use(key, lambda: Pass(forward, stack, self.model, call, self.pool))
+        return found(call)
+
+    def _token_by_token(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        call = {"arguments": arguments, "prompts": prompts_in_force(self.decoder.config)}
+        tokens, past = arguments["input_ids"].shape[1], self.past
+        if past.decoding is None:
+            past.decoding = self._decoding(forward, call, _room(tokens))
+            past.decoding.begin()
+        elif past.decoding.seen + tokens > past.decoding.room:
+            state = past.decoding.state()
+            past.decoding = self._decoding(forward, call, _room(past.decoding.seen + tokens))
+            past.decoding.go_on(*state)
+        return past.decoding(call, tokens)
+
+    def _decoding(self, forward: Callable[..., Any], call: dict[str, Any], room: int) -> Decoding:
+        arguments = call["arguments"]
+        rows, states = len(arguments["input_ids"]), arguments["encoder_hidden_states"]
+        like = {**call, "arguments": {**arguments, "input_ids": rows}}
+        self.pool.reserve(Decoding.nbytes(self.decoder, states, room), states.device)
+        # A tape of prompts that lie elsewhere takes another's place, and keeps no prompts that are gone.
+        key = "decoder", room, self.pool.epoch, fixed(like, places=self.on_gpu)
+        made: Decoding = self._use(
+            key, lambda: Decoding(forward, self.model, call, room, self.pool, self.on_gpu)
+        )
+        return made
+
+    def _use(self, key: Any, make: Callable[[], Any]) -> Any:
+        found = self.kept(key, make)
+        self.used.append(found)
+        return found
+
+
 @contextmanager
 def by_graphs(
     model: Any, kept: Callable[[Any, Callable[[], Any]], Any], pool: Pool, whole: bool, on_gpu: bool
@@ -54,63 +120,13 @@ def by_graphs(
     generate, where such a call has more tokens every time, as a logits processor's may. On a CPU whole passes, the
     encoder's too, are the model's own: the host has little part in their time, and they would keep all they compute.
     """
-    encoder, decoder = model.get_encoder(), model.get_decoder()
-    encode, decode = encoder.forward, decoder.forward
-    past, thread, used = Sequences(), get_ident(), []
-
-    def use(key: Any, make: Callable[[], Any]) -> Any:
-        found = kept(key, make)
-        used.append(found)
-        return found
-
-    def passed(name: str, stack: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        call = {"arguments": arguments, "prompts": prompts_in_force(stack.config)}
-        found: Pass = use((name, fixed(call)), lambda: Pass(forward, stack, model, call, pool))
-        return found(call)
-
-    def is_ours(stack: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> bool:
-        return not args and get_ident() == thread and _is_recordable(stack, arguments)
-
-    @wraps(encode)
-    def encoded(*args: Any, **arguments: Any) -> Any:
-        if not is_ours(encoder, args, arguments):
-            return encode(*args, **arguments)
-        return passed("encoder", encoder, encode, arguments)
-
-    @wraps(decode)
-    def decoded(*args: Any, **arguments: Any) -> Any:
-        if arguments.get(CACHE) is not past:
-            alone = arguments.get(CACHE) is None and arguments.get("use_cache") is False
-            if not (whole and alone and is_ours(decoder, args, arguments)):
-                return decode(*args, **arguments)
-            return passed("whole decoder", decoder, decode, arguments)
-        del arguments[CACHE]
-        call = {"arguments": arguments, "prompts": prompts_in_force(decoder.config)}
-        (rows, tokens), states = arguments["input_ids"].shape, arguments["encoder_hidden_states"]
-
-        def decoding(room: int) -> Decoding:
-            like = {**call, "arguments": {**arguments, "input_ids": rows}}
-            pool.reserve(Decoding.nbytes(decoder, states, room), states.device)
-            # A tape of prompts that lie elsewhere takes another's place, and keeps no prompts that are gone.
-            key = "decoder", room, pool.epoch, fixed(like, places=on_gpu)
-            return use(key, lambda: Decoding(decode, model, call, room, pool, on_gpu))
-
-        if past.decoding is None:
-            past.decoding = decoding(_room(tokens))
-            past.decoding.begin()
-        elif past.decoding.seen + tokens > past.decoding.room:
-            state = past.decoding.state()
-            past.decoding = decoding(_room(past.decoding.seen + tokens))
-            past.decoding.go_on(*state)
-        found = past.decoding(call, tokens)
-        setattr(found, CACHE, past)
-        return found
-
+    call = _Call(model, kept, pool, whole, on_gpu)
+    encoded = replayed(call.encoder, call.encode) if on_gpu else nullcontext()
     try:
-        with replayed(encoder, encoded) if on_gpu else nullcontext(), replayed(decoder, decoded):
-            yield past
+        with encoded, replayed(call.decoder, call.decode):
+            yield call.past
     finally:
-        for each in used:
+        for each in call.used:
             each.places.forget()
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._cache_name import CACHE, CACHE_NAMES, cache_of
-from fastprompt._op import chosen
 from fastprompt._stamp import State
 from fastprompt._tensors import parts_of
 from fastprompt._warn import warn
+from fastprompt.dispatch.op import chosen
 from fastprompt.graphs.generation import (
     Sequences,
     by_graphs,

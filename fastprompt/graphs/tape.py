@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
-from fastprompt._op import running
-from fastprompt._plain import PLAIN_TYPES, capturing, is_capturing
+from fastprompt.dispatch.op import running
+from fastprompt.dispatch.plain import PLAIN_TYPES, capturing, is_capturing
 
 
 class Tape:

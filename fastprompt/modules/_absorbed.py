@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 from fastprompt.modules._frozen import linear, products
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 from fastprompt.modules import _absorbed, _projected
 from fastprompt.modules._made import Made
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastprompt._bias_by_distance import makes_t5s_bias
 from fastprompt._hooks import is_hooked
-from fastprompt._plain import PLAIN_TYPES
 from fastprompt._tensors import is_sharded
+from fastprompt.dispatch.plain import PLAIN_TYPES
 from fastprompt.modules._ready import is_evaluated
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 from fastprompt.ops.frozen_linear import pays, pays_backward, product, product_sum
 
 

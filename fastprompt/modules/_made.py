@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._note import MADE, leave_note, note_on
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 
 
 class Made(NamedTuple):

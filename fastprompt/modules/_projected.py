@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 from fastprompt.modules._frozen import linear, products
 from fastprompt.ops._t5_attention_reference import Inputs
 from fastprompt.ops.t5_attention import keeps_out as keeps_out  # Does backward read out?

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt._hooks import has_global_hooks, is_hooked
-from fastprompt._plain import PLAIN_TYPES, is_transformed
+from fastprompt.dispatch.plain import PLAIN_TYPES, is_transformed
 from fastprompt.ops._checks import FLOATS
 
 Modules = Mapping[str, Any]

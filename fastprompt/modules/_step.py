@@ -12,7 +12,7 @@ from transformers import EncoderDecoderCache
 
 from fastprompt._allowed import Allowed
 from fastprompt._note import PER_ROW, leave_note, note_on
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 from fastprompt.modules._frozen import add, linear
 from fastprompt.ops._t5_attention_reference import Inputs
 

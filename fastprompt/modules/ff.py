@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
-from fastprompt._op import direct
+from fastprompt.dispatch import direct
 from fastprompt.modules._frozen import add, apply, dropped, linear, norm_gradient, products, rate
 from fastprompt.modules._origin import Origin, origin_of, restore, save
 from fastprompt.modules._ready import is_stock, obstacle, ready

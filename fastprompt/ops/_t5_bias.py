@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._plain import may_keep
+from fastprompt.dispatch.plain import may_keep
 from fastprompt.ops._checks import FLOATS, as_int, check_tensor, fail
 
 

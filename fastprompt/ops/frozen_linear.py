@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fastprompt import _native
 from fastprompt._native import DTYPE_CODES, stream
-from fastprompt._op import Op, direct
+from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,

@@ -37,8 +37,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fastprompt._native import DTYPE_CODES, stream
-from fastprompt._op import OPS, Op, direct
-from fastprompt._plain import is_transformed
+from fastprompt.dispatch import OPS, Op, direct
+from fastprompt.dispatch.plain import is_transformed
 from fastprompt.ops._checks import (
     FLOATS,
     as_int,

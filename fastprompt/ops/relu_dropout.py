@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, contiguous, stream
-from fastprompt._op import Op, direct
+from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, check_rate, drawn_seed, dropout, keep_mask, keep_scale
 from fastprompt.ops._wide import wide

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, contiguous, stream
-from fastprompt._op import Op, direct
+from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,

@@ -42,8 +42,8 @@ import torch
 from torch import Tensor
 
 from fastprompt._native import DTYPE_CODES, contiguous, serves, stream
-from fastprompt._op import Op, direct
-from fastprompt._plain import is_capturing, is_plain
+from fastprompt.dispatch import Op, direct
+from fastprompt.dispatch.plain import is_capturing, is_plain
 from fastprompt.ops import _t5_attention_reference as reference
 from fastprompt.ops._checks import (
     FLOATS,

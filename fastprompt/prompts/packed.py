@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastprompt import hf_attention
 from fastprompt._allowed import Allowed, PromptKeys
 from fastprompt._extra_outputs import extra_output
-from fastprompt._plain import is_capturing, is_transformed
+from fastprompt.dispatch.plain import is_capturing, is_transformed
 from fastprompt.modules._bias import bias_obstacle, head_obstacle
 from fastprompt.ops._indices import indices
 from fastprompt.prompts import stock

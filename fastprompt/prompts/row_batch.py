@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastprompt import hf_attention
-from fastprompt._plain import is_transformed
+from fastprompt.dispatch.plain import is_transformed
 from fastprompt.ops.prompt_embed import prompt_embed
 from fastprompt.prompts import checks, packed
 from fastprompt.prompts.bank import Choice

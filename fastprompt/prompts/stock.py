@@ -17,8 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprompt._hooks import collects_outputs, has_global_hooks
-from fastprompt._op import backends
 from fastprompt._tensors import parts_of
+from fastprompt.dispatch.backends import backends
 from fastprompt.modules.config import served_config
 
 # Modules that treat a row alike in every batch: these of torch's, and all of transformers' and of LoRA's.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprompt import _op
+from fastprompt.dispatch import OPS
 
 NAME = "fastprompt_tests_emulation_build"
 
@@ -30,12 +30,12 @@ def offer():
     given = []
 
     def offer(op, backend, kernels):
-        _op.OPS[op].add_native_backend(backend, kernels, "CPU")
+        OPS[op].add_native_backend(backend, kernels, "CPU")
         given.append((op, backend))
 
     yield offer
     for op, backend in given:
-        del _op.OPS[op]._extra[backend]
+        del OPS[op]._extra[backend]
 
 
 @pytest.fixture(params=["forward", "reverse", "shuffled 1", "shuffled 2"])

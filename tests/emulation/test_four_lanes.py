@@ -9,7 +9,8 @@ import torch
 from attention_case import Case
 from samples import SAMPLES
 
-from fastprompt import _op, backend_used, use_backend
+from fastprompt import backend_used, use_backend
+from fastprompt.dispatch import OPS
 from fastprompt.ops import frozen_linear, gated_act, prompt_embed, relu_dropout, rms_norm
 
 BACKEND = "four_lanes"
@@ -18,7 +19,7 @@ BACKEND = "four_lanes"
 @pytest.fixture(autouse=True)
 def _lanes(build, offer):
     kernels = build.four_lane_kernels()
-    for op in _op.OPS:
+    for op in OPS:
         offer(op, BACKEND, kernels)
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from layouts import LAYOUTS, TINY, VOCAB
 
-from fastprompt import PromptConfig, PromptModel, _op, hf_attention, patch
+from fastprompt import PromptConfig, PromptModel, hf_attention, patch
+from fastprompt.dispatch import OPS
 from fastprompt.modules.attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 
@@ -65,7 +66,7 @@ def ran(monkeypatch):
     before.
     """
     calls, op = [], hf_attention.t5_attention
-    monkeypatch.setattr(_op.OPS["t5_attention"], "last_backend", {})
+    monkeypatch.setattr(OPS["t5_attention"], "last_backend", {})
 
     def counted(*args, **kwargs):
         out = op(*args, **kwargs)

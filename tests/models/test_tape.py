@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves as leaves
 
 from fastprompt import _native, ops
-from fastprompt._plain import capturing, is_capturing
+from fastprompt.dispatch.plain import capturing, is_capturing
 from fastprompt.graphs import tape as tape_page
 from fastprompt.graphs.tape import Tape
 

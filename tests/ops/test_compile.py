@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 import fastprompt.ops
 from fastprompt import use_backend
-from fastprompt._op import OPS
+from fastprompt.dispatch import OPS
 from fastprompt.ops import prompt_embed, rms_norm
 
 
@@ -24,7 +24,7 @@ def test_opcheck(name, which):
             op = getattr(torch.ops.fastprompt, member).default
             torch.library.opcheck(op, arguments, test_utils=checks)
             tested.add(member)
-    assert tested == set(OPS[name].members), "every schema needs a sample"
+    assert tested == set(OPS[name].schemas), "every schema needs a sample"
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

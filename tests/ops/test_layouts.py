@@ -8,7 +8,7 @@ import torch
 from samples import SAMPLES
 
 from fastprompt import backend_used, use_backend
-from fastprompt._op import OPS
+from fastprompt.dispatch import OPS
 
 # torch's products may sum in another order where a matrix lies otherwise.
 FACTORS = {"linear_cross_entropy": ("hidden", "weight")}
@@ -66,4 +66,4 @@ def test_no_layout_changes_a_bit(backend, device, name, layout, monkeypatch):
             # torch's own functions, of which the reference is made, take a view with gaps another way.
             bound = 1e-6 if backend_used(member) == "reference" else 0.0
             torch.testing.assert_close(found, expected, rtol=bound, atol=bound, equal_nan=True)
-    assert moved == set(OPS[name].members)
+    assert moved == set(OPS[name].schemas)

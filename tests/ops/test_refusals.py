@@ -5,7 +5,7 @@ import pytest
 import torch
 from samples import SAMPLES
 
-from fastprompt._op import OPS, direct
+from fastprompt.dispatch import OPS, direct
 
 
 def each_changed(arguments, change):
