@@ -31,7 +31,7 @@ from fastprompt.graphs.generation import (
     generator_of,
     is_token_by_token,
 )
-from fastprompt.graphs.recording import Pool, has_cuda_graphs, padded
+from fastprompt.graphs.recording import RECORDING, Pool, has_cuda_graphs, padded
 from fastprompt.graphs.stacks import Decoding
 from fastprompt.graphs.step import RecordedStep, Replay, check_batch, loss_of
 from fastprompt.modules.tree import check_module
@@ -72,17 +72,20 @@ class Graphed:
             return loss_of(self.model, batch)
         state = State.of(self.model)
         leaves = [x for x in dict.fromkeys(state.tensors) if isinstance(x, nn.Parameter) and x.requires_grad]
-        if not all(x.is_cuda for x in leaves):
+        trains = bool(leaves) or any(x.requires_grad for x in inputs)
+        if not (trains and all(x.is_cuda for x in leaves)):
             return loss_of(self.model, batch)
         with self._turn() as free:
             if not free:
-                return loss_of(self.model, batch)
+                with RECORDING:  # in which the model has no parameters of its own
+                    return loss_of(self.model, batch)
             raise_device_errors()
-            recorded = self._kept(
-                self._key(batch, tensors, state),
-                lambda: RecordedStep(self.model, batch, tensors, leaves, self._pool),
-            )
-            loss: Tensor = Replay.apply(recorded, *inputs, *leaves)
+            with self._pool.in_order(inputs[0].device):
+                recorded = self._kept(
+                    self._key(batch, tensors, state),
+                    lambda: RecordedStep(self.model, batch, tensors, leaves, self._pool),
+                )
+                loss: Tensor = Replay.apply(recorded, *inputs, *leaves)
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +155,11 @@ class Graphed:
 
             packing = padded(self.model) if on_gpu else nullcontext()
             try:
-                with packing, by_graphs(model, kept, self._pool, whole, on_gpu) as past:
+                with (
+                    self._pool.in_order(device),
+                    packing,
+                    by_graphs(model, kept, self._pool, whole, on_gpu) as past,
+                ):
                     yield past
             finally:
                 gone = [key for key, each in self._recorded.items() if getattr(each, "is_released", False)]
@@ -198,6 +205,7 @@ class Graphed:
             tuple((name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in tensors.items()),
             tuple((name, repr(value)) for name, value in batch.items() if name not in tensors),
             _fixed(state),
+            _prompts_of(self.model),
             self.model.training,
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         )
@@ -208,6 +216,15 @@ def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if not args:
         return kwargs
     return dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
+
+
+def _prompts_of(model: nn.Module) -> Any:
+    """What a PromptModel, which is of a layer above, calls its prompts, and their kinds: no tensor tells them."""
+    prompts, configs = getattr(model, "prompts", None), getattr(model, "configs", None)
+    if not (isinstance(prompts, nn.Module) and isinstance(configs, dict)):
+        return None
+    kinds = tuple((name, getattr(config, "kind", None)) for name, config in configs.items())
+    return tuple(prompts._parameters), tuple(prompts._modules), kinds
 
 
 class Fixed(NamedTuple):

@@ -3,11 +3,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from threading import RLock
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+# PyTorch records one graph at a time in a process. Who has this may also put aliases in the place of parameters.
+RECORDING = RLock()
 
 
 def has_cuda_graphs(device: torch.device) -> bool:
@@ -32,17 +37,18 @@ class Recording:
         before: Callable[[], object] = int,
     ) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), _same_random_state(device):
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+        with torch.cuda.device(device), _same_random_state(device), _own_workspaces():
+            (warm_up, capture), current = _streams(device), torch.cuda.current_stream()
+            warm_up.wait_stream(current)
+            with torch.cuda.stream(warm_up):
                 for _ in range(2):  # compiles kernels, and lets libraries take their memory
                     before()
                     run()
                 before()
-            current.wait_stream(stream)
+            current.wait_stream(warm_up)
             try:
-                with torch.cuda.graph(self.graph, pool=pool):
+                # Other threads may go on allocating: a DataLoader's pins memory, a server's generates.
+                with torch.cuda.graph(self.graph, pool, capture, capture_error_mode="thread_local"):
                     self.result = run()
             except RuntimeError as error:
                 _clean_up(self.graph, current)
@@ -65,6 +71,8 @@ class Pool:
 
     def __init__(self) -> None:
         self._handle: Any = None
+        self._recordings: WeakSet[Any] = WeakSet()
+        self._done: torch.cuda.Event | None = None
         self._storage: Tensor | None = None
         self._owners: WeakSet[Any] = WeakSet()
         self.epoch = 0  # how often the storage has grown
@@ -96,10 +104,54 @@ class Pool:
         device: torch.device,
         before: Callable[[], object] = int,
     ) -> Recording:
-        handle, self._handle = self._handle or torch.cuda.graph_pool_handle(), None
-        found = Recording(model, run, device, handle, before)
-        self._handle = handle  # unless recording has failed: the pool is of no use then
+        with RECORDING, _no_cached_casts():
+            living = self._handle if self._recordings else None  # a handle ends with the last of its graphs
+            handle, self._handle = living or torch.cuda.graph_pool_handle(), None
+            found = Recording(model, run, device, handle, before)
+            self._handle = handle  # unless recording has failed: the pool is of no use then
+            self._recordings.add(found)
         return found
+
+    @contextmanager
+    def in_order(self, device: torch.device) -> Iterator[None]:
+        """A ``with`` block whose work waits for the last one's, which may be on another stream: they share memory."""
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done = stream.record_event()
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """On which graphs are prepared and recorded; PyTorch's own for the latter lies on the first GPU that recorded."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """A graph's products have their workspace in its pool: one from before may be freed while the graph lives."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """autocast keeps a parameter cast to the lower precision: a graph would read the cast of one call for ever."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastprompt.graphs.recording import Pool, padded
+from fastprompt.graphs.recording import RECORDING, Pool, padded
 
 
 class RecordedStep:
@@ -33,7 +33,7 @@ class RecordedStep:
             loss = loss_of(model, batch | self.inputs)
             return loss.detach(), torch.autograd.grad(loss, wanted, allow_unused=True)
 
-        with padded(model), replaced(model, aliases):
+        with RECORDING, padded(model), replaced(model, aliases):
             self.recording = pool.record(model, run, next(iter(tensors.values())).device)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:

@@ -32,7 +32,7 @@ def raise_device_errors(synchronize: bool = False) -> None:
     """
     if not _words or torch.compiler.is_compiling():
         return
-    for device, word in _words.items():
+    for device, word in list(_words.items()):
         if synchronize:
             torch.cuda.synchronize(device)
         index = int(word) - 1

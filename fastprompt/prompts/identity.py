@@ -20,7 +20,7 @@ from fastprompt._stamp import Stamp, State, adapters_of
 from fastprompt._tensors import is_sharded, parts_of
 
 _CHUNK_ELEMENTS = 1 << 22  # at most 8 MiB of bf16 at a time
-_CHUNK_WORDS = 1 << 16  # half a MiB: of a core's own cache
+_CHUNK_WORDS = {"cpu": 1 << 16, "cuda": 1 << 22}  # half a MiB: of a core's own cache; 32 MiB: few launches
 _ODD = 0x1E3779B97F4A7C15  # so that no row counts as much as a column
 _HASHING_THREADS = 8
 # What T5's modules read of their config beside the shapes of their weights and the dropout.
@@ -152,7 +152,8 @@ def _total(weight: Tensor) -> int | None:
     words = weight.detach().reshape(-1).view(torch.int64).view(len(weight), width)
     row = torch.arange(1, len(words) + 1, device=words.device)
     column = _ODD * torch.arange(1, width + 1, device=words.device)
-    rows, total = max(1, _CHUNK_WORDS // width), row.new_zeros(())
+    chunk = _CHUNK_WORDS.get(words.device.type, _CHUNK_WORDS["cpu"])
+    rows, total = max(1, chunk // width), row.new_zeros(())
     for some, by in zip(words.split(rows), row.split(rows), strict=True):
         # The upper half is mixed into the lower one, as sums modulo 2^64 lose pairs of the uppermost bit.
         mixed = some ^ (some >> 32)

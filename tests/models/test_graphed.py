@@ -2,6 +2,7 @@
 """graphed: the model's own loss and gradients, from a CUDA graph where there is a GPU."""
 
 import itertools
+import threading
 import warnings
 from contextlib import suppress
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from fastprompt import PromptConfig, PromptModel, graphed, patch, unpatch
 from fastprompt._stamp import State
 from fastprompt.graphs import recording
 from fastprompt.graphs import step as step_graphs
+from fastprompt.ops import _indices
 
 
 @pytest.fixture
@@ -63,6 +65,71 @@ def test_the_models_own_steps(prompted, batch, labels, kind, dropout):
         results.append(losses(step, model, batches))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kinds", [("prepend", "prepend"), ("cached", "prefix")])
+def test_several_prompts_in_a_batch(prompted, batch, labels, kinds):
+    model = prompted(kind=kinds[0])
+    model.add_prompt("b", PromptConfig(num_tokens=3, init="uniform", kind=kinds[1]))
+    model.pack = False
+    results = []
+    for call in (lambda **each: model(**each).loss, graphed(model)):
+        for names in (["a", "b", "a"], ["b", "a", "a"]):
+            model.zero_grad()
+            loss = call(**batch(), labels=labels, prompts=names)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for ours, theirs in zip(results[2:], results[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_under_autocast_weights_that_train_are_cast_in_every_step(make, batch, labels, device):
+    batches, results = [batch() | {"labels": labels} for _ in range(3)], []
+    for graph in (False, True):
+        model = make()
+        model.requires_grad_(False).decoder.block[0].layer[0].SelfAttention.q.weight.requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16):
+            call = graphed(model) if graph else lambda model=model, **each: model(**each).loss
+            results.append(losses(call, model, batches))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_calls_on_several_streams_come_one_after_the_other(prompted, batch, labels, on_gpu):
+    model = prompted()
+    model.pack = False
+    step, streams = graphed(model), [torch.cuda.Stream() for _ in range(3)]
+    inputs = [{**batch(), "labels": labels} for _ in range(12)]
+    for i, each in enumerate(inputs):
+        each["input_ids"] = each["input_ids"].roll(i, 1)
+    expected = [model(**each).loss.detach() for each in inputs]
+    step(**inputs[0])
+    torch.cuda.synchronize()
+    found = []
+    for i, each in enumerate(inputs):
+        with torch.cuda.stream(streams[i % 3]):
+            found.append(step(**each).detach())
+    torch.cuda.synchronize()
+    torch.testing.assert_close(found, expected)
+
+
+def test_another_thread_may_allocate_meanwhile(prompted, batch, labels, on_gpu, device):
+    model, stop = prompted(), threading.Event()
+
+    def allocate():
+        while not stop.is_set():
+            torch.empty(2**22, pin_memory=True)
+            torch.empty(2**26, device=device)
+            torch.cuda.empty_cache()
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    try:
+        for S in (9, 11, 13):
+            graphed(model)(**batch(S=S), labels=labels).backward()
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_gradients_accumulate(prompted, batch, labels):
@@ -190,6 +257,9 @@ def test_all_that_a_graph_has_fixed_is_in_its_key(prompted, batch, labels, monke
     seen.append((model.train(), key())[1])
     seen.append((prompt.requires_grad_(False), key())[1])
     seen.append((unpatch(model), key())[1])
+    seen.append((model.rename_prompt("a", "b"), key())[1])
+    monkeypatch.setitem(model.configs, "b", PromptConfig(num_tokens=5, init="uniform", kind="cached"))
+    seen.append(key())
     seen.append((model.register_buffer("other", labels), key())[1])
     model.disabled = Adapter()
     seen.append(key())
@@ -229,12 +299,14 @@ def recorded(monkeypatch):
     seen, handles = [], itertools.count(1)
 
     def step(self, model, batch, tensors, leaves, pool):
-        pool.record(model, lambda: len(batch["x"]), None)
+        self.recording = pool.record(model, lambda: len(batch["x"]), None)
 
     def record(model, run, device, pool, before):
+        assert not torch.is_autocast_cache_enabled()
         seen.append((run(), pool))
         if not run():
             raise RuntimeError
+        return run  # for a recording: what is alive as long as the step
 
     monkeypatch.setattr(step_graphs.RecordedStep, "__init__", step)
     monkeypatch.setattr(recording, "Recording", record)
@@ -244,7 +316,7 @@ def recorded(monkeypatch):
 
 
 def on_a_gpu(length):
-    return torch.ones(length).as_subclass(OnGpu)
+    return torch.ones(length).as_subclass(OnGpu).requires_grad_()
 
 
 def test_the_graph_that_was_not_used_for_longest_goes_first(recorded):
@@ -292,6 +364,38 @@ def test_graphs_share_a_pool_until_one_fails_or_they_are_forgotten(recorded):
     step.reset()
     step(x=on_a_gpu(1))
     assert recorded == [(1, 1), (2, 1), (0, 1), (3, 2), (4, 2), (1, 3)]
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_a_pool_ends_with_the_last_of_its_graphs(recorded):
+    """PyTorch refuses its handle from then on."""
+    step = graphed(Sum(1, 1).requires_grad_(False), shapes=1)
+    for length in (1, 2):
+        step(x=on_a_gpu(length))
+    assert recorded == [(1, 1), (2, 2)]
+
+
+def test_a_step_of_which_nothing_trains_is_the_models(recorded):
+    step = graphed(Sum(1, 1).requires_grad_(False))
+    assert step(x=on_a_gpu(3).detach()) == 3.0
+    assert not recorded
+
+
+def test_meanwhile_no_other_thread_calls_the_model_without_its_parameters(recorded, monkeypatch):
+    """While a step is recorded, aliases are in their place, whose gradients go nowhere."""
+    step, threads, found = graphed(Sum(1, 1).requires_grad_(False)), [], []
+
+    def record(self, model, batch, tensors, leaves, pool):
+        with recording.RECORDING:
+            threads.append(threading.Thread(target=lambda: found.append(float(step(x=on_a_gpu(2))))))
+            threads[0].start()
+            threads[0].join(0.2)
+            assert not found
+
+    monkeypatch.setattr(step_graphs.RecordedStep, "__init__", record)
+    step(x=on_a_gpu(3))
+    threads[0].join()
+    assert found == [2.0]
 
 
 def test_what_is_not_all_on_a_gpu_is_not_recorded(recorded):
@@ -343,3 +447,13 @@ def test_what_recording_changes_is_put_back(prompted):
     assert found == (False, True)
     assert model.pack is True
     assert model.prompts["a"] is prompt
+
+
+def test_a_cuda_graph_takes_numbers_and_no_memory_of_the_hosts(monkeypatch):
+    numbers, device = [[3, 0, 2**40], [1, 1, -7]], torch.device("cpu")
+    expected = _indices.indices(numbers, device)
+    monkeypatch.setattr(_indices, "_is_recorded", lambda device: True)
+    found = _indices.indices(numbers, device)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, expected)
+    assert _indices.indices([], device).shape == (0,)
