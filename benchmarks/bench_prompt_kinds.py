@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from _harness import OURS, Case, Contender, Options, Spec, assert_near, main
+from bench_training_step import MODELS
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -38,10 +39,6 @@ from fastprompt import PromptConfig, PromptModel, graphed, patch
 from fastprompt.graphs import Graphed
 from fastprompt.testing import share
 
-MODELS = {
-    "v1.1-base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "d_kv": 64},
-    "tiny": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 100},
-}
 SDPA, EAGER = "HF sdpa + PEFT", "HF eager + PEFT"
 OTHERS = {
     "step, cached": ["prepend"],

@@ -17,6 +17,10 @@ def is_kept(keys: tuple[Tensor, ...]) -> bool:
     return note_on(keys[0], KEPT) is not None
 
 
+def _of_layer(bias: Tensor | tuple[Tensor, ...] | None, layer: int) -> Tensor | None:
+    return bias[layer] if isinstance(bias, tuple) else bias
+
+
 class PromptKeys(NamedTuple):
     """Keys and values of prompts, in front of an example's own, for every layer of a stack.
 
@@ -31,7 +35,7 @@ class PromptKeys(NamedTuple):
     bias: Tensor | tuple[Tensor, ...] | None = None
 
     def bias_of(self, layer: int) -> Tensor | None:
-        return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
+        return _of_layer(self.bias, layer)
 
     def for_batch(self, B: int) -> Self:
         """With ids of B rows: generate repeats each example for its beams and returned sequences."""
@@ -63,7 +67,7 @@ class Allowed(NamedTuple):
     def bias_of(self, layer: int) -> Tensor | None:
         if self.prompt is not None:
             return self.prompt.bias_of(layer)
-        return self.bias[layer] if isinstance(self.bias, tuple) else self.bias
+        return _of_layer(self.bias, layer)
 
     def prompt_of(self, layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """What t5_attention is told of the prompts of one layer: keys, values, ids and lens."""

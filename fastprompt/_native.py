@@ -87,10 +87,18 @@ _thread = threading.local()
 
 
 def take_torchs_threads() -> None:
-    """OpenMP has a number of threads for each thread that starts some; PyTorch sets it when a thread first asks."""
+    """Give this thread's OpenMP regions the number of torch.set_num_threads.
+
+    OpenMP keeps it per thread; PyTorch sets it when the thread first asks for it.
+    """
     if not hasattr(_thread, "told"):
         torch.get_num_threads()
         _thread.told = True
+
+
+def covers(*tensors: torch.Tensor) -> bool:
+    """Are all of dtypes that kernels take? They do not take float64."""
+    return all(tensor.dtype in DTYPE_CODES for tensor in tensors)
 
 
 def serves(kernel: Any, dtype: torch.dtype) -> bool:

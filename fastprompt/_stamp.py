@@ -37,8 +37,9 @@ class State(NamedTuple):
 class Stamp:
     """A state and that of autocast at one moment.
 
-    It refers to no tensor, which torch would not swap then, as ``.to()`` does with quantised weights. So another may be
-    given a tensor's id, and passes for it where it sees the same storage in the same way.
+    It holds no reference to a tensor: torch refuses to swap one that is referenced elsewhere, as ``.to()`` does with
+    quantised weights. So an id may be given again, and a new tensor with the same id, version, storage and strides
+    counts as unchanged.
     """
 
     def __init__(self, state: State) -> None:

@@ -38,24 +38,13 @@ from fastprompt._allowed import Allowed as Allowed
 from fastprompt._allowed import PromptKeys as PromptKeys
 from fastprompt._bias_by_distance import dense_bias, makes_t5s_bias, table_of
 from fastprompt._extra_outputs import asks_for
+from fastprompt._family import FAMILY, SERVED
 from fastprompt._note import OTHER_BIAS, leave_note, note_on
 from fastprompt.dispatch.plain import is_transformed
 from fastprompt.ops._checks import FLOATS
 from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
 NAME = "fastprompt"
-SERVED = ("t5", "mt5", "umt5")  # config.model_type
-# All models that are T5's kin, by config.model_type, with the prefix of their classes' names. Those that are not served
-# get transformers' functions.
-FAMILY = {
-    "t5": "T5",
-    "mt5": "MT5",
-    "umt5": "UMT5",
-    "longt5": "LongT5",
-    "pop2piano": "Pop2Piano",
-    "udop": "Udop",
-    "switch_transformers": "SwitchTransformers",
-}
 
 
 _UNCOVERED = (

@@ -115,7 +115,8 @@ class PromptModel(KeyKeeper):
             encoder_outputs: of an earlier forward with the same prompts, [B, L, D]; L = longest prompt + S for
                 "prepend", L = S for other kinds.
             kwargs: what else the model's forward takes (``output_attentions``, ``cache``, ...). ``use_cache``
-                is off unless asked for where a loss is of training or with gradient: nothing reads a cache then.
+                is False by default where labels are given in training mode or with gradients on: nothing reads a cache
+                then.
 
         Returns:
             HF's Seq2SeqLMOutput (a tuple for ``return_dict=False``). Encoder-side entries have L positions.
@@ -208,7 +209,8 @@ class PromptModel(KeyKeeper):
         Returns:
             HF's BaseModelOutput, ``last_hidden_state`` [B, L, D]; L = longest prompt + S for "prepend", whose rows are
             [prompt | tokens | filling], L = S for other kinds. :meth:`encoder_mask` tells which rows are real. While
-            gradients are recorded it has one, and kept keys are not read: serve under ``torch.no_grad()``.
+            gradients are recorded the output has one, and keys that ``cache_prompts`` keeps are not read: serve under
+            ``torch.no_grad()``.
 
         Raises:
             TypeError, ValueError, IndexError: as in ``forward``.

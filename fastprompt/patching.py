@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastprompt._family import FAMILY
 from fastprompt._warn import warn
-from fastprompt.hf_attention import FAMILY
-from fastprompt.modules import TORCH, fast_class, mixin_for
+from fastprompt.modules import SERVED_TORCH, fast_class, mixin_for
 from fastprompt.modules.attention import FastAttention, FastSelfAttention
 from fastprompt.modules.config import give_config, served_config, stock_config
 from fastprompt.modules.dropout import FastDropout
@@ -60,7 +60,8 @@ def patch(
             feed-forward layers' first products and the residual stream inside a block again; "lean" also q, k and v,
             and in three blocks of four the attention; "minimal" in all of them, and keeps nothing but each block's
             input.
-        on_unsupported: "fallback", "warn" or "error" where a layer cannot be served; a head may always be another's.
+        on_unsupported: "fallback", "warn" or "error" where a layer cannot be served. A language-model head that
+            another library has put in never counts.
 
     Returns:
         ``model``.
@@ -80,7 +81,7 @@ def patch(
         FastLoss: lm_loss,
     }
     classes = {stock_class(type(module)) for module in model.modules()}
-    if not any(mixin_for(cls) is not None for cls in classes.difference(TORCH)):
+    if not any(mixin_for(cls) is not None for cls in classes.difference(SERVED_TORCH)):
         raise ValueError(
             f"fastprompt.patch: model must contain a T5 ({', '.join(FAMILY)}), got {type(model).__name__} without any"
             " of their layers"

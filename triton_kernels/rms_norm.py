@@ -139,7 +139,7 @@ def rms_norm_residual_backward(
 
 
 def _rstd(x: Tensor) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1] if x.shape[-1] else 0,), dtype=torch.float32)
+    return x.new_empty((x.numel() // x.shape[-1],), dtype=torch.float32)
 
 
 def _forward(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from fastprompt._family import SERVED
 from fastprompt.graphs import graphed
-from fastprompt.hf_attention import SERVED
 from fastprompt.training import Example, read_examples
-from fastprompt.training.batches import longer
+from fastprompt.training.batches import lengths_over
 from fastprompt.training.examples import check_targets
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -74,20 +74,20 @@ def read_file(arguments: argparse.Namespace, path: Path) -> list[Example]:
 
 
 def too_long(targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -> str | None:
-    """How many targets, as token ids, no answer within --max-target can be; None: none."""
-    if long := longer(targets, tokenizer, limit):
+    """How many targets, given as token ids, are longer than --max-target; None: none is."""
+    if long := lengths_over(targets, tokenizer, limit):
         return f"{len(long):,} of {len(targets):,} targets have more than --max-target={limit} tokens"
     return None
 
 
 def warn_of_long(path: Path, targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -> None:
-    """Say so on stderr."""
+    """Say so on stderr: no generated answer can be one of those."""
     if said := too_long(targets, tokenizer, limit):
         print(f"{path}: {said}, and answers do not", file=sys.stderr)
 
 
 def warn_of_unknown(targets: Sequence[Sequence[int]], tokenizer: Any) -> None:
-    """Say on stderr how many targets, as token ids, no answer can be."""
+    """Say on stderr how many targets, given as token ids, the tokenizer does not know whole."""
     unknown = sum(tokenizer.unk_token_id in target for target in targets)
     if unknown:
         print(
@@ -109,7 +109,7 @@ def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch
 
 
 def graphed_if_served(arguments: argparse.Namespace, model: Any) -> Any:
-    """What runs steps and generates: on a GPU CUDA graphs, of models that are known to wait for no value there."""
+    """What runs steps and generates: on a GPU CUDA graphs, of models known never to make the host wait for a value."""
     served = model.device.type == "cuda" and model.config.model_type in SERVED
     return graphed(model) if served and not arguments.no_graphs else model
 

@@ -10,11 +10,11 @@ from tempfile import TemporaryFile
 
 
 def check_outputs(prompt: Path | None, others: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
-    """Can these files be written, over none that is read? Asked before hours of work; nothing is made.
+    """ValueError: one of these files cannot be written, or would replace another or one that is read.
 
-    ``prompt`` is a file that replaces what is there, and so needs a folder that may be written to; others are written
-    in place. ``inputs`` may be folders, of which all files are read, or names on the Hub: a folder of that name, once
-    it is made, would be read instead.
+    Asked before hours of work; nothing is made. ``prompt`` is a file that replaces what is there, and so needs a
+    folder that may be written to; others are written in place. ``inputs`` may be folders, of which all files are read,
+    or names on the Hub: a folder of that name, once it is made, would be read instead.
     """
     outputs = [(path, real(path)) for path in (prompt, *others) if path is not None]
     read = {real(path) for path in inputs if path is not None}
@@ -62,7 +62,7 @@ def _is_writable(path: Path, there: Path, *, replaced: bool) -> bool:
 
 
 def _is_open(folder: Path) -> bool:
-    """May files be made there? Permissions do not tell of all folders."""
+    """May files be made there? One is, as permissions do not tell of all folders."""
     with suppress(OSError), TemporaryFile(dir=folder):
         return True
     return False

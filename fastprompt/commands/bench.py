@@ -27,7 +27,7 @@ from fastprompt.testing import saved_bytes, share
 HELP = "time a training step of a T5 on this machine, beside Hugging Face's"
 EAGER, SDPA = "HF eager", "HF sdpa"
 NUDGES = 4  # steps that show how far rounding alone takes a result
-SPEED, GRAPHED = "fastprompt, speed", "fastprompt, graphed"  # that as a CUDA graph
+SPEED, GRAPHED = "fastprompt, speed", "fastprompt, graphed"  # the same step as a CUDA graph
 Step = Callable[[], tuple[Tensor, Tensor]]
 SMALL: dict[str, Any] = {  # google/t5-v1_1-small
     "d_model": 512,
@@ -110,9 +110,9 @@ def _stock(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
 def _steps(
     arguments: argparse.Namespace, stock: Any, batch: dict[str, Tensor]
 ) -> tuple[dict[str, Step], dict[str, Any], Step]:
-    """By contender: a step, which returns the loss and the prompt's gradient; and the model, over the same weights.
+    """By contender: its step, which returns the loss and the prompt's gradient; and its model, all of the same weights.
 
-    Last a step of HF eager whose inputs are each about one rounding away from where they were, another way each time.
+    Last a step of HF eager whose inputs are off by about one rounding each, at random.
     """
     config = PromptConfig(arguments.num_tokens)
     prompt = PromptModel(share(stock), config).prompts["default"]
@@ -194,8 +194,8 @@ def _measure(
     """By contender: the median seconds of a step, and the bytes that autograd keeps, weights left out."""
     held: dict[str, int] = {}
     for name, step in steps.items():
-        if name == GRAPHED:  # which keeps it in its own memory
-            step()  # recorded before it is timed
+        if name == GRAPHED:  # which keeps it in the graph's memory, unseen by autograd
+            step()  # records the graph, before it is timed
             held[name] = held[SPEED]
             continue
         with saved_bytes(exclude=stock.parameters()) as saved:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def version(package: str) -> str:
-    """Of an installed package, and why its import fails if it does."""
+    """A package's version, or that it is not installed; and why its import fails if it does."""
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -36,7 +36,7 @@ from fastprompt.prompts.rank import choice_ids
 from fastprompt.training.batches import Pair, collate
 from fastprompt.training.losses import check_choices
 
-TOLD_INITS = tuple(init for init in INITS if init not in ("array", "file", "prompt"))  # without their source
+TOLD_INITS = tuple(init for init in INITS if init not in ("array", "file", "prompt"))  # those need a source
 HELP = "learn a prompt from examples"
 EPILOG = """
 A file of examples has a JSON object per line, {"input": "a gripping film", "target": "positive"}, or ends in .csv or
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments.out, [arguments.log], inputs)
     model, tokenizer = load(arguments)
     choices = choice_ids(arguments.choices, tokenizer, model.config.vocab_size) if arguments.choices else []
-    check_choices(choices)
+    check_choices("--choices", choices)
     pairs = _encoded(arguments, train, dev, tokenizer)
     patch(model, memory=arguments.memory, lm_loss=True)
     torch.manual_seed(arguments.seed)
@@ -160,7 +160,7 @@ def _encoded(
     dev: list[training.Example],
     tokenizer: Any,
 ) -> list[Pair]:
-    """Of what is learned from. Says which targets no answer can be."""
+    """The pairs to learn from. ValueError: a target is longer than --max-target. Warns of others that no answer is."""
     pairs = training.encode(train, tokenizer, max_input=arguments.max_input)
     learned = [target for _, target in pairs]
     if said := too_long(learned, tokenizer, arguments.max_target):
@@ -173,7 +173,7 @@ def _encoded(
 
 
 def _record_longest(prompted: PromptModel, loss: training.Loss, pairs: list[Pair], rows: int) -> None:
-    """The graph of the longest batch there can be: those of shorter ones find room in its memory, not it in theirs."""
+    """Record the graph of the longest possible batch first: those of shorter ones then fit into its memory."""
     longest = max((each for each, _ in pairs), key=len), max((each for _, each in pairs), key=len)
     gpus = [prompted.device] if prompted.device.type == "cuda" else []
     with torch.random.fork_rng(gpus):  # the steps to come draw as they would
@@ -182,7 +182,7 @@ def _record_longest(prompted: PromptModel, loss: training.Loss, pairs: list[Pair
 
 
 def _score(arguments: argparse.Namespace, step: Any, dev: list[training.Example], tokenizer: Any) -> float:
-    # No answer that reads as a target has more tokens: the least are a byte, two more mark begin and end.
+    # No right answer has more tokens: each stands for a byte or more, but for those that mark begin and end.
     most = max(len(each.target.encode()) for each in dev) + 2
     return training.evaluate(
         step,
@@ -205,7 +205,7 @@ def _on_score(
 ) -> None:
     if best and step:
         prompted.save_prompt("default", arguments.out)
-    if arguments.log and (arguments.log.is_file() or not arguments.log.exists()):  # a pipe is read once
+    if arguments.log and (arguments.log.is_file() or not arguments.log.exists()):  # a pipe takes one document
         _log(arguments, curve)
     _say(f"dev after step {step:,}: {value:.1%} right{', kept' if best else ''}")
 
@@ -216,7 +216,7 @@ def _log(arguments: argparse.Namespace, curve: training.Curve) -> None:
     try:
         make_folder(arguments.log)
         arguments.log.write_text(json.dumps(asdict(curve)) + "\n", encoding="utf-8")
-    except OSError as error:  # what is learned is worth more
+    except OSError as error:  # what is learned is worth more than its log
         print(f"--log: {error}", file=sys.stderr)
 
 
@@ -234,7 +234,7 @@ def _rate(arguments: argparse.Namespace, prompted: PromptModel) -> float:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Before hours of training, not after, and before the model is loaded."""
+    """ValueError: a slip that shows before the model is loaded."""
     for option, source in (("loss choice", "choices"), ("init labels", "choices"), ("init text", "text")):
         name, value = option.split()
         if getattr(arguments, name) == value and not getattr(arguments, source):

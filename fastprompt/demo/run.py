@@ -9,21 +9,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
+from fastprompt import PromptModel
 from fastprompt.commands._model import positive
 from fastprompt.commands._outputs import check_outputs
 from fastprompt.training.batches import in_order, shuffled
+from fastprompt.training.loop import Curve
 
 from .batches import encode, encode_labels
-from .race import race
+from .race import Race, race
 from .report import table, write_json, write_plot
 from .scoring import accuracy
-from .task import AREAS, load_task
+from .task import AREAS, Example, load_task
 from .tune import INSTRUCTION, Recipe, new_prompt, tune
 
 TINY_T5 = Path(__file__).parent / "tiny_t5"
@@ -68,9 +71,9 @@ def run(options: argparse.Namespace) -> int:
     task = load_task()
     encoded = {split: encode(examples, tokenizer, recipe.max_tokens) for split, examples in task.items()}
     labels = encode_labels(list(AREAS), tokenizer)
-    sizes = {split: len(examples) for split, examples in task.items()}
+    sizes = ", ".join(f"{len(examples)} {split}" for split, examples in task.items())
     print(f"areas: {', '.join(AREAS)}")
-    print("documents, split by module: " + ", ".join(f"{size} {split}" for split, size in sizes.items()))
+    print(f"documents, split by module: {sizes}")
 
     frozen = accuracy(model, in_order(encoded["test"], 64), labels)
     words = tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"]
@@ -80,37 +83,15 @@ def run(options: argparse.Namespace) -> int:
     untrained = copy.deepcopy(prompted)
     curve = tune(prompted, encoded["train"], encoded["dev"], labels, recipe)
     tuned = accuracy(prompted, in_order(encoded["test"], 64), labels)
-    result = race(
+    beside_peft = race(
         untrained,
         shuffled(encoded["train"], recipe.batch_size, recipe.seed),
         plain_sgd,
         min(RACE_STEPS, recipe.steps),
     )
 
-    results = {
-        "labels": list(AREAS),
-        "documents": sizes,
-        "test_accuracy": {
-            "majority": max(Counter(example.label for example in task["test"]).values()) / sizes["test"],
-            "frozen": frozen,
-            "instructed": instructed,
-            "prompt": tuned,
-        },
-        "parameters": {
-            "trained": prompted.num_trainable_parameters,
-            "model": sum(parameter.numel() for parameter in model.parameters()),
-        },
-        "race": result and asdict(result),
-        "recipe": asdict(recipe),
-        "curve": asdict(curve),
-        "seconds": time.perf_counter() - began,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    accuracies = {"frozen": frozen, "instructed": instructed, "prompt": tuned}
+    results = _results(recipe, task, prompted, accuracies, curve, beside_peft, time.perf_counter() - began)
     prompted.save_prompt("default", options.out / "prompt.safetensors")
     write_json(options.out / "results.json", results)
     written = ["prompt.safetensors", "results.json"]
@@ -121,3 +102,35 @@ def run(options: argparse.Namespace) -> int:
     print(f"\n{table(results)}\n")
     print(f"{results['seconds']:.0f} s; {', '.join(written)} in {options.out}")
     return 0
+
+
+def _results(
+    recipe: Recipe,
+    task: dict[str, list[Example]],
+    prompted: PromptModel,
+    accuracies: dict[str, float],
+    curve: Curve,
+    beside_peft: Race | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """What `results.json` holds."""
+    areas = Counter(example.label for example in task["test"])
+    return {
+        "labels": list(AREAS),
+        "documents": {split: len(examples) for split, examples in task.items()},
+        "test_accuracy": {"majority": max(areas.values()) / areas.total(), **accuracies},
+        "parameters": {
+            "trained": prompted.num_trainable_parameters,
+            "model": sum(parameter.numel() for parameter in prompted.model.parameters()),
+        },
+        "race": beside_peft and asdict(beside_peft),
+        "recipe": asdict(recipe),
+        "curve": asdict(curve),
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

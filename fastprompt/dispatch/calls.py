@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schemas as this package calls them: where the device alone decides what runs, without the dispatcher.
+"""How this package calls its own ops.
 
-That keeps the host busy for as long as a small kernel takes, and its errors know no remedy (docs/decisions/0015).
+Where only the tensors' device decides what runs, a call goes straight to that backend: torch's dispatcher takes the
+host as long as a small kernel, and its errors name no remedy (docs/decisions/0015).
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ Function = Callable[..., Any]
 
 def direct_call(op: str, schema: Schema) -> Function:
     """The function that ``direct`` has for a schema of the op."""
-    overload, running = getattr(torch.ops.fastprompt, schema.name).default, schema.running
+    overload, registered = getattr(torch.ops.fastprompt, schema.name).default, schema.registered
     kinds = [(i, each.name, str(each.type)) for i, each in enumerate(overload._schema.arguments)]
     tensors = [(i, name, kind) for i, name, kind in kinds if "Tensor" in kind]
     others = [i for i, _, kind in kinds if "Tensor" not in kind]  # of which the dispatcher makes numbers
@@ -38,13 +39,13 @@ def direct_call(op: str, schema: Schema) -> Function:
             if record is None:
                 return overload(*args)
         described, known = _native.describe(*args), schema.known
-        found = running.get(known.get(described, "")) if described is not None else None
+        found = registered.get(known.get(described, "")) if described is not None else None
         new = None
         if found:
             run: Function = found[-1].unchecked
         else:
             new = plain_device(tensors_of(args))
-            found = running.get(new)
+            found = registered.get(new)
             if not found or any(isinstance(args[i], torch.Tensor) for i in others):
                 return overload(*args)
             run = found[-1]

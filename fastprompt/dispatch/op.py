@@ -30,7 +30,7 @@ import torch
 from fastprompt import _native
 from fastprompt.dispatch.calls import direct, direct_call
 from fastprompt.dispatch.gradient import autograd_kernel, differentiable
-from fastprompt.dispatch.schema import Function, Running, Schema, either, where, where_tensors_are
+from fastprompt.dispatch.schema import Function, Registered, Schema, either, where, where_tensors_are
 
 LIBRARY = torch.library.Library("fastprompt", "DEF")
 OPS: dict[str, "Op"] = {}
@@ -42,8 +42,10 @@ class Op:
     def __init__(
         self, name: str, native_first: bool = True, native_for: Callable[..., bool] | None = None
     ) -> None:
-        """native_first=False: on this machine's CPU the reference is faster, and so the default; but not for arguments
-        that ``native_for`` is true of.
+        """
+        Args:
+            native_first: False where PyTorch's reference is faster on this machine's CPU, and so the default.
+            native_for: (*arguments) -> True for calls that take the C++ kernel nevertheless.
         """
         self.name = name
         self.native_first = native_first
@@ -67,7 +69,9 @@ class Op:
             member = schema.partition("(")[0]
             self.schemas[member] = made = Schema(member, reference, check)
             LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            LIBRARY.impl(member, self._running(made, [("reference", reference)]), "CompositeExplicitAutograd")
+            LIBRARY.impl(
+                member, self._registered(made, [("reference", reference)]), "CompositeExplicitAutograd"
+            )
             torch.library.register_fake(f"fastprompt::{member}", fake_of_checked, lib=LIBRARY)
             setattr(direct, member, direct_call(self.name, made))
             return reference
@@ -105,8 +109,8 @@ class Op:
                 }
             for member, schema in self.schemas.items() if chosen else ():
                 found = [(name, functions[name][member]) for name in chosen if member in functions[name]]
-                schema.running[device.upper()] = [self._running(schema, found)]
-                LIBRARY.impl(member, schema.running[device.upper()][0], device.upper())
+                schema.registered[device.upper()] = [self._registered(schema, found)]
+                LIBRARY.impl(member, schema.registered[device.upper()][0], device.upper())
 
     def backends(self, device: str = "cpu") -> list[str]:
         """The backends that this installation has for ``device`` ("cpu" or "cuda"), the default one first.
@@ -128,8 +132,8 @@ class Op:
 
     def first_backend(self, member: str, device: str) -> str:
         """What a call on ``device`` ("cpu" or "cuda") tries first now."""
-        running = self.schemas[member].running.get(device.upper())
-        return running[-1].backends[0] if running else "reference"
+        stack = self.schemas[member].registered.get(device.upper())
+        return stack[-1].backends[0] if stack else "reference"
 
     def add_native_backend(self, backend: str, kernels: SimpleNamespace, key: str) -> None:
         """Offer one more build of the native kernels under dispatch ``key``: the tests' emulated CUDA kernels."""
@@ -145,21 +149,21 @@ class Op:
                 f"fastprompt::{self.name}: backend must be one of {', '.join(available)} here, got {backend!r}"
             )
         scope = torch.library.Library("fastprompt", "IMPL")
-        entries: list[tuple[list[Running], Running]] = []
+        entries: list[tuple[list[Registered], Registered]] = []
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
                 for member, function in self._implementation(backend).items():
                     for key in keys:
-                        running = self._running(self.schemas[member], [(backend, function)])
-                        scope.impl(member, running, key, allow_override=True)
-                        stack = self.schemas[member].running.setdefault(key, [])
-                        stack.append(running)
-                        entries.append((stack, running))
+                        registered = self._registered(self.schemas[member], [(backend, function)])
+                        scope.impl(member, registered, key, allow_override=True)
+                        stack = self.schemas[member].registered.setdefault(key, [])
+                        stack.append(registered)
+                        entries.append((stack, registered))
             yield
         finally:
-            for stack, running in entries:
-                stack.remove(running)
+            for stack, registered in entries:
+                stack.remove(registered)
             scope._destroy()
 
     def _implementation(self, backend: str) -> dict[str, Function]:
@@ -191,8 +195,8 @@ class Op:
         """The instruction sets that this CPU has and the op has a kernel for, best first."""
         return [isa for isa in _native.CPU_TARGETS if hasattr(_native.TARGETS[isa], self.name)]
 
-    def _running(self, schema: Schema, choices: list[tuple[str, Function]]) -> Running:
-        return Running(schema, choices, self._note)
+    def _registered(self, schema: Schema, choices: list[tuple[str, Function]]) -> Registered:
+        return Registered(schema, choices, self._note)
 
     def _note(self, schema: Schema, backend: str) -> None:
         self.last_backend[schema.name] = backend
@@ -200,18 +204,18 @@ class Op:
             self.last_backend[self.name] = backend
 
 
-def running(member: str, key: str) -> Running:
+def registered_for(member: str, key: str) -> Registered:
     """What the dispatcher calls for the schema ``member`` under the device's key ("CPU", "CUDA")."""
     owner = next(each for each in OPS.values() if member in each.schemas)
     schema = owner.schemas[member]
-    found = schema.running.get(key)
-    return found[-1] if found else owner._running(schema, [])
+    found = schema.registered.get(key)
+    return found[-1] if found else owner._registered(schema, [])
 
 
 def chosen() -> tuple[tuple[str, ...], ...]:
     """The backends of all schemas and devices, which use_backend changes."""
     schemas = (schema for op in OPS.values() for schema in op.schemas.values())
-    every = (stack for schema in schemas for stack in schema.running.values() if stack)
+    every = (stack for schema in schemas for stack in schema.registered.values() if stack)
     return tuple(tuple(stack[-1].backends) for stack in every)
 
 

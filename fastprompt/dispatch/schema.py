@@ -22,7 +22,7 @@ class Schema:
         check: raises where arguments do not fit.
         record: ``(*inputs, run)`` -> output with a gradient, if the schema has one.
         known: descriptions (``csrc/describe.h``) of arguments that passed the check -> their device's dispatch key.
-        running: dispatch key -> what is registered, the last one on top.
+        registered: dispatch key -> what is registered, the last one on top.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Schema:
     triton: Function | None = None
     record: Function | None = None
     known: dict[bytes, str] = field(default_factory=dict)
-    running: dict[str, list["Running"]] = field(default_factory=dict)
+    registered: dict[str, list["Registered"]] = field(default_factory=dict)
 
 
-class Running:
+class Registered:
     """What is registered under a device's dispatch key: of (backend, launcher) pairs the first that does not return
     NotImplemented, else the reference; ``note(schema, backend)`` is told which it was.
     """

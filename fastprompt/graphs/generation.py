@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from fastprompt._cache_name import CACHE, CACHE_NAMES
 from fastprompt._extra_outputs import OUTPUT_FLAGS, extra_output
+from fastprompt._family import SERVED
 from fastprompt._generation import generation_option
 from fastprompt._replayed import replayed, settle
 from fastprompt._stamp import State
@@ -23,7 +24,7 @@ from fastprompt.dispatch.plain import is_plain_call
 from fastprompt.graphs.places import fixed
 from fastprompt.graphs.recording import Pool
 from fastprompt.graphs.stacks import Decoding, Pass
-from fastprompt.hf_attention import NAME, SERVED, prompts_in_force
+from fastprompt.hf_attention import NAME, prompts_in_force
 
 ROOM = 64  # tokens
 
@@ -55,7 +56,7 @@ class _Call:
         self.used: list[Pass | Decoding] = []
 
     def encode(self, forward: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-        if not self._is_ours(self.encoder, args, arguments):
+        if not self._may_record(self.encoder, args, arguments):
             return forward(*args, **arguments)
         return self._at_once("encoder", self.encoder, forward, arguments)
 
@@ -67,11 +68,11 @@ class _Call:
             setattr(found, CACHE, self.past)
             return found
         alone = self.whole and cache is None and arguments.get("use_cache") is False
-        if not (alone and self._is_ours(self.decoder, args, arguments)):
+        if not (alone and self._may_record(self.decoder, args, arguments)):
             return forward(*args, **arguments)
         return self._at_once("whole decoder", self.decoder, forward, arguments)
 
-    def _is_ours(self, stack: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> bool:
+    def _may_record(self, stack: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> bool:
         return not args and get_ident() == self.thread and _is_recordable(stack, arguments)
 
     def _at_once(self, name: str, stack: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -151,7 +152,7 @@ def can_replay(model: Any, device: torch.device, whole: bool, on_gpu: bool) -> b
         settle(stack)
     return (
         not model.training
-        and (on_gpu or (not whole and _is_ours(model.get_decoder()) and is_plain_call()))
+        and (on_gpu or (not whole and _attends_by_fastprompt(model.get_decoder()) and is_plain_call()))
         and not torch.is_autocast_enabled(device.type)
         and not torch.compiler.is_compiling()
         # accelerate's forward may switch autocast on; torch's compiled calls know of no other forward
@@ -173,7 +174,7 @@ def device_of(state: State) -> torch.device | None:
     return found if found is not None and found.type in ("cpu", "cuda") else None
 
 
-def _is_ours(decoder: Any) -> bool:
+def _attends_by_fastprompt(decoder: Any) -> bool:
     """Does our attention run in it? On a CPU transformers' looks what a mask holds, and does not keep to its memory."""
     return bool(decoder.config._attn_implementation_internal == NAME)
 

@@ -63,7 +63,10 @@ def with_tensors(call: Any, place: Callable[[Tensor], Tensor]) -> Any:
 
 
 def fixed(call: Any, places: bool = True) -> Any:
-    """All that a graph of ``call`` has fixed; without ``places``, but for where what is not copied lies."""
+    """A hashable description of all that a graph of ``call`` fixes.
+
+    ``places``: with the addresses of prompt keys that are read where they lie.
+    """
     if isinstance(call, Tensor):
         return call.shape, call.dtype, call.device
     if isinstance(call, dict):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprompt import _native
-from fastprompt.dispatch.op import running
+from fastprompt.dispatch.op import registered_for
 from fastprompt.dispatch.plain import PLAIN_TYPES, capturing, is_capturing
 
 
@@ -107,7 +107,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "fastprompt":
             with self:  # of which the operations inside are noted
-                return running(function.__name__.partition(".")[0], "CPU")(*args)
+                return registered_for(function.__name__.partition(".")[0], "CPU")(*args)
         result = function(*args, **kwargs)
         if self.obstacle is None:
             self.obstacle = _obstacle(function, args, kwargs, result)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastprompt.hf_attention import FAMILY
+from fastprompt._family import FAMILY
 from fastprompt.modules.attention import FastCrossAttention, FastSelfAttention
 from fastprompt.modules.dropout import FastDropout
 from fastprompt.modules.ff import FastFF
@@ -28,7 +28,7 @@ MIXINS: dict[str, tuple[type, tuple[str, ...]]] = {
     "ForConditionalGeneration": (FastLoss, ("T5", "MT5", "UMT5", "LongT5")),
 }
 # torch's own classes, of modules in certain places only (tree.swappable): what serves them, and the drop-in's name.
-TORCH: dict[type, tuple[type, str]] = {
+SERVED_TORCH: dict[type, tuple[type, str]] = {
     nn.Dropout: (FastDropout, "FastStackDropout"),
     nn.Linear: (FastHead, "FastLinearHead"),
 }
@@ -36,8 +36,8 @@ TORCH: dict[type, tuple[type, str]] = {
 
 def mixin_for(cls: type) -> type | None:
     """What serves a module of exactly this class; None if nothing does."""
-    if cls in TORCH:
-        return TORCH[cls][0]
+    if cls in SERVED_TORCH:
+        return SERVED_TORCH[cls][0]
     if cls.__module__.startswith("transformers.models."):
         for suffix, (mixin, prefixes) in MIXINS.items():
             if cls.__name__.removesuffix(suffix) in prefixes:
@@ -47,7 +47,7 @@ def mixin_for(cls: type) -> type | None:
 
 def fast_class(cls: Any) -> type:
     """The drop-in for ``cls``, made once; pickle and deepcopy find it in this module by its name."""
-    name = TORCH[cls][1] if cls in TORCH else f"Fast{cls.__name__}"
+    name = SERVED_TORCH[cls][1] if cls in SERVED_TORCH else f"Fast{cls.__name__}"
     found = globals().get(name)
     if found is None:
         mixin = mixin_for(cls)
@@ -78,7 +78,7 @@ def _forward(mixin: Any, cls: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Finds the classes of a model that was pickled in another process."""
-    for cls, (_, known) in TORCH.items():
+    for cls, (_, known) in SERVED_TORCH.items():
         if name == known:
             return fast_class(cls)
     for module, prefix in FAMILY.items():

@@ -14,7 +14,6 @@ from fastprompt.dispatch.plain import PLAIN_TYPES
 from fastprompt.modules._ready import is_evaluated
 from fastprompt.ops import t5_bias_table
 from fastprompt.ops._t5_bias import makes_table
-from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 
 def bias_table(attention: Any) -> Tensor:
@@ -56,12 +55,3 @@ def _is_plain(embedding: Any) -> bool:
         and embedding.max_norm is None
         and not is_hooked(embedding)
     )
-
-
-def head_obstacle(attention: Any) -> str | None:
-    """Why kernels do not compute what its heads do; None if they do."""
-    if attention.key_value_proj_dim not in HEAD_WIDTHS:
-        widths = ", ".join(map(str, HEAD_WIDTHS))
-        return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
-    scaling = getattr(attention, "scaling", 1.0)
-    return None if scaling == 1.0 else f"its scores are scaled by {scaling}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastprompt._hooks import has_global_hooks, is_hooked
 from fastprompt.dispatch.plain import PLAIN_TYPES, is_transformed
 from fastprompt.ops._checks import FLOATS
+from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
 Modules = Mapping[str, Any]
 
@@ -28,6 +29,15 @@ def obstacle(
     that are not called either: dropout, activation, what holds the children. ``inputs`` of a call; None: of training.
     """
     return _examine(children, others, inputs)[1]
+
+
+def head_obstacle(attention: Any) -> str | None:
+    """Why kernels do not compute what its heads do; None if they do."""
+    if attention.key_value_proj_dim not in HEAD_WIDTHS:
+        widths = ", ".join(map(str, HEAD_WIDTHS))
+        return f"its heads are {attention.key_value_proj_dim} wide, kernels take {widths}"
+    scaling = getattr(attention, "scaling", 1.0)
+    return None if scaling == 1.0 else f"its scores are scaled by {scaling}"
 
 
 def ready(children: Modules, others: Modules, *inputs: Tensor) -> dict[str, Tensor] | None:

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import EncoderDecoderCache
 
 from fastprompt._allowed import Allowed
@@ -34,83 +33,15 @@ from fastprompt._bias_by_distance import dense_bias, table_of
 from fastprompt._note import OTHER_BIAS, ROWS, note_on
 from fastprompt.hf_attention import wants_weights
 from fastprompt.modules import _absorbed, _projected
-from fastprompt.modules._attend import TENSORS, Attend, Options
-from fastprompt.modules._bias import bias_obstacle, bias_table, head_obstacle
-from fastprompt.modules._frozen import add, apply, dropped, linear, norm_gradient, products, rate
+from fastprompt.modules._attend import Attend, Options
+from fastprompt.modules._bias import bias_obstacle, bias_table
+from fastprompt.modules._frozen import apply, rate
+from fastprompt.modules._frozen_attention import CachedKeys, FrozenAttention
 from fastprompt.modules._made import made_of
-from fastprompt.modules._origin import Origin, leave_origin, origin_of, restore, save
-from fastprompt.modules._ready import is_stock, obstacle, ready
+from fastprompt.modules._origin import leave_origin, origin_of
+from fastprompt.modules._ready import head_obstacle, is_stock, obstacle, ready
 from fastprompt.modules._step import step
 from fastprompt.ops._dropout import new_seed
-
-
-class FrozenAttention(torch.autograd.Function):
-    """The layer of ``a`` on x [B, T, D] -> y [B, T, D], and without gradient out [B, T, I] and keys and values."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        states: Tensor | None,
-        prompt_k: Tensor | None,
-        prompt_v: Tensor | None,
-        a: Attend,
-        origin: Origin,
-    ) -> tuple[Tensor, ...]:
-        """states, prompt_k and prompt_v are those of ``a``, for autograd to see."""
-        o = a.options
-        out, kept, rstd = a.run(x)
-        if o.save:
-            ctx.kept, ctx.attend = o.memory != "minimal", a.without_tensors()
-            lasting = a.to_save()
-            if ctx.kept and (o.memory != "speed" or a.kernel.keeps_out(x)):
-                lasting = lasting._replace(out=out)
-            save(ctx, origin, rstd, *lasting.tensors(), *(a.kernel.kept_by(o, kept) if ctx.kept else ()))
-        keys_and_values = () if o.absorbed else kept[-2:]
-        if ctx is not None:
-            ctx.set_materialize_grads(False)  # of what has no gradient: they would be zeros as large
-            ctx.mark_non_differentiable(out, *keys_and_values)
-        return add(linear(out, a.wo), x, a.outer_seed, o.outer_p), out, *keys_and_values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_others: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if dy is None:
-            return (None,) * 6
-        x, (rstd, *tensors) = restore(ctx)
-        a, kept = ctx.attend.with_tensors(tensors[:TENSORS]).whole(), tuple(tensors[TENSORS:])
-        o, out = a.options, a.out
-        if ctx.kept:
-            kept = a.run_again(x, kept)
-        else:
-            out, kept, _ = a.slot.pop() if a.slot else a.run(x)
-        needs = ctx.needs_input_grad[:4]
-        dout = products((dropped(dy, a.outer_seed, o.outer_p), a.wo))
-        dn, *others = a.kernel.backward(a, dout, out, kept, needs)
-        dx = None
-        if dn is not None and o.rows is None:
-            dx = norm_gradient(dn, dy, x, a.w, rstd)
-        elif dn is not None:
-            dx, rows = torch.zeros_like(x), slice(0, o.rows)
-            some = rstd.view(x.shape[:-1])[:, rows].reshape(-1)
-            dx[:, rows] = norm_gradient(dn, dy[:, rows], x[:, rows], a.w, some)
-        return dx, *others, None, None
-
-
-class CachedKeys(torch.autograd.Function):
-    """Keys and values for a cache: they have no gradient, and whoever asks for one is told so."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
-        """y is the layer's output: by it these require a gradient."""
-        return tuple(x.view_as(x) for x in keys_and_values)
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Any) -> Any:  # type: ignore[override]
-        raise RuntimeError(
-            "fastprompt: keys and values that a patched layer left in a cache carry no gradient. Run all decoder tokens"
-            " in one call, or unpatch the model"
-        )
 
 
 class FastAttention:
@@ -237,11 +168,31 @@ class FastAttention:
         allowed: Allowed,
         past: Any,
     ) -> Tensor:
+        a = self._attend(weights, x, states, bias, allowed, past)
+        origin = origin_of(x, a.options.memory, self)  # type: ignore[arg-type]
+        y, out, *keys_and_values = apply(FrozenAttention, x, a.states, a.prompt_k, a.prompt_v, a, origin)
+        if past is not None:
+            self._fill(past, y, keys_and_values, states is not None)
+        if a.options.save:
+            last = a.to_save()
+            last = last if a.options.memory == "minimal" else last._replace(out=out)
+            leave_origin(y, x, origin, last, self)  # type: ignore[arg-type]
+        return y
+
+    def _attend(
+        self,
+        weights: dict[str, Tensor],
+        x: Tensor,
+        states: Tensor | None,
+        bias: Tensor | None,
+        allowed: Allowed,
+        past: Any,
+    ) -> Attend:
+        """All that the layer computes with in a call, its random numbers drawn."""
         attention, memory = self._attention, self.fastprompt_memory
         weight_p, outer_p = attention.dropout if attention.training else 0.0, rate(self._modules["dropout"])
         seeds = [new_seed(x.device) if p > 0.0 else None for p in (weight_p, outer_p)]
-        layer = attention.layer_idx
-        prompt_k, prompt_v, prompt_ids, prompt_lens = allowed.prompt_of(layer)
+        prompt_k, prompt_v, prompt_ids, prompt_lens = allowed.prompt_of(attention.layer_idx)
         differentiable = any(t is not None and t.requires_grad for t in (x, states, prompt_k, prompt_v))
         save = torch.is_grad_enabled() and differentiable
         if save and states is not None and not torch.compiler.is_compiling() and states.is_inference():
@@ -266,7 +217,7 @@ class FastAttention:
             made_p=0.0 if made is None else made.p,
             rows=note_on(x, ROWS) if states is None else None,
         )
-        a = Attend(
+        return Attend(
             weights["layer_norm"],
             wq=weights["q"],
             wk=weights["k"],
@@ -288,20 +239,16 @@ class FastAttention:
             options=options,
             slot=[] if memory == "minimal" and not torch.compiler.is_compiling() else None,
         )
-        origin = origin_of(x, memory, self)  # type: ignore[arg-type]
-        y, out, *keys_and_values = apply(FrozenAttention, x, states, prompt_k, prompt_v, a, origin)
-        if past is not None:
-            k, v = (each.transpose(1, 2) for each in keys_and_values)
-            if y.requires_grad and not torch.compiler.is_compiling():
-                k, v = CachedKeys.apply(y, k, v)
-            self._cache(past).update(k, v, layer)
-            if states is not None:
-                past.is_updated[layer] = True
-        if save:
-            last = a.to_save()
-            last = last if memory == "minimal" else last._replace(out=out)
-            leave_origin(y, x, origin, last, self)  # type: ignore[arg-type]
-        return y
+
+    def _fill(self, past: Any, y: Tensor, keys_and_values: list[Tensor], crosses: bool) -> None:
+        """Leave keys and values [B, S, H, K] in the cache; crosses: of the encoder's output."""
+        k, v = (each.transpose(1, 2) for each in keys_and_values)
+        if y.requires_grad and not torch.compiler.is_compiling():
+            k, v = CachedKeys.apply(y, k, v)
+        layer = self._attention.layer_idx
+        self._cache(past).update(k, v, layer)
+        if crosses:
+            past.is_updated[layer] = True
 
 
 class FastSelfAttention(FastAttention):

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastprompt import hf_attention
-from fastprompt.hf_attention import FAMILY
-from fastprompt.modules import MIXINS, TORCH, mixin_for
+from fastprompt._family import FAMILY, SERVED
+from fastprompt.modules import MIXINS, SERVED_TORCH, mixin_for
 from fastprompt.modules.lm_loss import FastLoss
 
 
@@ -36,7 +35,7 @@ def swappable(model: nn.Module) -> Iterator[nn.Module]:
     """What may be swapped: the family's layers, the dropout of a stack itself, the model with the loss, its head."""
     for module in model.modules():
         stock = stock_class(type(module))
-        if stock not in TORCH and mixin_for(stock) is not None:
+        if stock not in SERVED_TORCH and mixin_for(stock) is not None:
             yield module
     for head in lm_heads(model):
         if stock_class(type(head)) is nn.Linear:
@@ -68,7 +67,7 @@ def _is_stack(module: nn.Module) -> bool:
     return (
         isinstance(module, PreTrainedModel)
         and type(module).__name__.endswith("Stack")
-        and module.config.model_type in hf_attention.SERVED
+        and module.config.model_type in SERVED
     )
 
 

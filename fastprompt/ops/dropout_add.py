@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, stream
+from fastprompt._native import DTYPE_CODES, contiguous, covers, stream
 from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
@@ -76,7 +76,7 @@ def dropout_add_reference(
 def _native_dropout_add(
     kernels: SimpleNamespace, x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float
 ) -> Any:
-    if x.dtype not in DTYPE_CODES:
+    if not covers(x):
         return NotImplemented
     x, residual = contiguous(x, residual)
     h = torch.empty_like(x)
@@ -92,7 +92,7 @@ def _native_dropout_add(
 def _triton_dropout_add(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import dropout_add as kernels
 
-    if x.dtype not in DTYPE_CODES:
+    if not covers(x):
         return NotImplemented
     return kernels.dropout_add(*contiguous(x, residual), seed, dropout_p)
 

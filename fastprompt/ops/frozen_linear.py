@@ -46,7 +46,7 @@ from fastprompt.ops._checks import (
 
 # Of a product, the least that the kernel takes: below, PyTorch's library is as fast.
 ROWS, COLUMNS, DEPTH = 6, 48, 32
-# Of fewer rows it is not, but it sums them lane by lane, with a smaller error than our chains have up to this depth.
+# For fewer rows it is slower, but up to this depth its sums, lane by lane, are more accurate than our chains: it stays.
 FEW_ROWS_DEPTH = 512
 BF16_ROWS = 32  # the most for which the kernel that multiplies bf16 is faster than PyTorch's library
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, stream
+from fastprompt._native import DTYPE_CODES, contiguous, covers, stream
 from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor, fail
 from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
@@ -103,7 +103,7 @@ def gated_act_reference(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dro
 def _native_gated_act(
     kernels: SimpleNamespace, a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float
 ) -> Any:
-    if a.dtype not in DTYPE_CODES:
+    if not covers(a):
         return NotImplemented
     a, b = contiguous(a, b)
     y = torch.empty_like(a)
@@ -119,7 +119,7 @@ def _native_gated_act(
 def _triton_gated_act(a: Tensor, b: Tensor, seed: Tensor | None, act: str, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import gated_act as kernels
 
-    if a.dtype not in DTYPE_CODES:
+    if not covers(a):
         return NotImplemented
     return kernels.gated_act(*contiguous(a, b), seed, act, dropout_p)
 
@@ -150,7 +150,7 @@ def _native_gated_act_backward(
     kernels: SimpleNamespace, dy: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, act: str,
     dropout_p: float,
 ) -> Any:  # fmt: skip
-    if a.dtype not in DTYPE_CODES:
+    if not covers(a):
         return NotImplemented
     dy, a, b = contiguous(dy, a, b)
     da, db = torch.empty_like(a), torch.empty_like(a)
@@ -168,7 +168,7 @@ def _triton_gated_act_backward(
 ) -> Any:
     from fastprompt.triton_kernels import gated_act as kernels
 
-    if a.dtype not in DTYPE_CODES:
+    if not covers(a):
         return NotImplemented
     return kernels.gated_act_backward(*contiguous(dy, a, b), seed, act, dropout_p)
 

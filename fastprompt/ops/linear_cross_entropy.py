@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastprompt._native import DTYPE_CODES, stream
+from fastprompt._native import DTYPE_CODES, covers, stream
 from fastprompt.dispatch import OPS, Op, direct
 from fastprompt.dispatch.plain import is_transformed
 from fastprompt.ops._checks import (
@@ -246,7 +246,7 @@ def _fused(
     kernels: Kernels, hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float,
     ignore_index: int, chunk: int | None, needs_grad: bool,
 ) -> Any:  # fmt: skip
-    if hidden.dtype not in DTYPE_CODES:
+    if not covers(hidden):
         return NotImplemented
     with torch.autocast(hidden.device.type, enabled=False):
         rows, row_labels = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1).contiguous()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, stream
+from fastprompt._native import DTYPE_CODES, contiguous, covers, stream
 from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
@@ -294,7 +294,7 @@ def _native_prompt_embed(
     rows: int, dropout_p: float,
 ) -> Any:  # fmt: skip
     B = _sequences(input_ids, cu_tokens)
-    if weight.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
+    if not covers(weight, prompts):
         return NotImplemented
     input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows = contiguous(
         input_ids, weight, prompts, starts, lens, cu_tokens, cu_rows
@@ -327,7 +327,7 @@ def _triton_prompt_embed(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import prompt_embed as kernels
 
-    if weight.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
+    if not covers(weight, prompts):
         return NotImplemented
     out = weight.new_empty(_out_shape(input_ids, weight, cu_tokens, rows))
     kernels.prompt_embed(
@@ -417,7 +417,7 @@ def _native_prompt_embed_backward(
     kernels: SimpleNamespace, dout: Tensor, prompts: Tensor, starts: Tensor | None, lens: Tensor | None,
     cu_rows: Tensor | None, seed: Tensor | None, dropout_p: float,
 ) -> Any:  # fmt: skip
-    if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
+    if not covers(dout, prompts):
         return NotImplemented
     dout, starts, lens, cu_rows = contiguous(dout, starts, lens, cu_rows)
     dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
@@ -440,7 +440,7 @@ def _triton_prompt_embed_backward(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import prompt_embed as kernels
 
-    if dout.dtype not in DTYPE_CODES or prompts.dtype not in DTYPE_CODES:
+    if not covers(dout, prompts):
         return NotImplemented
     dprompts = torch.empty_like(prompts, memory_format=torch.contiguous_format)
     B, rows = _layout(dout, cu_rows)

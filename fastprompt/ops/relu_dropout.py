@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, stream
+from fastprompt._native import DTYPE_CODES, contiguous, covers, stream
 from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import FLOATS, check_same_device, check_shape, check_tensor
 from fastprompt.ops._dropout import check_dropout, check_rate, drawn_seed, dropout, keep_mask, keep_scale
@@ -80,7 +80,7 @@ def relu_dropout_reference(x: Tensor, seed: Tensor | None, dropout_p: float) -> 
 
 @op.native
 def _native_relu_dropout(kernels: SimpleNamespace, x: Tensor, seed: Tensor | None, dropout_p: float) -> Any:
-    if x.dtype not in DTYPE_CODES:
+    if not covers(x):
         return NotImplemented
     x = x.contiguous()
     y, kept = torch.empty_like(x), x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
@@ -96,7 +96,7 @@ def _native_relu_dropout(kernels: SimpleNamespace, x: Tensor, seed: Tensor | Non
 def _triton_relu_dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import relu_dropout as kernels
 
-    return kernels.relu_dropout(x.contiguous(), seed, dropout_p) if x.dtype in DTYPE_CODES else NotImplemented
+    return kernels.relu_dropout(x.contiguous(), seed, dropout_p) if covers(x) else NotImplemented
 
 
 def _fake_backward(dy: Tensor, kept: Tensor, dropout_p: float) -> Tensor:
@@ -118,7 +118,7 @@ def relu_dropout_backward_reference(dy: Tensor, kept: Tensor, dropout_p: float) 
 def _native_relu_dropout_backward(
     kernels: SimpleNamespace, dy: Tensor, kept: Tensor, dropout_p: float
 ) -> Any:
-    if dy.dtype not in DTYPE_CODES:
+    if not covers(dy):
         return NotImplemented
     dy, kept = contiguous(dy, kept)
     dx = torch.empty_like(dy)
@@ -134,7 +134,7 @@ def _native_relu_dropout_backward(
 def _triton_relu_dropout_backward(dy: Tensor, kept: Tensor, dropout_p: float) -> Any:
     from fastprompt.triton_kernels import relu_dropout as kernels
 
-    if dy.dtype not in DTYPE_CODES:
+    if not covers(dy):
         return NotImplemented
     return kernels.relu_dropout_backward(*contiguous(dy, kept), dropout_p)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, stream
+from fastprompt._native import DTYPE_CODES, contiguous, covers, stream
 from fastprompt.dispatch import Op, direct
 from fastprompt.ops._checks import (
     FLOATS,
@@ -138,10 +138,6 @@ def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _native_covers(*tensors: Tensor) -> bool:
-    return all(t.dtype in DTYPE_CODES for t in tensors)
-
-
 def _fake_rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=w.dtype), x.new_empty((_rows(x),), dtype=wide_dtype(x, w))
 
@@ -157,7 +153,7 @@ def rms_norm_reference(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 @op.native
 def _native_rms_norm(kernels: SimpleNamespace, x: Tensor, w: Tensor, eps: float) -> Any:
-    if not _native_covers(x, w):
+    if not covers(x, w):
         return NotImplemented
     x, w = contiguous(x, w)
     N, D = _rows(x), x.shape[-1]
@@ -175,7 +171,7 @@ def _native_rms_norm(kernels: SimpleNamespace, x: Tensor, w: Tensor, eps: float)
 def _triton_rms_norm(x: Tensor, w: Tensor, eps: float) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    return kernels.rms_norm(*contiguous(x, w), eps) if _native_covers(x, w) else NotImplemented
+    return kernels.rms_norm(*contiguous(x, w), eps) if covers(x, w) else NotImplemented
 
 
 def _fake_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
@@ -201,7 +197,7 @@ def _backward_of(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
 def _native_rms_norm_backward(
     kernels: SimpleNamespace, dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor
 ) -> Any:
-    if not _native_covers(dy, x, w):
+    if not covers(dy, x, w):
         return NotImplemented
     dy, x, w, rstd = contiguous(dy, x, w, rstd)
     dx = torch.empty_like(x)
@@ -217,7 +213,7 @@ def _native_rms_norm_backward(
 def _triton_rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    if not _native_covers(dy, x, w):
+    if not covers(dy, x, w):
         return NotImplemented
     return kernels.rms_norm_backward(*contiguous(dy, x, w, rstd))
 
@@ -274,7 +270,7 @@ def _native_rms_norm_residual(
     eps: float,
     dropout_p: float,
 ) -> Any:
-    if not _native_covers(x, residual, w):
+    if not covers(x, residual, w):
         return NotImplemented
     x, residual, w = contiguous(x, residual, w)
     N, D = _rows(x), x.shape[-1]
@@ -296,7 +292,7 @@ def _triton_rms_norm_residual(
 ) -> Any:
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    if not _native_covers(x, residual, w):
+    if not covers(x, residual, w):
         return NotImplemented
     return kernels.rms_norm_residual(*contiguous(x, residual, w), seed, eps, dropout_p)
 
@@ -345,7 +341,7 @@ def _native_rms_norm_residual_backward(
     kernels: SimpleNamespace, dy: Tensor | None, dh: Tensor | None, h: Tensor, w: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> Any:  # fmt: skip
-    if not _native_covers(h, w) or dy is None:
+    if not covers(h, w) or dy is None:
         return NotImplemented
     dy, dh, h, w, rstd = contiguous(dy, dh, h, w, rstd)
     dresidual, dx = _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)
@@ -365,7 +361,7 @@ def _triton_rms_norm_residual_backward(
 ) -> Any:  # fmt: skip
     from fastprompt.triton_kernels import rms_norm as kernels
 
-    if not _native_covers(h, w) or dy is None:
+    if not covers(h, w) or dy is None:
         return NotImplemented
     dresidual, dx = _empty_residual_gradients(h, dropout_p, x_dtype, residual_dtype)
     kernels.rms_norm_residual_backward(*contiguous(dy, dh, h, w, rstd), seed, dropout_p, dresidual, dx)

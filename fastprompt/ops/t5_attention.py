@@ -25,8 +25,8 @@ exponentials, or the log of the sum and 1: the pair loses less to rounding. With
 dscore = w * (f * (dout . v) - dout . out); dq = sum dscore * k; dk = sum dscore * q; dv = sum w * f * dout. The
 prompt's gradients are summed over the batch in ascending order, in fp32: the same bits in every run. The bias has none.
 
-What is between loads and stores is fp32. But bf16 of more than 16 queries on a CPU with AMX or AVX512_BF16 is
-multiplied as such, with fp32 sums: weights and dscore are rounded to bf16 there (docs/decisions/0016).
+Arithmetic is fp32, with one exception: bf16 of more than 16 queries, on a CPU with AMX or AVX512_BF16, is multiplied
+in bf16 with fp32 sums, for which weights and dscore are rounded to bf16 (docs/decisions/0016).
 
 No t5_attention_backward in csrc/cuda/t5_attention.cu: on a GPU Triton's tensor-core kernels do it. In fp32 with K > 64
 they would spill; the reference runs then. The forward pass is CUDA C++ up to 16 queries, which in fp32 would be other
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt._native import DTYPE_CODES, contiguous, serves, stream
+from fastprompt._native import DTYPE_CODES, contiguous, covers, serves, stream
 from fastprompt.dispatch import Op, direct
 from fastprompt.dispatch.plain import is_capturing, is_plain
 from fastprompt.ops import _t5_attention_reference as reference
@@ -104,8 +104,9 @@ def t5_attention(
         prompt_k, prompt_v: [R, P, H, K], keys and values of R prompts, in q's dtype.
         prompt_ids: [B] int64 or int32, the prompt of each example; None: the only one.
         prompt_lens: [R] int64 or int32, how many of its P keys each prompt has; None: all.
-        key_mask: bool [B, S], True where an own key may be attended to; or int64 [B], the number of own keys.
-        offset: the position of query 0 among the own keys: an int, or int64 [B] or [1]. S - T while decoding.
+        key_mask: bool [B, S], True where an own key may be attended to; or int64 or int32 [B], the number of own keys.
+        offset: the position of query 0 among the own keys, S - T while decoding: an int, or int64 or int32 [B], [1] or
+            [].
         causal: an own key after the query is not attended to.
         dropout_p: probability of dropping an attention weight, to the nearest 2^-16.
         seed: [1] int64 on q's device, fixes the dropout mask; drawn from torch's generator when None.
@@ -369,7 +370,7 @@ def _triton_t5_attention(*arguments: Any) -> Any:
     from fastprompt.triton_kernels import t5_attention as kernels
 
     a = _inputs(arguments)
-    if a.q.dtype not in DTYPE_CODES:
+    if not covers(a.q):
         return NotImplemented
     out, stats = _empty(a)
     if out.numel():
@@ -429,7 +430,7 @@ def _triton_t5_attention_backward(dout: Tensor, out: Tensor | None, stats: Tenso
 
     a = _inputs(arguments)
     covered = kernels.covers_backward(a.q.shape[-1], a.q.dtype, a.q.device)
-    if a.q.dtype not in DTYPE_CODES or not covered or out is None:
+    if not covers(a.q) or not covered or out is None:
         return NotImplemented
     gradients = _empty_gradients(a)
     kernels.t5_attention_backward(*contiguous(dout, out, stats), a, *gradients)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastprompt import hf_attention
+from fastprompt._family import SERVED
 from fastprompt._tensors import is_sharded, parts_of
 from fastprompt.ops.t5_attention import HEAD_WIDTHS
 
@@ -112,9 +112,9 @@ def check_kind(kind: str, model: Any) -> None:
     """Kinds whose keys attention layers read need a model whose attention is T5's, with heads that kernels take."""
     if kind == "prepend":
         return
-    if model.config.model_type not in hf_attention.SERVED:
+    if model.config.model_type not in SERVED:
         raise ValueError(
-            f"PromptModel: a prompt of kind {kind!r} needs a model of type {', '.join(hf_attention.SERVED)}, got "
+            f"PromptModel: a prompt of kind {kind!r} needs a model of type {', '.join(SERVED)}, got "
             f"{model.config.model_type!r}. Use kind='prepend'"
         )
     if model.config.d_kv not in HEAD_WIDTHS:

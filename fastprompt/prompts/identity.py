@@ -37,14 +37,14 @@ _COMPUTING = (
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a prompt file says about its model; ``embedding_dtype`` is the table's when it was hashed."""
+    """What a prompt file says about its model."""
 
-    name_or_path: str
-    model_type: str
-    vocab_size: int
-    d_model: int
-    embedding_dtype: str
-    embedding_sha256: str
+    name_or_path: str  # for messages: it decides nothing
+    model_type: str  # of its config
+    vocab_size: int  # V, rows of the embedding table
+    d_model: int  # D, its columns
+    embedding_dtype: str  # of the table when it was hashed, without "torch."
+    embedding_sha256: str  # of the table rounded to bf16
     float16_sha256: str = ""  # of a float32 table: what embedding_sha256 is after a load in float16
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class ModelIdentity:
         return None
 
     def _hash(self, half: bool) -> str:
-        """Of the table; of a float16 load's. "": it is not known."""
+        """The table's or, with ``half``, the one that it has after a load in float16; "" if that is unknown."""
         return self.embedding_sha256 if not half or self.embedding_dtype == "float16" else self.float16_sha256
 
 

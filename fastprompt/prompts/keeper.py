@@ -57,8 +57,9 @@ class KeyKeeper(PromptHolder):
 
     @contextmanager
     def keeping(self, names: Names) -> Iterator[None]:
-        """Keep keys and values inside a ``with`` block, as ``cache_prompts`` does, of prompts that have some of their
-        own and of which none are kept. In training mode none are: dropout makes every call's others.
+        """Inside a ``with`` block keep the keys and values of prompts of kind "cached" or "prefix", as
+        ``cache_prompts`` does, of which none are kept yet. In training mode nothing is kept: dropout makes every call's
+        keys different.
 
         Args:
             names: of any prompts, one or several; None is the first one, as in ``forward``.

@@ -20,8 +20,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastprompt import hf_attention
 from fastprompt._allowed import Allowed, PromptKeys
 from fastprompt._extra_outputs import extra_output
+from fastprompt._family import SERVED
 from fastprompt.dispatch.plain import is_capturing, is_transformed
-from fastprompt.modules._bias import bias_obstacle, head_obstacle
+from fastprompt.modules._bias import bias_obstacle
+from fastprompt.modules._ready import head_obstacle
 from fastprompt.ops._indices import indices
 from fastprompt.prompts import stock
 from fastprompt.prompts.sites import bias_tables, disorder
@@ -145,8 +147,8 @@ def _serves(encoder: Any) -> bool:
 
 def obstacle(model: Any, flags: Mapping[str, Any], device: torch.device) -> str | None:
     """Why this model's encoder cannot run packed rows; None if it can."""
-    if model.config.model_type not in hf_attention.SERVED:
-        return f"needs a model of type {', '.join(hf_attention.SERVED)}, got {model.config.model_type!r}"
+    if model.config.model_type not in SERVED:
+        return f"needs a model of type {', '.join(SERVED)}, got {model.config.model_type!r}"
     encoder = model.get_encoder()
     found = None if _serves(encoder) else stock.obstacle(encoder, device)
     if found is not None:

@@ -22,19 +22,19 @@ from fastprompt.dispatch.backends import backends
 from fastprompt.modules.config import served_config
 
 # Modules that treat a row alike in every batch: these of torch's, and all of transformers' and of LoRA's.
-TORCH = {
+ROW_WISE = {
     nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.Linear, nn.ModuleDict, nn.ModuleList, nn.ParameterDict,
     nn.ReLU, nn.Sequential, nn.SiLU,
 }  # fmt: skip
 FOREIGN = ("transformers.", "peft.tuners.lora.")
-OWN = ("transformers.", "torch.", "peft.tuners.lora.")  # where the methods of such modules are defined
+OWN = ("torch.", *FOREIGN)  # where the methods of such modules are defined
 METHODS = {"forward", "compute_bias", "_relative_position_bucket"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 REMEDY = "If what was added works row by row, call fastprompt.patch(model)"
 
 
 def obstacle(encoder: Any, device: torch.device) -> str | None:
-    """Why this encoder cannot be run so; None if it can. It is of a type in hf_attention.SERVED."""
+    """Why this encoder cannot be run so; None if it can. It is of a type in SERVED."""
     used = encoder.config._attn_implementation_internal
     if not _attends_as_transformers(encoder, used):
         return f'needs transformers\' own "eager" or "sdpa" as attention, got {used!r}. Call fastprompt.patch(model)'
@@ -72,7 +72,7 @@ def _is_own(function: Any) -> bool:
 
 def _added(module: nn.Module) -> str | None:
     kind, state = type(module), vars(module)
-    if kind not in TORCH and not kind.__module__.startswith(FOREIGN):
+    if kind not in ROW_WISE and not kind.__module__.startswith(FOREIGN):
         return f"a {kind.__name__}"
     shadowed = METHODS & state.keys()
     if shadowed:

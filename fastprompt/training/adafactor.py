@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adafactor as the released prompt-tuning code runs it on 100 rows, which neither PyTorch's nor transformers' can.
 
-Both factor the second moments of whatever has two dimensions; T5X does from 128 in each on.
+Both factor the second moments of every 2-D parameter; T5X only where both dimensions are 128 or more.
 """
 
 import math

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from fastprompt._evaluating import evaluating
 from fastprompt.model import PromptModel
 from fastprompt.prompts.rank import choice_ids, choice_scores, rank_of
-from fastprompt.training.batches import Batch, encode, in_order, on, to_few_lengths
+from fastprompt.training.batches import Batch, encode, in_order, to_device, to_few_lengths
 from fastprompt.training.examples import Example
 from fastprompt.training.losses import check_choices, of_graphed
 
@@ -42,9 +42,9 @@ def answer(
         max_input, max_new_tokens: what is read of an input, and generated of an answer, in tokens.
 
     Raises:
-        ValueError: there is no prompt's name, two choices are the same, ``batch_size`` or ``max_input`` is less than 1,
-            or prompts are named for a bare T5.
-        FloatingPointError: what the model says is NaN, as where it overflows in float16.
+        ValueError: ``prompts`` or ``choices`` is empty, two choices are the same tokens, ``batch_size`` or
+            ``max_input`` is less than 1, or prompts are named for a bare T5.
+        FloatingPointError: the model's scores are NaN, as where it overflows in float16.
     """
     if prompts is not None and not prompts:
         raise ValueError("answer: prompts must be one or more names, or None for the first one, got none")
@@ -56,13 +56,13 @@ def answer(
     names = [prompts] if isinstance(prompts, str) or prompts is None else list(prompts)
     pairs = encode([Example(text, "") for text in inputs], tokenizer, max_input=max_input)
     ids = choice_ids(choices, tokenizer, model.config.vocab_size) if choices is not None else []
-    check_choices(ids)
-    # Only a PromptModel ranks by graphs, and prompts that vote are not by graphs at all.
+    check_choices("answer", ids)
+    # Graphs rank for a PromptModel only, and never serve prompts that vote.
     served = on_gpu and len(names) == 1 and (choices is None or isinstance(model, PromptModel))
     graphs, answers = given_model if served else None, []
     with evaluating(model), model.keeping(prompts) if isinstance(model, PromptModel) else nullcontext():
         for batch in in_order(pairs, batch_size):
-            given = on(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
+            given = to_device(model.device, {name: batch[name] for name in ("input_ids", "attention_mask")})
             if graphs:
                 given = to_few_lengths(given)
             if choices is None:
@@ -84,7 +84,7 @@ def _ranked(
         found = rank_of(
             choice_scores(model, batch["input_ids"], batch["attention_mask"], choices, prompts=names[0])
         )
-    _check_numbers(found.scores, model)
+    _check_no_nan(found.scores, model)
     return found.best.tolist()
 
 
@@ -92,7 +92,7 @@ def _generated(
     model: Any, graphs: Any, batch: Batch, tokenizer: Any, names: Sequence[str | None], max_new_tokens: int
 ) -> list[str]:
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    how["logits_processor"] = LogitsProcessorList([_Numbers(model)])
+    how["logits_processor"] = LogitsProcessorList([_NaNCheck(model)])
     if len(names) > 1:
         ids = model.ensemble_generate(**batch, prompts=names, **how).sequences
     else:
@@ -101,19 +101,19 @@ def _generated(
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-class _Numbers(LogitsProcessor):
-    """Looks at the scores of every token generated, and changes none."""
+class _NaNCheck(LogitsProcessor):
+    """Checks the scores of every token that is generated, and changes none."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        _check_numbers(scores, self.model)
+        _check_no_nan(scores, self.model)
         return scores
 
 
-def _check_numbers(scores: Tensor, model: Any) -> None:
+def _check_no_nan(scores: Tensor, model: Any) -> None:
     if scores.isnan().any():
         raise FloatingPointError(
-            f"the model's scores are NaN in {str(model.dtype).removeprefix('torch.')}. A wider dtype may help"
+            f"answer: the model's scores are NaN in {str(model.dtype).removeprefix('torch.')}. A wider dtype may help"
         )

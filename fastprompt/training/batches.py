@@ -21,11 +21,19 @@ Batch = dict[str, Tensor]
 def encode(
     examples: Sequence[Example], tokenizer: Any, *, max_input: int = 512, max_target: int | None = None
 ) -> list[Pair]:
-    """Examples as token ids, each with the end marker; inputs are cut to so many.
+    """Examples as token ids.
+
+    Args:
+        examples: may be none.
+        tokenizer: the model's.
+        max_input: tokens that an input is cut to, its end marker among them.
+        max_target: the most tokens of a target, without its end marker; None: any number.
+
+    Returns:
+        A pair per example, in their order, both parts with the end marker.
 
     Raises:
-        ValueError: a limit is less than 1, or a target has more than ``max_target``, not counting the end marker: a
-            part of it would be learned as the whole.
+        ValueError: a limit is less than 1, or a target is over ``max_target``: a part would be learned as the whole.
     """
     for name, limit in (("max_input", max_input), ("max_target", max_target)):
         if limit is not None and limit < 1:
@@ -34,7 +42,7 @@ def encode(
         return []
     sources = tokenizer([each.input for each in examples], truncation=True, max_length=max_input)["input_ids"]
     targets = tokenizer([each.target for each in examples])["input_ids"]
-    if max_target is not None and (long := longer(targets, tokenizer, max_target)):
+    if max_target is not None and (long := lengths_over(targets, tokenizer, max_target)):
         raise ValueError(
             f"encode: {len(long):,} of {len(targets):,} targets have more than max_target={max_target} tokens, up to "
             f"{max(long):,}. Allow as many, or leave those out"
@@ -42,14 +50,26 @@ def encode(
     return list(zip(sources, targets, strict=True))
 
 
-def longer(targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -> list[int]:
-    """The lengths of the targets that are longer, without the end marker: who generates so many may stop before it."""
+def lengths_over(targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -> list[int]:
+    """The targets' lengths that are over the limit.
+
+    The end marker does not count: an answer that is generated up to the limit may lack it.
+    """
     lengths = [len(target) - (list(target[-1:]) == [tokenizer.eos_token_id]) for target in targets]
     return [length for length in lengths if length > limit]
 
 
 def collate(pairs: Sequence[Pair], pad: int = 0) -> Batch:
-    """Pads pairs on the right, to the longest of them."""
+    """Pairs as a batch, padded on the right to the longest input and the longest target.
+
+    Args:
+        pairs: B of them, one or more.
+        pad: the model's padding token, for inputs. Targets are padded with -100.
+
+    Returns:
+        A Batch on the CPU: ``input_ids`` and ``attention_mask`` (1 at tokens, 0 at padding) int64 [B, S], ``labels``
+        int64 [B, T].
+    """
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
         tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
@@ -90,7 +110,7 @@ def in_order(pairs: Sequence[Pair], batch_size: int) -> Iterator[Batch]:
 
 
 def split(batch: Batch, rows: int) -> list[Batch]:
-    """The batch, `rows` of it at a time, each without the columns at its end that only longer rows fill."""
+    """The batch, `rows` of it at a time, each piece cut to its own longest input and target."""
     return [
         _cut({name: each[start : start + rows] for name, each in batch.items()})
         for start in range(0, len(batch["labels"]), rows)
@@ -100,9 +120,8 @@ def split(batch: Batch, rows: int) -> list[Batch]:
 def _cut(batch: Batch) -> Batch:
     inputs, targets = _width(batch["attention_mask"] != 0), _width(batch["labels"] != -100)
     widths = {"input_ids": inputs, "attention_mask": inputs, "labels": targets}
-    return {
-        name: batch[name][:, :width].contiguous() for name, width in widths.items()
-    }  # T5 views the labels
+    # T5 takes a view of its labels, which must be contiguous for that.
+    return {name: batch[name][:, :width].contiguous() for name, width in widths.items()}
 
 
 def _width(filled: Tensor) -> int:
@@ -120,8 +139,8 @@ def to_few_lengths(batch: Mapping[str, Any], pad: int = 0) -> dict[str, Any]:
     return found
 
 
-def on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch there. What is no tensor, such as prompts' names, stays."""
+def to_device(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors there; other values, such as prompts' names, as they are."""
     return {
         name: each.to(device, non_blocking=True) if isinstance(each, Tensor) else each
         for name, each in batch.items()

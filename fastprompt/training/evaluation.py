@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastprompt.training.answers import answer
-from fastprompt.training.examples import Example, check_targets, some
+from fastprompt.training.examples import Example, check_targets, preview
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def evaluate(
         max_input, max_new_tokens: what is read of an input, and generated of an answer, in tokens.
 
     Raises:
-        ValueError: there is no example or no prompt's name, a target is none of the choices, two choices are the
-            same, ``batch_size`` or ``max_input`` is less than 1, or prompts are named for a bare T5.
-        FloatingPointError: what the model says is NaN, as where it overflows in float16.
+        ValueError: ``examples`` or ``prompts`` is empty, a target is none of the choices, two choices are the same
+            tokens, ``batch_size`` or ``max_input`` is less than 1, or prompts are named for a bare T5.
+        FloatingPointError: the model's scores are NaN, as where it overflows in float16.
     """
     if not examples or (prompts is not None and not prompts):
         raise ValueError("evaluate: needs one or more examples, and names or None for prompts")
     if choices is not None:
-        check_targets(f"evaluate: targets must be among the choices {some(choices)}", examples, choices)
+        check_targets(f"evaluate: targets must be among the choices {preview(choices)}", examples, choices)
     predictions = answer(
         model,
         [each.input for each in examples],

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 TABLES: dict[str, dict[str, Any]] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # a tab stands in no field, and a quote is one
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},  # no tabs in fields; a quote is itself
 }
 FIELD_LIMIT = 1 << 30  # characters; Python's own, 131,072, is less than a long document
 Rows = Generator[tuple[int, dict[str, Any]], None, None]
@@ -60,11 +60,11 @@ def read_inputs(path: str | os.PathLike[str], *, input_field: str = "input") -> 
 def check_targets(what: str, examples: Sequence[Example], choices: Sequence[str]) -> None:
     """ValueError, which begins with ``what``: a target is none of the choices."""
     if strange := {each.target for each in examples}.difference(choices):
-        raise ValueError(f"{what}, got {some(sorted(strange))}")
+        raise ValueError(f"{what}, got {preview(sorted(strange))}")
 
 
-def some(texts: Collection[str]) -> str:
-    """The first of them, and how many more there are: files have thousands."""
+def preview(texts: Collection[str]) -> str:
+    """The first five, and how many more there are: files have thousands."""
     more = len(texts) - 5
     return f"{list(texts)[:5]}" + (f" and {more:,} more" if more > 0 else "")
 
@@ -112,7 +112,7 @@ def _json_lines(path: Path, file: Any, wanted: Sequence[str]) -> Rows:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object, and its names: of equal ones the last has the value."""
+    """A JSON object, and its names as written: the dict has repeated ones once."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -121,7 +121,7 @@ class _Object(dict[str, Any]):
 
 def _table(path: Path, file: Any, wanted: Sequence[str]) -> Rows:
     reader = csv.DictReader(file, **TABLES[path.suffix.lower()], strict=True)
-    limit = csv.field_size_limit(FIELD_LIMIT)  # the process's: it gets its own back
+    limit = csv.field_size_limit(FIELD_LIMIT)  # the whole process's, restored below
     try:
         names = list(reader.fieldnames or [])
         if not any(names) or any(names.count(name) > 1 for name in wanted):

@@ -76,59 +76,106 @@ def tune(
         raise ValueError(f"tune: steps and score_every must be 1 or more, got {steps} and {score_every}")
     if curve is not None and (curve.losses or curve.scores):
         raise ValueError("tune: curve must be empty, got another training's. Give a new Curve()")
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    backward: Callable[[Batch], Tensor] = partial(_whole, loss)
-    if micro_batch is not None:
-        backward = partial(_in_pieces, _divisible(loss, micro_batch), micro_batch, parameters)
-    curve, queue = Curve() if curve is None else curve, iter(batches)
-    best, pending, done = _copies(parameters), list[Tensor](), 0
+    run = _Run(prompted, loss, optimizer, micro_batch, Curve() if curve is None else curve)
+    numbered = zip(range(1, steps + 1), batches, strict=False)
     if score is not None:
-        curve.scores[0] = score()
-        if on_score is not None:
-            on_score(0, curve.scores[0], True)
+        run.score(score, on_score)
     prompted.train()
     with tqdm(total=steps, bar_format=BAR, ncols=79, disable=None if progress else True) as bar:
         try:
-            for step in range(1, steps + 1):
-                batch = next(queue, None)
-                if batch is None:
-                    raise ValueError(
-                        f"tune: batches ended before step {step} of {steps}. Give more, or fewer steps"
-                    )
-                optimizer.zero_grad()
-                pending.append(backward(batch))
-                if step == 1 and all(each.grad is None for each in parameters):
-                    raise ValueError(f"tune: nothing that the optimizer holds has a gradient: {NO_PROMPT}")
-                optimizer.step()
-                done = step
+            for step, batch in numbered:
+                run.step(batch)
                 scores_now = step % score_every == 0 or step == steps
                 if scores_now or step % REPORT_EVERY == 0:
-                    _read(pending, curve.losses)
-                    _check_finite(parameters, step)
-                    bar.set_postfix_str(_postfix(curve), refresh=False)
-                if score is not None and scores_now:
-                    curve.scores[step] = score()
-                    now, before = _rank(curve.scores[step]), _rank(curve.scores[curve.best_step])
-                    better = now > before or (now == before and curve.best_step == 0)
-                    if better:
-                        curve.best_step, best = step, _copies(parameters)
-                    if on_score is not None:
-                        on_score(step, curve.scores[step], better)
-                    prompted.train()  # which neither need have left so
-                    bar.set_postfix_str(_postfix(curve), refresh=False)
+                    run.check()
+                    bar.set_postfix_str(_postfix(run.curve), refresh=False)
+                if scores_now and score is not None:
+                    run.score(score, on_score)
+                    bar.set_postfix_str(_postfix(run.curve), refresh=False)
                 bar.update()
         finally:
-            try:
-                with suppress(FloatingPointError):  # of steps that were not looked at before it ended
-                    _read(pending, curve.losses)
-            finally:
-                finite = all(map(math.isfinite, curve.losses)) and all(map(_is_finite, parameters))
-                if finite and len(curve.scores) < 2:
-                    curve.best_step = done
-                else:
-                    _write(parameters, best)
-                prompted.eval()
-    return curve
+            run.settle()
+    if run.done < steps:
+        raise ValueError(
+            f"tune: batches ended before step {run.done + 1} of {steps}. Give more, or fewer steps"
+        )
+    return run.curve
+
+
+class _Run:
+    """A training under way: its steps, what they showed, and which values the prompt is left with."""
+
+    def __init__(
+        self,
+        prompted: PromptModel,
+        loss: Callable[[Batch], Tensor],
+        optimizer: torch.optim.Optimizer,
+        micro_batch: int | None,
+        curve: Curve,
+    ) -> None:
+        self.prompted, self.optimizer, self.curve = prompted, optimizer, curve
+        self.parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        self.backward: Callable[[Batch], Tensor] = partial(_whole, loss)
+        if micro_batch is not None:
+            self.backward = partial(_in_pieces, _divisible(loss, micro_batch), micro_batch, self.parameters)
+        self.done = 0  # steps
+        self.pending: list[Tensor] = []  # losses that the host has not read
+        self.best = self.copies()  # as given, then at the best score
+
+    def step(self, batch: Batch) -> None:
+        self.optimizer.zero_grad()
+        self.pending.append(self.backward(batch))
+        if not self.done and all(each.grad is None for each in self.parameters):
+            raise ValueError(f"tune: nothing that the optimizer holds has a gradient: {NO_PROMPT}")
+        self.optimizer.step()
+        self.done += 1
+
+    def check(self) -> None:
+        """Read the losses. FloatingPointError: one is not finite, or the prompt is not, as by a NaN gradient."""
+        fresh, before = torch.stack(self.pending).tolist() if self.pending else [], len(self.curve.losses)
+        self.pending.clear()
+        self.curve.losses += fresh
+        for step, value in enumerate(fresh, before + 1):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"tune: the loss of step {step} is {value}. A lower lr, or float32, may help"
+                )
+        if not self.is_finite():
+            raise FloatingPointError(
+                f"tune: the prompt is not finite after step {self.done}. A lower lr, or float32, may help"
+            )
+
+    def score(self, score: Callable[[], float], on_score: Callable[[int, float, bool], None] | None) -> None:
+        """Score the prompt as it is, and keep a copy if it is the best so far."""
+        curve, value = self.curve, score()
+        curve.scores[self.done] = value
+        now, before = _rank(value), _rank(curve.scores[curve.best_step])
+        better = now > before or (now == before and curve.best_step == 0)
+        if better:
+            curve.best_step, self.best = self.done, self.copies()
+        if on_score is not None:
+            on_score(self.done, value, better)
+        self.prompted.train()  # neither function need have left it so
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """However it ended: leave the best prompt or, if no step has a score, the last one; in evaluation mode."""
+        try:
+            with suppress(FloatingPointError):  # what ended it is the error to raise
+                self.check()
+        finally:
+            if len(self.curve.scores) < 2 and all(map(math.isfinite, self.curve.losses)) and self.is_finite():
+                self.curve.best_step = self.done
+            else:
+                for parameter, value in zip(self.parameters, self.best, strict=True):
+                    parameter.copy_(value)
+            self.prompted.eval()
+
+    def copies(self) -> list[Tensor]:
+        return [each.detach().clone() for each in self.parameters]
+
+    def is_finite(self) -> bool:
+        return all(bool(each.isfinite().all()) for each in self.parameters)
 
 
 def _divisible(loss: Callable[[Batch], Tensor], rows: int) -> Loss:
@@ -155,7 +202,7 @@ def _whole(loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
 def _in_pieces(loss: Loss, rows: int, parameters: list[Tensor], batch: Batch) -> Tensor:
     """The same, `rows` at a time.
 
-    Gradients are weighed here, in the parameters' own dtype: the share of a bfloat16 loss would have eight bits.
+    Gradients are weighed here, in the parameters' dtype, and not by way of the loss: a bfloat16 one has eight bits.
     """
     if set(batch) != {"input_ids", "attention_mask", "labels"}:
         raise ValueError(
@@ -165,7 +212,7 @@ def _in_pieces(loss: Loss, rows: int, parameters: list[Tensor], batch: Batch) ->
     counts = [loss.items(piece) for piece in pieces]
     total = sum(counts)
     if not total:
-        return _whole(loss, pieces[0])  # no number, as the mean of nothing is
+        return _whole(loss, pieces[0])  # what the loss makes of a batch in which nothing counts
     values, gradients = [], dict[int, Tensor]()
     for piece, count in zip(pieces, counts, strict=True):
         if not count:
@@ -182,43 +229,9 @@ def _in_pieces(loss: Loss, rows: int, parameters: list[Tensor], batch: Batch) ->
     return torch.stack(values).sum()
 
 
-def _copies(parameters: list[Tensor]) -> list[Tensor]:
-    return [each.detach().clone() for each in parameters]
-
-
-@torch.no_grad()
-def _write(parameters: list[Tensor], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-
-
 def _rank(score: float) -> tuple[bool, float]:
-    """What to order scores by: NaN, which is equal to nothing, is less than any number."""
+    """A key to compare scores by: NaN is less than any number, and equal to NaN."""
     return (False, 0.0) if math.isnan(score) else (True, score)
-
-
-def _read(pending: list[Tensor], losses: list[float]) -> None:
-    """Move losses to the host, and see that they are numbers."""
-    fresh = torch.stack(pending).tolist() if pending else []
-    pending.clear()
-    losses += fresh
-    for number in range(len(losses) - len(fresh), len(losses)):
-        if not math.isfinite(losses[number]):
-            raise FloatingPointError(
-                f"tune: the loss of step {number + 1} is {losses[number]}. A lower lr, or float32, may help"
-            )
-
-
-def _is_finite(parameter: Tensor) -> bool:
-    return bool(parameter.isfinite().all())
-
-
-def _check_finite(parameters: list[Tensor], step: int) -> None:
-    """A gradient may be none where its loss is a number."""
-    if not all(map(_is_finite, parameters)):
-        raise FloatingPointError(
-            f"tune: the prompt is not finite after step {step}. A lower lr, or float32, may help"
-        )
 
 
 def _postfix(curve: Curve) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step makes small."""
+"""The losses that a step makes smaller."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprompt.graphs import Graphed
 from fastprompt.prompts.rank import choice_scores
-from fastprompt.training.batches import Batch, on, to_few_lengths
+from fastprompt.training.batches import Batch, to_device, to_few_lengths
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,21 @@ class Loss:
 
 
 def model_loss(prompted: Any, *, prompts: str | None = None) -> Loss:
-    """The paper's: the target's likelihood, in nats per token, with the prompt of that name (None: the first one). It
-    leaves out the logits. A batch may have ``prompts`` of its own, a name per row.
+    """The paper's loss: the cross-entropy of the targets' tokens.
 
-    Of ``fastprompt.graphed(prompted)`` a step is a CUDA graph, on a GPU, and batches are padded to few lengths for it;
-    those that name prompts of their own run without.
+    Args:
+        prompted: a PromptModel, or one ``graphed``: on a GPU a step is then a CUDA graph, and batches are padded to few
+            lengths for it; those with ``prompts`` of their own run without.
+        prompts: the name of the prompt; None: the first. A batch's own ``prompts``, a name per row, come first.
+
+    Returns:
+        A Loss: the mean over the batch's target tokens (labels other than -100), 0-d, in nats, of the dtype that the
+        model's own loss has. A call of it raises what the model's forward does.
     """
 
     def mean(batch: Batch) -> Tensor:
         model, on_gpu = of_graphed(prompted)
-        there = on(model.device, {"prompts": prompts} | batch)
+        there = to_device(model.device, {"prompts": prompts} | batch)
         if on_gpu and "prompts" not in batch:
             return prompted(**to_few_lengths(there), return_logits=False)
         return model(**there, return_logits=False).loss
@@ -50,12 +55,21 @@ def of_graphed(model: Any) -> tuple[Any, bool]:
 
 
 def choice_loss(model: Any, choices: Sequence[Sequence[int]], *, prompts: str | None = None) -> Loss:
-    """The choice of each row's own target among `choices`, in nats per row: what a rank asks, made smooth.
+    """Cross-entropy of each row's own target among ``choices``, by the scores that ``rank`` uses.
 
-    A small model would spend the paper's loss on making the choices likely at all. `choices` are token ids, ended by
-    the end marker if, and only if, the targets are; `prompts` a PromptModel's, one name (None: the first prompt) unless
-    a batch has ``prompts`` of its own, a name per row. TypeError: they are strings. ValueError: there are none, one is
-    empty, two are the same, or a target is none of them.
+    For models so small that the paper's loss would be spent on making the choices likely at all.
+
+    Args:
+        model: a PromptModel, or a T5ForConditionalGeneration.
+        choices: C lists of token ids, with the end marker if and only if the targets have it.
+        prompts: a PromptModel's, one name; None: the first. A batch's own ``prompts``, a name per row, come first.
+
+    Returns:
+        A Loss: the mean over the rows, 0-d, in nats, fp32 or the model's wider dtype.
+
+    Raises:
+        TypeError: a choice is a string, or no list.
+        ValueError: there is no choice, one is empty, two are the same; in a call, a target is none of them.
     """
     if any(isinstance(choice, str) or not isinstance(choice, Sequence) for choice in choices):
         raise TypeError(
@@ -66,11 +80,11 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]], *, prompts: str | 
             f"choice_loss: choices must be one or more lists of one or more token ids, got {choices!r}. Give "
             "tokenizer(choices).input_ids"
         )
-    check_choices(choices)
+    check_choices("choice_loss", choices)
 
     def loss(batch: Batch) -> Tensor:
         own = own_choice(batch, choices)
-        there = on(model.device, batch)
+        there = to_device(model.device, batch)
         names = there.get("prompts", prompts)
         scores = choice_scores(model, there["input_ids"], there["attention_mask"], choices, prompts=names)
         return torch.nn.functional.cross_entropy(scores, own.to(scores.device))
@@ -78,14 +92,14 @@ def choice_loss(model: Any, choices: Sequence[Sequence[int]], *, prompts: str | 
     return Loss(loss, lambda batch: len(batch["labels"]))
 
 
-def check_choices(choices: Sequence[Sequence[int]]) -> None:
-    """ValueError: two choices are the same to the model."""
+def check_choices(what: str, choices: Sequence[Sequence[int]]) -> None:
+    """ValueError, which begins with ``what``: two choices are the same to the model."""
     first: dict[tuple[int, ...], int] = {}
     for number, choice in enumerate(map(tuple, choices)):
         if first.setdefault(choice, number) != number:
             raise ValueError(
-                f"choices {first[choice]} and {number} are the same tokens, {list(choice)}: the model cannot tell them "
-                "apart. Give each once, in words that the tokenizer knows"
+                f"{what}: choices {first[choice]} and {number} are the same tokens, {list(choice)}: the model cannot "
+                "tell them apart. Give each once, in words that the tokenizer knows"
             )
 
 

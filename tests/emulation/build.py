@@ -35,6 +35,7 @@ TILE_FLAGS = ["-DFP_HAS_TILES", "-DFP_EMULATED_AMX"]
 NEON_FLAGS = [*CPU_FLAGS, "-DFP_LANES=4", '-DFP_TARGET="neon"']
 ADDRESS = "-fsanitize=address"
 SCHEDULES = ("forward", "reverse", "shuffled")
+BAD_OPTION = -2  # csrc/common/kernel.h
 
 _libraries: dict[Path, ctypes.CDLL] = {}
 _schedule = (0, 0)
@@ -95,6 +96,8 @@ class Kernel:
         status = self._library.emulate_call(self._address, slots, message, len(message))
         if message.value:
             raise RuntimeError(f"{self.name}: {message.value.decode()}")
+        if status == BAD_OPTION:
+            raise ValueError(f"{self.name}: the kernel does not know this dtype or option")
         if status:
             raise RuntimeError(f"{self.name}: CUDA error {status}")
         return status

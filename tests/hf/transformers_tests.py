@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 import fastprompt
-from fastprompt.modules.attention import FrozenAttention
+from fastprompt.modules._frozen_attention import FrozenAttention
 from fastprompt.modules.ff import FrozenFF
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value

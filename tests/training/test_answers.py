@@ -30,7 +30,7 @@ def test_slips(prompted, model, tokenizer):
         training.answer(model, TEXTS, tokenizer, prompts="one")
     with pytest.raises(ValueError, match="choices must be one or more answers"):
         training.answer(prompted, TEXTS, tokenizer, choices=[])
-    with pytest.raises(ValueError, match="choices 0 and 1 are the same tokens"):
+    with pytest.raises(ValueError, match=r"^answer: choices 0 and 1 are the same tokens"):
         training.answer(prompted, TEXTS, tokenizer, choices=["files", "files"])
 
 

@@ -67,5 +67,5 @@ def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
     out.unlink()
     status, _, said = run(capsys, "tune", *MODEL, *how, "--choices", "日本", "中国", "network")
     assert status == 1
-    assert "choices 0 and 1 are the same tokens" in said
+    assert "--choices: choices 0 and 1 are the same tokens" in said
     assert not out.exists()

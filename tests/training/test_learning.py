@@ -45,7 +45,7 @@ def test_the_loss_of_a_choice(prompted, batch, choices, tokenizer):
     torch.testing.assert_close(training.choice_loss(prompted, ids)(batch), expected)
     with pytest.raises(ValueError, match="targets must be among the choices"):
         training.choice_loss(prompted, ids[:2])(batch)
-    with pytest.raises(ValueError, match="choices 0 and 2 are the same tokens"):
+    with pytest.raises(ValueError, match=r"^choice_loss: choices 0 and 2 are the same tokens"):
         training.choice_loss(prompted, [ids[0], ids[1], ids[0]])
     for none in (choices, [1, 2]):
         with pytest.raises(TypeError, match=r"lists of token ids, got .*Give tokenizer\(choices\).input_ids"):
@@ -259,7 +259,7 @@ def test_what_cannot_be_evaluated(prompted, model, examples, tokenizer, choices)
     for none in ([], ()):
         with pytest.raises(ValueError, match="names or None for prompts"):
             training.evaluate(prompted, examples, tokenizer, prompts=none)
-    with pytest.raises(ValueError, match="are the same tokens"):
+    with pytest.raises(ValueError, match=r"^answer: choices 3 and 4 are the same tokens"):
         training.evaluate(prompted, examples, tokenizer, choices=[*choices, "日", "月"])
     with pytest.raises(ValueError, match=r"among the choices \['files'\], got \['graphics', 'network'\]"):
         training.evaluate(prompted, examples, tokenizer, choices=choices[:1])
@@ -279,7 +279,7 @@ def test_scores_that_are_no_numbers_are_no_answers(prompted, examples, tokenizer
     with torch.no_grad():
         prompted.prompts["one"].fill_(float("nan"))
     how = {"choices": choices if ranked else None, "prompts": names, "max_new_tokens": 3}
-    with pytest.raises(FloatingPointError, match="the model's scores are NaN in float32"):
+    with pytest.raises(FloatingPointError, match=r"^answer: the model's scores are NaN in float32"):
         training.evaluate(prompted, examples, tokenizer, **how)
 
 

@@ -262,7 +262,7 @@ def test_a_model_is_left_in_its_mode_whatever_fails(monkeypatch):
     def lost(*given):
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(loop, "_read", lost)
+    monkeypatch.setattr(loop._Run, "check", lost)
     with pytest.raises(RuntimeError, match="device lost") as found:
         run(9, every=9, batches=interrupted(1))
     assert isinstance(found.value.__context__, KeyboardInterrupt)
