@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The three storage types and their conversions to and from float, on host and device.
+// The three storage types, their codes, and their conversions to and from float, on host and device.
 #pragma once
 #include <stdint.h>
 
@@ -27,6 +27,12 @@ struct fp16 {
 }  // namespace fp
 
 namespace {
+
+// Bytes of an element.
+FP_INLINE int64_t size_of(int64_t dtype) { return dtype == fp::kFloat32 ? 4 : 2; }
+
+// torch.promote_types: equal types stay, different ones meet in float32.
+FP_INLINE int64_t promoted(int64_t a, int64_t b) { return a == b ? a : static_cast<int64_t>(fp::kFloat32); }
 
 FP_INLINE uint32_t float_bits(float value) {
 #if defined(__CUDA_ARCH__)

@@ -22,8 +22,8 @@
 
 namespace fp {
 
-// What a kernel returns in place of 0 where it cannot run. bindings.cpp makes errors of them, but for kBadRange, of
-// which the launcher knows more to say. kBadOption: of an unknown dtype, for example.
+// Returned in place of 0 where a kernel cannot run. kernel_object.cpp raises on the first two; kBadRange goes to the
+// launcher, which knows the tensors' names.
 constexpr int64_t kNoMemory = -1, kBadOption = -2, kBadRange = -3;
 
 // A tensor as its kernel sees it; strides in elements.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // dropout_add on the CPU: one pass, no mask in memory. Formulas: fastprompt/ops/dropout_add.py.
 #include "common/kernel.h"
+#include "cpu/dropout.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace {

@@ -10,9 +10,15 @@
 // rows.
 #include <omp.h>
 #include <stdlib.h>
+#include <string.h>
 
+#include "common/dtype.h"
+#include "common/integers.h"
 #include "common/kernel.h"
 #include "cpu/gemm.h"
+#include "cpu/lanes.h"
+#include "cpu/memory.h"
+#include "cpu/simd.h"
 
 namespace {
 

@@ -5,8 +5,15 @@
 // every kLanes-th pair of products, and lanes are added up at its end. The columns of y that are computed together lie
 // far apart, so that each reads the weight in one line of its own, which a CPU reads ahead of. A row's result is the
 // same bits whatever other rows there are. Formulas: fastprompt/ops/frozen_linear.py.
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/integers.h"
 #include "common/kernel.h"
+#include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/pairs.h"
+#include "cpu/simd.h"
 
 namespace {
 

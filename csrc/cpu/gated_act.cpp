@@ -2,6 +2,9 @@
 // gated_act on the CPU: one pass over the tensors, whatever their shape. Formulas: fastprompt/ops/gated_act.py.
 #include "common/act.h"
 #include "common/kernel.h"
+#include "cpu/dropout.h"
+#include "cpu/exp.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace {

@@ -4,7 +4,14 @@
 // Formulas, shapes and dtypes: fastprompt/ops/linear_cross_entropy.py.
 #include "common/linear_cross_entropy.h"
 
+#include <math.h>
+#include <string.h>
+
+#include "common/dtype.h"
 #include "common/kernel.h"
+#include "cpu/exp.h"
+#include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace {

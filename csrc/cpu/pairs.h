@@ -3,7 +3,11 @@
 //
 // A factor on the right has its rows in pairs: elements (2r, j) and (2r + 1, j) are neighbours, and j + 1 follows.
 #pragma once
+#include <stdint.h>
+#include <string.h>
+
 #include "cpu/gemm.h"
+#include "cpu/simd.h"
 
 namespace {
 

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // prompt_embed on the CPU: each output row is written once, straight from its source.
 // Layout, shapes and dtypes: fastprompt/ops/prompt_embed.py.
+#include <string.h>
+
+#include "common/dtype.h"
 #include "common/kernel.h"
+#include "cpu/dropout.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace {

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // relu_dropout on the CPU: one pass, and one bit per element to come back by. Formulas: fastprompt/ops/relu_dropout.py.
+#include <string.h>
+
 #include "common/kernel.h"
+#include "common/philox.h"
+#include "cpu/dropout.h"
+#include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace {

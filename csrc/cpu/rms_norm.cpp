@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // rms_norm on the CPU: a row at a time, read from memory once; the second pass over a row finds it in L1, and asks for
 // the next row meanwhile. Formulas, shapes and dtypes: fastprompt/ops/rms_norm.py.
+#include <math.h>
+
+#include "common/dtype.h"
 #include "common/kernel.h"
+#include "cpu/dropout.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace {
@@ -106,9 +111,6 @@ int64_t rms_norm_backward(const void* dy, const void* x, const void* w, const fl
     return 0;
 }
 
-// torch.promote_types(x, residual): equal types stay, different ones meet in float32.
-int64_t promote(int64_t a, int64_t b) { return a == b ? a : static_cast<int64_t>(fp::kFloat32); }
-
 // h = residual + dropout(x), rounded to its storage type: the norm reads the rounded row, as HF's does.
 template <class H, class X, class R>
 void add_row(const X* x, const R* residual, const float* factors, H* h, int64_t count, Put how, RowSum* squares) {
@@ -129,7 +131,7 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
                           int64_t residual_dtype, int64_t w_dtype, void* /*stream*/) {
     if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
-    const int64_t h_dtype = promote(x_dtype, residual_dtype);
+    const int64_t h_dtype = promoted(x_dtype, residual_dtype);
     const int64_t x_size = size_of(x_dtype), residual_size = size_of(residual_dtype);
     const Put how = put_rows(y, D * size_of(w_dtype), N), put_h = put_in_passing(dropout.active());
 #pragma omp parallel if (N * D >= kParallelElements)
@@ -242,7 +244,7 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
     if (!is_dtype(x_dtype) || !is_dtype(residual_dtype) || !is_dtype(w_dtype)) return fp::kBadOption;
     const ResidualBackward call{dy, dh, h, w,       rstd,           dresidual,
                                 dx, N,  D, x_dtype, residual_dtype, Dropout(seed, dropout_p)};
-    const int64_t h_dtype = promote(x_dtype, residual_dtype);
+    const int64_t h_dtype = promoted(x_dtype, residual_dtype);
     const Put put_residual = put_rows(dresidual, D * size_of(residual_dtype), N, put_in_passing(call.dropout.active()));
     const Put put_x = put_rows(dx, D * size_of(x_dtype), N);
 #pragma omp parallel if (N * D >= kParallelElements)

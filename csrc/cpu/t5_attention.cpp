@@ -2,6 +2,15 @@
 // The forward pass of t5_attention: the online softmax, chunk of keys by chunk; few queries read their keys in place.
 #include "cpu/t5_attention.h"
 
+#include <math.h>
+#include <string.h>
+
+#include "common/attention.h"
+#include "common/kernel.h"
+#include "cpu/exp.h"
+#include "cpu/lanes.h"
+#include "cpu/simd.h"
+
 namespace {
 
 struct Forward : Work {

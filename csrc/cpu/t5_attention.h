@@ -6,10 +6,17 @@
 // Keys that are not allowed are left out when an example's keys are gathered, so they cost nothing.
 #pragma once
 #include <omp.h>
+#include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "common/attention.h"
+#include "common/dtype.h"
+#include "common/integers.h"
 #include "common/kernel.h"
+#include "cpu/dropout.h"
+#include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "cpu/t5_attention_products.h"
 #include "cpu/t5_attention_rows.h"
@@ -66,8 +73,6 @@ void store_rows(const float* from, void* to, const Offset& offset, int64_t dtype
         count, [&](int64_t i) { fetch_row(to, offset(i), dtype, K); },
         [&](int64_t i) { store_row(from + i * K, to, offset(i), dtype, K); });
 }
-
-int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
 // May write up to kLanes - 1 more.
 void fill(float* to, int64_t count, float value) {

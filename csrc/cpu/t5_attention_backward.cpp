@@ -3,6 +3,12 @@
 // cache, so that dout . out of a row is summed from them and nobody has to keep out.
 #include <cmath>
 
+#include "common/attention.h"
+#include "common/integers.h"
+#include "common/kernel.h"
+#include "cpu/exp.h"
+#include "cpu/lanes.h"
+#include "cpu/simd.h"
 #include "cpu/t5_attention.h"
 
 namespace {

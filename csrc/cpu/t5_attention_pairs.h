@@ -4,6 +4,12 @@
 // Factors are bf16 and sums fp32, for bf16 only. Weights and the gradients of scores are rounded to bf16 as they become
 // factors, as Hugging Face rounds them (docs/decisions/0016).
 #pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "common/integers.h"
+#include "cpu/lanes.h"
+#include "cpu/simd.h"
 #include "cpu/t5_attention_products.h"
 #if defined(FP_HAS_TILES)
 #include "cpu/tiles.h"

@@ -2,7 +2,12 @@
 // The products of t5_attention on a CPU, and how their factors lie in memory: here in fp32, for any dtype. Targets that
 // multiply bf16 have PairProducts in place of FloatProducts (t5_attention_pairs.h).
 #pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "common/integers.h"
 #include "cpu/gemm.h"
+#include "cpu/lanes.h"
 #include "cpu/simd.h"
 
 namespace {

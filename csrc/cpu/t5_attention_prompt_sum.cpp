@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of the prompts' keys or values from each example's share of it.
 #include "common/kernel.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace {

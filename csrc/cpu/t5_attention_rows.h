@@ -2,7 +2,13 @@
 // Products of a few queries of t5_attention with keys and values, which are read where they lie, in any dtype: packing
 // them would take longer than it brings.
 #pragma once
+#include <stdint.h>
+
+#include "common/dtype.h"
 #include "common/kernel.h"
+#include "cpu/gemm.h"
+#include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "cpu/t5_attention_products.h"
 

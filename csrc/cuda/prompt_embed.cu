@@ -5,6 +5,7 @@
 // Backward: a thread owns V neighbours of one prompt row and adds up their gradients over the batch, in order.
 //
 // starts, lens, cu_tokens and cu_rows are data that nobody has checked: no value of theirs leads out of a tensor.
+#include "common/integers.h"
 #include "common/kernel.h"
 #include "cuda/dropout.h"
 #include "cuda/rows.h"
@@ -28,10 +29,6 @@ struct Source {
     int64_t row;  // of the prompts or of the weight; -1: the output row is zero
     bool prompt;
 };
-
-__device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t high) {
-    return value < low ? low : value > high ? high : value;
-}
 
 // The last b in [0, B) with cu_rows[b] <= row: empty sequences before it do not hide it. -1 if there is none.
 __device__ __forceinline__ int64_t find_sequence(const int64_t* cu_rows, int64_t B, int64_t row) {

@@ -173,9 +173,6 @@ int64_t launch_backward(const Backward& a, void* stream) {
     });
 }
 
-// torch.promote_types
-fp::DType promoted(fp::DType a, fp::DType b) { return a == b ? a : fp::kFloat32; }
-
 int64_t rms_norm(const void* x, const void* w, void* y, float* rstd, int64_t N, int64_t D, double eps, int64_t x_dtype,
                  int64_t w_dtype, void* stream) {
     const fp::DType type = dtype(x_dtype);
@@ -198,7 +195,7 @@ int64_t rms_norm_residual(const void* x, const void* residual, const void* w, co
     const fp::DType x_type = dtype(x_dtype), residual_type = dtype(residual_dtype);
     return launch_forward<true>(
         {x, residual, w, h, y, rstd, N, D, static_cast<float>(eps), make_dropout(seed, dropout_p), x_type,
-         residual_type, promoted(x_type, residual_type), dtype(w_dtype)},
+         residual_type, dtype(promoted(x_dtype, residual_dtype)), dtype(w_dtype)},
         stream);
 }
 
@@ -208,7 +205,7 @@ int64_t rms_norm_residual_backward(const void* dy, const void* dh, const void* h
                                    void* stream) {
     const fp::DType x_type = dtype(x_dtype), residual_type = dtype(residual_dtype);
     return launch_backward<true>({dy, dh, h, w, rstd, dresidual, dx, N, D, make_dropout(seed, dropout_p),
-                                  promoted(x_type, residual_type), dtype(w_dtype), residual_type, x_type},
+                                  dtype(promoted(x_dtype, residual_dtype)), dtype(w_dtype), residual_type, x_type},
                                  stream);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// t5_attention for few queries, as while decoding. Shapes and formulas: fastprompt/ops/t5_attention.py. Longer calls
-// and the backward pass are Triton's.
+// t5_attention for few queries, as while decoding. Shapes and formulas: fastprompt/ops/t5_attention.py. Longer and
+// packed calls and the backward pass are Triton's.
 //
 // Bandwidth-bound: with few queries each key and value is used a few times only. A block takes one head of one example
 // and up to Q of its neighbouring queries, which share the loads. A team of K / C neighbouring lanes takes a key, C
@@ -12,11 +12,11 @@
 // however many keys there are. To split one block's keys over several takes room for their partial sums, which the op
 // does not hand in.
 //
-// offsets, prompt_ids and prompt_lens are data that nobody has checked: no value of theirs leads out of a tensor. cu_q
-// and cu_k are trusted: the op gives packed calls on a GPU to Triton.
+// offsets, prompt_ids and prompt_lens are data that nobody has checked: no value of theirs leads out of a tensor.
 #include <math.h>
 
 #include "common/attention.h"
+#include "common/integers.h"
 #include "common/kernel.h"
 #include "cuda/dropout.h"
 #include "cuda/vector.h"
@@ -44,48 +44,30 @@ struct Decode {
     int64_t items;  // groups of queries, of all examples and heads
 };
 
-__device__ __forceinline__ int64_t clamp(int64_t value, int64_t low, int64_t high) {
-    return value < low ? low : value > high ? high : value;
-}
-
-// The last b with cu_q[b] <= row: empty examples before it do not hide it.
-__device__ __forceinline__ int64_t find_example(const int64_t* cu_q, int64_t B, int64_t row) {
-    int64_t low = 0, high = B;
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (cu_q[middle] <= row ? low : high) = middle;
-    }
-    return low;
-}
-
-// Up to Q neighbouring queries of example b and head h, the first of which is the example's query i and row `row` of N.
+// Up to Q neighbouring queries of example b and head h, the first of which is the example's query i.
 struct Group {
-    int64_t b, h, i, row;
+    int64_t b, h, i;
     int64_t position;  // of query i
     int64_t prompt, prompt_keys, own_keys;
     unsigned queries;  // a bit for each that there is
     bool valid;        // false: the example names a prompt that does not exist
 
-    // Items of one example and head are neighbours: they read the same keys. Packed, Q is 1.
+    // Items of one example and head are neighbours: they read the same keys.
     __device__ __forceinline__ Group(const fp::Attention& a, int64_t item, int Q) {
-        if (a.packed != 0) {
-            row = item % a.N, h = item / a.N;
-            b = find_example(a.cu_q, a.B, row);
-            i = row - a.cu_q[b];
-        } else {
-            const int64_t groups = (a.T + Q - 1) / Q;
-            h = item / groups % a.H, b = item / groups / a.H;
-            i = item % groups * Q;
-            row = b * a.T + i;
-        }
-        const int64_t left = a.packed != 0 ? 1 : a.T - i;
+        const int64_t groups = (a.T + Q - 1) / Q;
+        h = item / groups % a.H, b = item / groups / a.H;
+        i = item % groups * Q;
+        const int64_t left = a.T - i;
         queries = (1u << (left < Q ? left : Q)) - 1;
         position = clamp(a.query_offset(b), -(int64_t{1} << 40), int64_t{1} << 40) + i;
         prompt = a.prompt(b);
         valid = a.prompt_k == nullptr || (prompt >= 0 && prompt < a.R);
         prompt_keys = valid ? clamp(a.prompt_keys(b), 0, a.P) : 0;
-        own_keys = valid ? a.keys(b) : 0;
+        own_keys = valid ? a.S : 0;
     }
+
+    // Query i's, of all N. Not a member: it would take registers all the while.
+    __device__ __forceinline__ int64_t row(const fp::Attention& a) const { return b * a.T + i; }
 };
 
 // Keys and values that lie one stride apart, the prompt's or the example's own.
@@ -118,12 +100,13 @@ __device__ __forceinline__ Source<T> prompt_source(const fp::Attention& a, const
 // All the example's keys if `starved`, else those that some query of the group may attend to.
 template <class T, int Q>
 __device__ __forceinline__ Source<T> own_source(const fp::Attention& a, const Group& g, int64_t column, bool starved) {
-    const int64_t begin = a.key_begin(g.b), last = g.position + Q;
+    const fp::Strides &k = a.k_strides, &v = a.v_strides;
+    const int64_t last = g.position + Q;
     const bool causal = a.causal != 0 && !starved;
-    return {static_cast<const T*>(a.k) + a.own(a.k_strides, g.b, begin, 0, g.h) + column,
-            static_cast<const T*>(a.v) + a.own(a.v_strides, g.b, begin, 0, g.h) + column,
-            a.k_strides.row,
-            a.v_strides.row,
+    return {static_cast<const T*>(a.k) + g.b * k.example + g.h * k.head + column,
+            static_cast<const T*>(a.v) + g.b * v.example + g.h * v.head + column,
+            k.row,
+            v.row,
             causal && last < g.own_keys ? last : g.own_keys,
             g.prompt_keys,
             -g.position,
@@ -370,7 +353,7 @@ __device__ __forceinline__ unsigned warp_or(unsigned bits) {
 template <class T, int C, int Q>
 __device__ __forceinline__ void load_queries(const Decode& d, const Group& g, int64_t column, float (&q)[Q][C]) {
     const fp::Strides& s = d.a.q_strides;
-    const int64_t first = (d.a.packed != 0 ? g.row * s.row : g.b * s.example + g.i * s.row) + g.h * s.head + column;
+    const int64_t first = g.b * s.example + g.i * s.row + g.h * s.head + column;
 #pragma unroll
     for (int n = 0; n < Q; ++n) {
         Columns<T, C> columns = {};
@@ -438,7 +421,7 @@ __device__ __forceinline__ void store_outputs(const Decode& d, const Group& g, u
         for (int w = 0; w < kWarps; ++w) sum += sums[w * Q * K + e] * joined.scale[w];
         const bool no_keys = (starved >> n & 1) != 0 && g.own_keys <= 0;
         const float value = !g.valid ? NAN : no_keys ? 0.0f : sum / joined.total;
-        static_cast<T*>(d.out)[((g.row + n) * d.a.H + g.h) * K + e % K] = from_float<T>(value);
+        static_cast<T*>(d.out)[((g.row(d.a) + n) * d.a.H + g.h) * K + e % K] = from_float<T>(value);
     }
 }
 
@@ -450,7 +433,7 @@ __device__ __forceinline__ void store_stats(const Decode& d, const Group& g, uns
     const bool no_key = (starved >> n & 1) != 0;
     // A total of 0 would say that no key was allowed; scores that are all -inf are NaN after the softmax.
     const float total = joined.top == -INFINITY ? NAN : joined.total;
-    float* stats = d.stats + g.h * d.a.N + g.row + n;
+    float* stats = d.stats + g.h * d.a.N + g.row(d.a) + n;
     stats[0] = !g.valid ? NAN : no_key ? 0.0f : joined.top;
     stats[d.a.H * d.a.N] = !g.valid ? NAN : no_key ? 0.0f : total;
 }
@@ -496,9 +479,9 @@ inline bool is_aligned(const void* address, const fp::Strides& s, int64_t bytes)
 
 template <class T, int C>
 int64_t launch_attend(Decode& d, void* stream) {
-    const bool shared = d.a.packed == 0 && d.a.T > 1;
-    const int64_t groups = shared ? (d.a.T + kQueries - 1) / kQueries : 0;
-    d.items = d.a.H * (shared ? d.a.B * groups : d.a.N);
+    const bool shared = d.a.T > 1;
+    const int64_t groups = shared ? (d.a.T + kQueries - 1) / kQueries : 1;
+    d.items = d.a.B * d.a.H * groups;
     auto* kernel = shared ? attend<T, C, kQueries> : attend<T, C, 1>;
     return launch(kernel, dim3(limit_blocks(d.items)), dim3(kThreads), stream, d);
 }
@@ -506,12 +489,13 @@ int64_t launch_attend(Decode& d, void* stream) {
 int64_t t5_attention(const fp::Tensor* q, const fp::Tensor* k, const fp::Tensor* v, const fp::Tensor* bias,
                      const fp::Tensor* prompt_k, const fp::Tensor* prompt_v, const int64_t* prompt_ids,
                      const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
-                     const fp::Tensor* cu_q, const int64_t* cu_k, const int64_t* seed, void* out, float* stats,
+                     const fp::Tensor* cu_q, const int64_t* /*cu_k*/, const int64_t* seed, void* out, float* stats,
                      int64_t offset, int64_t causal, double dropout_p, int64_t dtype, void* stream) {
+    if (cu_q != nullptr) return fp::kBadOption;
     const fp::Attention a = attention(q, k, v, bias, prompt_k, prompt_v, prompt_ids, prompt_lens, key_mask, offsets,
-                                      cu_q, cu_k, offset, causal);
+                                      nullptr, nullptr, offset, causal);
     if (a.N * a.H == 0) return 0;
-    const int64_t bytes = bytes_of(static_cast<fp::DType>(dtype));
+    const int64_t bytes = size_of(dtype);
     const bool aligned = is_aligned(a.q, a.q_strides, bytes) && is_aligned(a.k, a.k_strides, bytes) &&
                          is_aligned(a.v, a.v_strides, bytes) && is_aligned(a.prompt_k, a.prompt_k_strides, bytes) &&
                          is_aligned(a.prompt_v, a.prompt_v_strides, bytes);

@@ -54,7 +54,7 @@ int64_t t5_attention_prompt_sum(const float* share, const int64_t* prompt_ids, v
     if (R * row_elements == 0) return 0;
     const PromptSum a = {share, prompt_ids, total, B, R, row_elements, static_cast<fp::DType>(dtype)};
     const bool vectors = row_elements % 4 == 0 && reinterpret_cast<uintptr_t>(share) % 16 == 0 &&
-                         reinterpret_cast<uintptr_t>(total) % (4 * bytes_of(a.type)) == 0;
+                         reinterpret_cast<uintptr_t>(total) % (4 * size_of(a.type)) == 0;
     const int64_t threads = R * row_elements / (vectors ? 4 : 1);
     const dim3 grid(limit_blocks((threads + kThreads - 1) / kThreads));
     return launch(vectors ? prompt_sum<4> : prompt_sum<1>, grid, dim3(kThreads), stream, a);

@@ -23,8 +23,6 @@ FP_INLINE fp::DType type_of(fp::DType runtime) {
 
 inline fp::DType dtype(int64_t code) { return static_cast<fp::DType>(code); }
 
-FP_INLINE int64_t bytes_of(fp::DType type) { return type == fp::kFloat32 ? 4 : 2; }
-
 struct Operand {
     const void* address;  // null: absent
     fp::DType type;
@@ -41,7 +39,7 @@ int64_t with_vectors(int64_t D, const Operand (&operands)[COUNT], F function) {
     bool same = true, four = D % 4 == 0, eight = D % 8 == 0;
     for (const Operand& operand : operands) {
         if (operand.address == nullptr) continue;
-        const uintptr_t address = reinterpret_cast<uintptr_t>(operand.address), bytes = bytes_of(operand.type);
+        const uintptr_t address = reinterpret_cast<uintptr_t>(operand.address), bytes = size_of(operand.type);
         same = same && operand.type == type;
         four = four && address % (4 * bytes) == 0;
         eight = eight && address % 16 == 0;
@@ -61,7 +59,7 @@ struct Vector {
 
 template <int V>
 __device__ __forceinline__ Vector<V> load(const void* base, int64_t index, fp::DType type) {
-    const char* address = static_cast<const char*>(base) + index * bytes_of(type);
+    const char* address = static_cast<const char*>(base) + index * size_of(type);
     if constexpr (V == 1) {
         if (type == fp::kFloat32) return {{*reinterpret_cast<const uint32_t*>(address)}};
         return {{*reinterpret_cast<const uint16_t*>(address)}};
@@ -76,7 +74,7 @@ __device__ __forceinline__ Vector<V> load(const void* base, int64_t index, fp::D
 
 template <int V>
 __device__ __forceinline__ void store(void* base, int64_t index, fp::DType type, const Vector<V>& vector) {
-    char* address = static_cast<char*>(base) + index * bytes_of(type);
+    char* address = static_cast<char*>(base) + index * size_of(type);
     if constexpr (V == 1) {
         if (type == fp::kFloat32) {
             *reinterpret_cast<uint32_t*>(address) = vector.word[0];

@@ -48,9 +48,14 @@ def test_no_layout_changes_a_bit(backend, device, name, layout, monkeypatch):
     if backend.startswith("cpu:") and backend not in OPS[name].backends():
         pytest.skip("no kernel of the op is compiled for it")
     moved = set()
+    with torch.no_grad():
+        samples = list(SAMPLES[name]())  # whose own calls are the default backend's
     with torch.no_grad(), use_backend(name, backend):
-        for member, arguments in SAMPLES[name]():
+        for member, arguments in samples:
             schema = getattr(torch.ops.fastprompt, member).default._schema.arguments
+            given = {argument.name for x, argument in zip(arguments, schema, strict=True) if x is not None}
+            if backend == "emulated" and member == "t5_attention" and "cu_q" in given:
+                continue  # CUDA C++ refuses packed rows, and here nothing asks for Triton's kernel instead
             copies, views = [], []
             for x, argument in zip(arguments, schema, strict=True):
                 copy = view = x.detach().to(device) if isinstance(x, torch.Tensor) else x

@@ -3,10 +3,17 @@
 
 import pytest
 import torch
-from attention_case import MARKS, Case, queries, run
+from attention_case import MARKS, Case, run
 
 OP = "t5_attention"
 pytestmark = MARKS
+
+
+@pytest.fixture(autouse=True)
+def _not_in_cuda(request):
+    """On a GPU packed rows are Triton's alone. Asked before ``backend`` is, which would wait for a call in vain."""
+    if request.node.callspec.params["backend"] in ("cuda", "emulated"):
+        pytest.skip("CUDA C++ refuses packed rows")
 
 
 def packed(x, lengths):
@@ -39,7 +46,7 @@ def test_packed_equals_padded(backend, device, p, T):
 
 def test_an_example_without_queries_behind_a_long_one(backend, device, slow):
     """Packed, it adds nothing and is in nobody's way."""
-    T = queries(backend, 20 if slow else 130)
+    T = 20 if slow else 130
     case = Case(device, torch.bfloat16, B=1, T=T, S=40)
     case.tensors, case.dout = [x[0] for x in case.tensors], case.dout[0]
     cu_q, cu_k = torch.tensor([[0, T, T, T], [0, 30, 35, 40]], device=device)
