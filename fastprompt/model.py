@@ -129,6 +129,7 @@ class PromptModel(KeyKeeper):
         rename_cache(kwargs)
         size = self._batch_size(input_ids, encoder_outputs)
         checks.check_labels(labels, size, self.config.vocab_size)
+        checks.check_decoder_ids(decoder_input_ids, self._table())
         if labels is None and decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
             raise ValueError(
                 "PromptModel: forward needs what the decoder reads. Give labels or decoder_input_ids, or call generate"

@@ -281,11 +281,13 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
         moved ones, another patch and switched adapters are seen.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or shapes no int.
         ValueError: shapes is not positive, or, in a call, the output has no loss, or a tensor is inside another object.
         RuntimeError: in a call, the model cannot be recorded as a CUDA graph.
     """
     check_module("graphed", model)
+    if not isinstance(shapes, int):
+        raise TypeError(f"fastprompt.graphed: shapes must be an int, got {type(shapes).__name__}")
     if shapes < 1:
         raise ValueError(f"fastprompt.graphed: shapes must be positive, got {shapes}")
     return Graphed(model, shapes)

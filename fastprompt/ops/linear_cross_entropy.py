@@ -192,9 +192,10 @@ def linear_cross_entropy_reference(
         top = others.amax(-1, keepdim=True)  # not logsumexp, which passes over infinities
         total = (others - top.masked_fill(top == -torch.inf, 0.0)).exp().sum(-1)
         d = (top - picked)[:, 0] + total.log()
-        count = counts.sum() if num_items is None else _beside(num_items, d)
-        loss = torch.where(counts.any(), softplus(d).where(counts, 0.0).sum() / count, 0.0).to(hidden.dtype)
-        share = torch.where(counts.any(), scale / count, 0.0).to(d.dtype).reshape(1)
+        count = (counts.sum() if num_items is None else _beside(num_items, d)).to(d.dtype)
+        losses = softplus(d, threshold=40.0)  # from there on d itself, in float64 too
+        loss = torch.where(counts.any(), losses.where(counts, 0.0).sum() / count, 0.0).to(hidden.dtype)
+        share = torch.where(counts.any(), scale / count, 0.0).reshape(1)
         if not needs_grad:
             return loss, hidden.new_empty((0,)), share
         p = others.softmax(-1).masked_fill(others == -torch.inf, 0.0)  # the softmax of -infinity alone is NaN

@@ -95,15 +95,29 @@ def check_ids(input_ids: Tensor, table: Tensor) -> None:
             f"PromptModel: input_ids must have at least one token, got {list(input_ids.shape)}. The encoder runs "
             "nothing else with prompts of kind 'cached' and 'prefix'"
         )
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        got = str(input_ids.dtype).removeprefix("torch.")
-        raise TypeError(f"PromptModel: input_ids must have dtype int32, int64, got {got}")
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    _check_tokens("input_ids", input_ids, table)
+
+
+def check_decoder_ids(ids: object, table: Tensor) -> None:
+    """``decoder_input_ids`` must be None, or int32 or int64 [B, T] within the table's rows."""
+    if ids is None:
         return
-    outside = input_ids[(input_ids < 0) | (input_ids >= len(table))]
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"PromptModel: decoder_input_ids must be a tensor [B, T], got {got}")
+    _check_tokens("decoder_input_ids", ids, table)
+
+
+def _check_tokens(name: str, ids: Tensor, table: Tensor) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        got = str(ids.dtype).removeprefix("torch.")
+        raise TypeError(f"PromptModel: {name} must have dtype int32, int64, got {got}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = ids[(ids < 0) | (ids >= len(table))]
     if len(outside):
         raise IndexError(
-            f"PromptModel: input_ids must lie in [0, {len(table)}), got {int(outside[0])}. "
+            f"PromptModel: {name} must lie in [0, {len(table)}), got {int(outside[0])}. "
             "Was the text encoded by another model's tokenizer?"
         )
 

@@ -165,6 +165,8 @@ def test_what_is_refused(make, batch):
         graphed(make(), shapes=0)
     with pytest.raises(ValueError, match=r"^fastprompt.graphed: the output of \w+ has no loss. Pass labels"):
         graphed(make())(**batch(), decoder_input_ids=batch()["input_ids"])
+    with pytest.raises(TypeError, match=r"^fastprompt.graphed: shapes must be an int, got float"):
+        graphed(make(), shapes=1.5)
     with pytest.raises(TypeError, match=r"^fastprompt.graphed: model must be a torch.nn.Module, got int"):
         graphed(3)
 

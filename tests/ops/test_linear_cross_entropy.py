@@ -374,6 +374,20 @@ def test_a_gradient_through_vmap(device):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7), torch.tensor(7.0)], ids=repr)
+def test_float64_is_float64(num_items):
+    """Also where the number of rows is no power of two, and a label is all but certain not to be."""
+    hidden, weight, labels = inputs(5, 9, 4, torch.float64, torch.device("cpu"))
+    hidden[0] = 25.0 * weight[(labels[0] + 1) % 9] / weight[(labels[0] + 1) % 9].square().sum()
+    got = value_and_gradient(ours, hidden, weight, labels, 1.0, num_items)
+    logits = hidden.requires_grad_() @ weight.t()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / (
+        5 if num_items is None else 7
+    )
+    torch.testing.assert_close(got[0], expected, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(got[1], torch.autograd.grad(expected, hidden)[0], rtol=1e-12, atol=1e-15)
+
+
 def test_derivative_of_the_reference():
     hidden, weight, labels = inputs(4, 9, 5, torch.float64, torch.device("cpu"))
     labels[2] = IGNORED

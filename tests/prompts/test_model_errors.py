@@ -290,6 +290,21 @@ def test_bad_input(changes, error, message, call):
         ),
         ({"labels": [[1] * 4] * 3}, TypeError, "labels must be a tensor .* got list"),
         (
+            {"decoder_input_ids": [[1]] * 3},
+            TypeError,
+            r"decoder_input_ids must be a tensor \[B, T\], got list",
+        ),
+        (
+            {"decoder_input_ids": torch.ones(3, 2)},
+            TypeError,
+            "decoder_input_ids must have dtype int32, int64, got",
+        ),
+        (
+            {"decoder_input_ids": torch.full((3, 2), -100)},
+            IndexError,
+            r"decoder_input_ids must lie in \[0, 64\), got -100",
+        ),
+        (
             {"promts": "p2"},
             TypeError,
             r"unexpected keyword arguments \['promts'\]; known are .*'output_attentions'",
