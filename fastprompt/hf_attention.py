@@ -46,7 +46,6 @@ from fastprompt.ops.t5_attention import HEAD_WIDTHS, t5_attention
 
 NAME = "fastprompt"
 
-
 _UNCOVERED = (
     "attention weights as output, a trained bias, a mask shorter than the keys, a cache that is no EncoderDecoderCache,"
     " heads that no kernel takes, forward mode and torch.func, or torch.jit.trace and an export to ONNX"
