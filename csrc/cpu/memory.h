@@ -69,8 +69,8 @@ enum class Put {
 };
 
 // The best for a kernel that does little but read and write. AMD's CPUs write whole lines without reading them first: a
-// Zen 5 loses up to a quarter of its speed by asking, where a Xeon gains as much. Where a kernel draws, too, a Zen 5 gains
-// by asking; a Zen 4, of all the family that has AVX-512, does not.
+// Zen 5 loses up to a quarter of its speed by asking, where a Xeon gains as much. Where a kernel draws, too, a Zen 5
+// gains by asking; a Zen 4, of all its family that has AVX-512, does not.
 FP_INLINE Put put_in_passing(bool draws) {
 #if defined(__AVX512F__)
     if (draws && __builtin_cpu_is("amdfam19h") != 0) return Put::kPlain;
