@@ -5,7 +5,6 @@ Where only the tensors' device decides what runs, a call goes straight to that b
 host as long as a small kernel, and its errors name no remedy (docs/decisions/0015).
 """
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +13,10 @@ from torch.overrides import is_tensor_like
 
 from fastprompt import _native
 from fastprompt.dispatch.plain import is_below_autograd, is_plain_call, plain_device
-from fastprompt.dispatch.schema import Schema
+from fastprompt.dispatch.schema import Function, Schema
 
 MOST_KNOWN = 1024  # descriptions of a schema's arguments, of some hundred bytes each
 direct = SimpleNamespace()  # by name: direct.rms_norm_backward(dy, x, w, rstd)
-
-Function = Callable[..., Any]
 
 
 def direct_call(op: str, schema: Schema) -> Function:

@@ -5,7 +5,6 @@ That function asks the schema for default values on every call, which takes long
 here have none.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-Function = Callable[..., Any]
+from fastprompt.dispatch.schema import Function
 
 
 def differentiable(member: str, setup_context: Function, backward: Function) -> Any:

@@ -115,7 +115,7 @@ class Pool:
     @contextmanager
     def in_order(self, device: torch.device) -> Iterator[None]:
         """A ``with`` block whose work waits for the last one's, which may be on another stream: they share memory."""
-        if device.type != "cuda":
+        if not has_cuda_graphs(device):
             yield
             return
         stream = torch.cuda.current_stream(device)

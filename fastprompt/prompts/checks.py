@@ -112,12 +112,21 @@ def _check_tokens(name: str, ids: Tensor, table: Tensor) -> None:
     if ids.dtype not in (torch.int32, torch.int64):
         got = str(ids.dtype).removeprefix("torch.")
         raise TypeError(f"PromptModel: {name} must have dtype int32, int64, got {got}")
+    _check_range(name, ids, len(table))
+
+
+def _check_range(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
+    """Token ids, or ``ignored``, on the CPU: a GPU would have to wait."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    outside = ids[(ids < 0) | (ids >= len(table))]
-    if len(outside):
+    outside = (ids < 0) | (ids >= vocab_size)
+    if ignored is not None:
+        outside &= ids != ignored
+    found = ids[outside]
+    if len(found):
+        or_be = "" if ignored is None else f" or be {ignored}"
         raise IndexError(
-            f"PromptModel: {name} must lie in [0, {len(table)}), got {int(outside[0])}. "
+            f"PromptModel: {name} must lie in [0, {vocab_size}){or_be}, got {int(found[0])}. "
             "Was the text encoded by another model's tokenizer?"
         )
 
@@ -181,7 +190,7 @@ def check_mask(mask: object, batch: int, num_tokens: int, table: Tensor) -> None
 
 
 def check_labels(labels: object, batch: int, vocab_size: int) -> None:
-    """``labels`` must be None, or int64 [B, T >= 1]. Their values are checked on the CPU; a GPU would have to wait."""
+    """``labels`` must be None, or int64 [B, T >= 1]. Their values are checked on the CPU."""
     if labels is None:
         return
     if not isinstance(labels, Tensor):
@@ -194,14 +203,7 @@ def check_labels(labels: object, batch: int, vocab_size: int) -> None:
             f"PromptModel: labels must have at least one token, got {list(labels.shape)}. End targets with the end "
             "marker, empty ones too"
         )
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    outside = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
-    if len(outside):
-        raise IndexError(
-            f"PromptModel: labels must lie in [0, {vocab_size}) or be -100, got {int(outside[0])}. "
-            "Was the text encoded by another model's tokenizer?"
-        )
+    _check_range("labels", labels, vocab_size, ignored=-100)
 
 
 def has_whole_mask(arguments: Mapping[str, Any]) -> bool:
