@@ -48,7 +48,9 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--quick", action="store_true", help="small shapes, few rounds: do the benchmarks work?")
     add("--all-shapes", action="store_true", help="the whole grid of shapes, with torch.compile on each")
     add("--cold", action="store_true", help="empty the caches before each call; always so on a GPU")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this thread's time; needs --threads 1")
+    add(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's time; needs --threads 1"
+    )
     add("--threads", type=int, default=0, help="of PyTorch; 0: its own choice")
     add("--seconds", type=float, default=3.0, help="for the rounds of one table")
     add("--results", metavar="DIR", help="append a JSON line per contender to DIR/OP.jsonl")
@@ -59,7 +61,9 @@ def prepare(values: dict[str, Any]) -> Options:
     """Options from parsed values, and the process set up for them."""
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
     if options.clock == "cpu" and (options.threads, options.device) != (1, "cpu"):
-        raise SystemExit("--clock cpu counts one thread of the CPU: it needs --threads 1 --device cpu")
+        raise SystemExit(
+            "--clock cpu adds up what all threads take of the CPU: it needs --threads 1 --device cpu"
+        )
     recycle_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -270,7 +274,7 @@ def interleave(
 
 def _cpu_calls(call: Call, count: int, cache: Tensor | None, clock: str) -> list[float]:
     """A call that comes first is not timed, if calls are short: it finds in the caches what others have left."""
-    now = time.thread_time if clock == "cpu" else time.perf_counter
+    now = time.process_time if clock == "cpu" else time.perf_counter
     if count > 1:
         call()
     seconds = []
