@@ -42,10 +42,11 @@ def patch(
 
     Only classes are swapped, of norms, feed-forward and attention layers, the stacks' dropout, the head and, with
     ``lm_loss``, the model itself: parameters, buffers, state_dict keys, hooks and configuration files stay.
-    A layer that a kernel does not cover (a weight that is trained, LoRA, quantised or offloaded; a cache that is not
-    transformers' own; autocast; attention weights as output) runs transformers' forward, and :func:`explain` says which
-    and why; one whose weights could train runs kernels in an evaluation, in ``eval()`` and without gradients. Dropout
-    draws other masks than torch's, of the same probability. Patching again changes the options.
+    A layer that a kernel does not cover (a weight that is trained, LoRA, quantised or offloaded) runs transformers'
+    forward, and :func:`explain` says which and why; so does a call under autocast, with a cache that is not
+    transformers' own or with attention weights as output, of which explain cannot know. A layer whose weights could
+    train runs kernels in an evaluation, in ``eval()`` and without gradients. Dropout draws other masks than torch's, of
+    the same probability. Patching again changes the options.
 
     Args:
         model: a T5, v1.1, FLAN, ByT5, UL2 or mT5 of any class, or anything that contains one: a PeftModel, a

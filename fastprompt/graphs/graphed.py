@@ -261,8 +261,8 @@ def graphed(model: nn.Module, *, shapes: int = 32) -> Graphed:
     The first call with a shape runs the step three times and records it; later ones copy the batch in and launch the
     graph, forward and backward in one. So pad batches to a few lengths, and begin with the largest: graphs share
     memory, where smaller ones find room. Dropout draws the masks that it would draw without a graph. On a CPU, and
-    without gradients, the model itself is called; what ``generate`` repeats there for each token of up to 64 rows are
-    the operations of the second one, without Python between them.
+    without gradients, a step calls the model itself. ``generate`` of up to 64 rows records on a CPU the operations of
+    the second token, and runs them for each later one without the Python between them.
 
     Args:
         model: a PromptModel, a PeftModel, a T5, patched or not: anything whose output has a loss, that trains few

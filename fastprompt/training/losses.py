@@ -15,7 +15,7 @@ from fastprompt.training.batches import Batch, to_device, to_few_lengths
 
 @dataclass(frozen=True)
 class Loss:
-    """A function of a batch: its `mean` over something, a scalar with a gradient, of which a batch has `items`."""
+    """Of a batch: `mean(batch)`, a scalar with a gradient, is its loss; `items(batch)` is how many it is a mean of."""
 
     mean: Callable[[Batch], Tensor]
     items: Callable[[Batch], int]
