@@ -46,7 +46,11 @@ def add_options(add: Callable[..., Any]) -> None:
     """``add`` is argparse's add_argument or pytest's addoption, which take the same arguments."""
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="small shapes, few rounds: do the benchmarks work?")
-    add("--all-shapes", action="store_true", help="the whole grid of shapes, with torch.compile on each")
+    add(
+        "--all-shapes",
+        action="store_true",
+        help="the whole grid of shapes; of ops and steps, torch.compile on each",
+    )
     add("--cold", action="store_true", help="empty the caches before each call; always so on a GPU")
     add(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's time; needs --threads 1"
