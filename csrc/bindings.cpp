@@ -28,7 +28,17 @@ extern "C" const fp::Kernel* const __stop_fp_kernels[];   // NOLINT(bugprone-res
 
 namespace {
 
-// Asked of CPUID, as older compilers' __builtin_cpu_supports does not know the name.
+// Two that are asked of CPUID, as older compilers' __builtin_cpu_supports does not know the names.
+bool has_f16c() {
+#if defined(__x86_64__)
+    constexpr unsigned kF16c = 1U << 29;  // CPUID 1, ecx
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
+#else
+    return false;
+#endif
+}
+
 bool has_avx512_bf16() {
 #if defined(__x86_64__)
     constexpr unsigned kAvx512Bf16 = 1U << 5;  // CPUID 7.1, eax
@@ -56,9 +66,7 @@ bool runs_here(const std::string& target) {
 #if defined(__x86_64__)
     if (target == "avx512_bf16") return runs_here("avx512") && has_avx512_bf16();
     if (target == "amx") return runs_here("avx512_bf16") && may_use_amx();
-    if (target == "avx2") {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    }
+    if (target == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (target == "avx512") {
         return runs_here("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

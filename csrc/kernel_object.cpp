@@ -95,7 +95,10 @@ PyObject* run_again(PyObject* self, PyObject* const* /*arguments*/, size_t count
         PyErr_SetString(PyExc_TypeError, "fastprompt._C.Call: takes no arguments");
         return nullptr;
     }
-    return run(call.kernel, call.slots);
+    PyObject* status = run(call.kernel, call.slots);
+    if (status == nullptr || PyObject_IsTrue(status) == 0) return status;
+    Py_DECREF(status);
+    return fail(PyExc_IndexError, call.kernel, "an index is out of range");
 }
 
 // The arguments of a call as its kernel reads them, in one block: slots, which point to tensors, which point to shapes

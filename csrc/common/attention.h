@@ -13,12 +13,12 @@ struct Strides {
 
 struct Attention {
     const void *q, *k, *v;
-    const float* bias;                          // [H, 2M + 1]; null: none
-    const void *prompt_k, *prompt_v;            // null: no prompt
-    const int64_t *prompt_ids, *prompt_lens;    // [B], [R]; null: prompt 0, all P keys
-    const uint8_t* key_mask;                    // [B, S]; null: all
-    const int64_t *offsets, *cu_q, *cu_k;       // [B], [B + 1], [B + 1]; null: `offset`, padded
-    int64_t B, T, S, H, K, N, R, P, M, packed;  // T = S = 0 if packed; N: rows of all queries
+    const float* bias;                              // [H, 2M + 1]; null: none
+    const void *prompt_k, *prompt_v;                // null: no prompt
+    const int64_t *prompt_ids, *prompt_lens;        // [B], [R]; null: prompt 0, all P keys
+    const uint8_t* key_mask;                        // [B, S]; null: all
+    const int64_t *offsets, *cu_q, *cu_k;           // [B], [B + 1], [B + 1]; null: `offset`, padded
+    int64_t B, T, S, H, K, N, Nk, R, P, M, packed;  // T = S = 0 if packed; N, Nk: rows of all queries, of all keys
     Strides q_strides, k_strides, v_strides, prompt_k_strides, prompt_v_strides;
     int64_t offset, causal;
 
@@ -58,7 +58,8 @@ inline fp::Attention attention(const fp::Tensor* q, const fp::Tensor* k, const f
                                const int64_t* prompt_lens, const uint8_t* key_mask, const int64_t* offsets,
                                const fp::Tensor* cu_q, const int64_t* cu_k, int64_t offset, int64_t causal) {
     const bool packed = cu_q != nullptr;
-    const int64_t B = packed ? cu_q->shape[0] - 1 : q->shape[0], T = packed ? 0 : q->shape[1];
+    const int64_t B = packed ? cu_q->shape[0] - 1 : q->shape[0];
+    const int64_t T = packed ? 0 : q->shape[1], S = packed ? 0 : k->shape[1];
     return {q->data,
             k->data,
             v->data,
@@ -73,10 +74,11 @@ inline fp::Attention attention(const fp::Tensor* q, const fp::Tensor* k, const f
             cu_k,
             B,
             T,
-            packed ? 0 : k->shape[1],
+            S,
             q->shape[q->dims - 2],
             q->shape[q->dims - 1],
             packed ? q->shape[0] : B * T,
+            packed ? k->shape[0] : B * S,
             prompt_k == nullptr ? 0 : prompt_k->shape[0],
             prompt_k == nullptr ? 0 : prompt_k->shape[1],
             bias == nullptr ? 0 : bias->shape[1] / 2,

@@ -23,7 +23,7 @@
 namespace fp {
 
 // Returned in place of 0 where a kernel cannot run. kernel_object.cpp raises on the first two; kBadRange goes to the
-// launcher, which knows the tensors' names.
+// launcher, which knows the tensors' names. A call that is made again has no launcher, and raises on every status.
 constexpr int64_t kNoMemory = -1, kBadOption = -2, kBadRange = -3;
 
 // A tensor as its kernel sees it; strides in elements.

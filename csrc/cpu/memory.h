@@ -9,6 +9,10 @@
 #include "common/integers.h"
 #include "cpu/simd.h"
 
+#if defined(__AVX512F__)
+#include <cpuid.h>
+#endif
+
 namespace {
 
 // Streaming stores write whole lines past the caches, without reading them first. They pay once the output outgrows a
@@ -68,12 +72,25 @@ enum class Put {
     kStreaming,  // past the caches
 };
 
+#if defined(__AVX512F__)
+// AMD's family 19h, of which a Zen 4 alone has AVX-512. Asked of CPUID, as older compilers do not know its name, and
+// once, as a virtual machine may take microseconds to answer.
+inline bool is_zen4() {
+    static const bool found = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (__builtin_cpu_is("amd") == 0 || __get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+        return (a >> 8 & 0xF) + (a >> 20 & 0xFF) == 0x19;
+    }();
+    return found;
+}
+#endif
+
 // The best for a kernel that does little but read and write. AMD's CPUs write whole lines without reading them first: a
 // Zen 5 loses up to a quarter of its speed by asking, where a Xeon gains as much. Where a kernel draws, too, a Zen 5
-// gains by asking; a Zen 4, of all its family that has AVX-512, does not.
+// gains by asking; a Zen 4 does not.
 FP_INLINE Put put_in_passing(bool draws) {
 #if defined(__AVX512F__)
-    if (draws && __builtin_cpu_is("amdfam19h") != 0) return Put::kPlain;
+    if (draws && is_zen4()) return Put::kPlain;
 #endif
 #if defined(__x86_64__)
     if (!draws && __builtin_cpu_is("amd") != 0) return Put::kPlain;

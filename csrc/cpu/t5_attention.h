@@ -79,6 +79,21 @@ void fill(float* to, int64_t count, float value) {
     for (int64_t d = 0; d < count; d += kLanes) store(to + d, splat(value));
 }
 
+// Does what index tensors hold stay inside the others? The launcher has compared shapes alone where it must not look.
+bool in_range(const fp::Attention& a) {
+    constexpr int64_t kMaxOffset = int64_t{1} << 30;
+    const auto covers = [&](const int64_t* cu, int64_t rows) { return cu[0] == 0 && cu[a.B] == rows; };
+    if (a.packed != 0 && !(covers(a.cu_q, a.N) && covers(a.cu_k, a.Nk))) return false;
+    for (int64_t b = 0; b < a.B; ++b) {
+        if (a.queries(b) < 0 || a.keys(b) < 0) return false;
+        if (a.query_offset(b) < 0 || a.query_offset(b) >= kMaxOffset) return false;
+        if (a.prompt_k == nullptr) continue;
+        if (a.prompt(b) < 0 || a.prompt(b) >= a.R) return false;
+        if (a.prompt_keys(b) < 0 || a.prompt_keys(b) > a.P) return false;
+    }
+    return true;
+}
+
 struct Limits {
     int64_t queries = 0, keys = 0, span = 0;  // the most of any example; span: positions that its distances cover
 };
@@ -293,6 +308,7 @@ struct Work {
 template <class Pass, class Run>
 int64_t each_head(const fp::Attention& a, const int64_t* seed, double dropout_p, int64_t dtype, const Run& run) {
     if (!Products::serves(dtype)) return fp::kBadOption;
+    if (!in_range(a)) return fp::kBadRange;
     const Dropout dropout(seed, dropout_p);
     const Limits most = limits(a);
     const int64_t tasks = a.B * a.H, blocks = round_up(most.queries, kQueries) / kQueries;

@@ -284,6 +284,16 @@ def _check_values(a: reference.Inputs) -> None:
         fail(name, f"prompt_lens must lie in [0, P]=[0, {P}], got {a.prompt_lens.tolist()[:8]}")
 
 
+def _check_range(status: int) -> None:
+    """What a kernel that looked itself found: on a CPU, where :func:`_check_values` must not look while recording."""
+    if status:
+        fail(
+            "t5_attention",
+            "prompt_ids, prompt_lens, offset, cu_q and cu_k must stay inside the tensors that they point into",
+            IndexError,
+        )
+
+
 def _lie_in(values: Tensor, least: int, most: int) -> bool:
     if values.numel() == 0:
         return True
@@ -359,9 +369,10 @@ def _native_t5_attention(kernels: SimpleNamespace, *arguments: Any) -> Any:
         return NotImplemented
     out, stats = _empty(a)
     if out.numel():
-        kernels.t5_attention(
+        status = kernels.t5_attention(
             *_tensors(a), out, stats, a.offset, int(a.causal), a.dropout_p, DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
+        _check_range(status)
     return out, stats
 
 
@@ -417,10 +428,11 @@ def _native_t5_attention_backward(
     a = _inputs(arguments)
     gradients = _empty_gradients(a)
     if any(x.numel() for x in gradients):
-        kernels.t5_attention_backward(
+        status = kernels.t5_attention_backward(
             *contiguous(dout, stats), *_tensors(a), *gradients, a.offset, int(a.causal), a.dropout_p,
             DTYPE_CODES[a.q.dtype], stream(a.q),
         )  # fmt: skip
+        _check_range(status)
     return gradients
 
 

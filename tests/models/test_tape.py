@@ -258,6 +258,27 @@ def test_after_an_error_nothing_is_recorded(monkeypatch):
 
 
 @pytest.mark.skipif(not _native.CPU_TARGETS, reason="needs compiled kernels")
+def test_indices_that_go_astray_later():
+    """What they hold is looked at in every replay."""
+    q, prompt, lens = torch.randn(1, 4, 2, 16), torch.randn(1, 8, 2, 16), torch.tensor([8])
+    tape = Tape(lambda: ops.t5_attention(q, q, q, prompt_k=prompt, prompt_v=prompt, prompt_lens=lens))
+    weight, rows, ids = torch.randn(5, 8), torch.randn(2, 8), torch.tensor([[1, 4]])
+    embedding = Tape(lambda: ops.prompt_embed(ids, weight, rows))
+    assert tape.obstacle is embedding.obstacle is None
+    expected = copies((tape.result, embedding.result))
+    for replay, name, x, bad in (
+        (tape.replay, "t5_attention", lens, 100_000),
+        (embedding.replay, "prompt_embed", ids, 5),
+    ):
+        good = x.clone()
+        x.fill_(bad)
+        with pytest.raises(IndexError, match=f"fastprompt::{name}: an index is out of range"):
+            replay()
+        x.copy_(good)
+    assert all(map(torch.equal, copies((tape.replay(), embedding.replay())), expected))
+
+
+@pytest.mark.skipif(not _native.CPU_TARGETS, reason="needs compiled kernels")
 def test_a_recorded_call():
     """It reads the shapes as they were, of memory that is still there."""
     calls, x = [], torch.randn(2, 3, 1, 16)

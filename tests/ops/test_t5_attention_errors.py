@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+from fastprompt import _native, use_backend
+from fastprompt.dispatch.plain import capturing
 from fastprompt.ops import t5_attention, t5_bias_table
 from fastprompt.ops._t5_attention_reference import Inputs
 
@@ -141,6 +143,54 @@ def test_the_bare_op_refuses_bad_indices_too(message):
     cu = [given.get(name) for name in ("cu_q", "cu_k")]
     with pytest.raises(ValueError, match=re.escape(message)):
         torch.ops.fastprompt.t5_attention(*tensors, None, None, *cu, None, 0, False, 0.0)
+
+
+OUTSIDE = {
+    "a prompt id past the last": lambda: with_prompt(prompt_ids=torch.tensor([0, R])),
+    "a negative prompt id": lambda: with_prompt(prompt_ids=torch.tensor([-1, 0])),
+    "a prompt longer than the table": lambda: with_prompt(prompt_lens=torch.tensor([P, 0, P + 1])),
+    "a prompt of negative length": lambda: with_prompt(prompt_lens=torch.tensor([-1, 0, P])),
+    "a negative offset": lambda: arguments(offset=torch.tensor([0, -1])),
+    "an offset too large": lambda: arguments(offset=torch.tensor([2**30, 0])),
+    "queries that fall": lambda: packed(cu_q=torch.tensor([0, 5, 4])),
+    "queries that begin late": lambda: packed(cu_q=torch.tensor([1, 1, 4])),
+    "queries that end late": lambda: packed(cu_q=torch.tensor([0, 1, 5])),
+    "keys that fall": lambda: packed(cu_k=torch.tensor([0, 7, 6])),
+    "keys that begin early": lambda: packed(cu_k=torch.tensor([-1, 2, 6])),
+    "keys that end late": lambda: packed(cu_k=torch.tensor([0, 2, 2**40])),
+}
+
+
+@pytest.mark.parametrize("isa", _native.CPU_TARGETS)
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_kernels_of_a_cpu_refuse_indices_themselves(name, isa):
+    """Nobody else looks at what they hold while operations are recorded."""
+    dtype = torch.bfloat16 if isa in _native.BF16_ISAS else torch.float32
+    given = {
+        key: x.to(dtype) if x.is_floating_point() and key != "bias" else x
+        for key, x in OUTSIDE[name]().items()
+    }
+    names = (
+        "q",
+        "k",
+        "v",
+        "bias",
+        "prompt_k",
+        "prompt_v",
+        "prompt_ids",
+        "prompt_lens",
+        None,
+        "offset",
+        "cu_q",
+        "cu_k",
+    )
+    call = [*map(given.get, names), None, 0, False, 0.0]
+    stats = torch.ones(2, H, given["q"].numel() // (H * K))
+    with capturing(), use_backend("t5_attention", f"cpu:{isa}"):
+        with pytest.raises(IndexError, match="must stay inside the tensors"):
+            torch.ops.fastprompt.t5_attention(*call)
+        with pytest.raises(IndexError, match="must stay inside the tensors"):
+            torch.ops.fastprompt.t5_attention_backward(given["q"], None, stats, *call)
 
 
 ELSEWHERE = {
