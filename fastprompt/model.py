@@ -136,13 +136,13 @@ class PromptModel(KeyKeeper):
             )
         batch = self._batch(input_ids, attention_mask, prompts, size)
         return_dict = kwargs.pop("return_dict", True)
-        arguments = dict(
-            labels=None if labels is None else labels.contiguous(),  # T5 views them
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            return_dict=True,
-            **kwargs,
-        )
+        given = {
+            "labels": None if labels is None else labels.contiguous(),  # T5 views them
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }
+        # A subclass may make some of them itself.
+        arguments = {name: x for name, x in given.items() if x is not None} | {"return_dict": True} | kwargs
         # transformers fills up a shorter mask where there is a cache
         learning = self.training or torch.is_grad_enabled()
         if labels is not None and learning and checks.has_whole_mask(arguments):

@@ -2,10 +2,11 @@
 """The loss of a T5 with a language-model head by linear_cross_entropy: no logits [B, T, V] in memory."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprompt.modules._ready import obstacle
 from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
@@ -16,7 +17,8 @@ class FastLoss:
     logits. Without recorded gradients, in an evaluation, it runs transformers' forward.
 
     The loss is transformers' own, the mean over the labels that are not -100, with two exceptions: it is 0, not NaN, if
-    all are; and ``num_items_in_batch``, which T5 ignores although Trainer relies on it, is what the sum is divided by.
+    all are; and ``num_items_in_batch``, which T5 ignores although Trainer relies on it, is what the sum is divided by,
+    where transformers' forward runs, too.
     """
 
     kernel = "linear_cross_entropy"
@@ -38,7 +40,7 @@ class FastLoss:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
         if arguments.get("labels") is None or not torch.is_grad_enabled() or not self._covers():
-            return super().forward(**arguments)  # type: ignore[misc]
+            return _per_item(super().forward(**arguments), arguments)  # type: ignore[misc]
         labels, num_items = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
         as_output = arguments.pop("return_dict", None)
         if arguments.get("decoder_input_ids") is None and arguments.get("decoder_inputs_embeds") is None:
@@ -60,6 +62,17 @@ class FastLoss:
             or torch.is_autocast_enabled(weight.device.type)
             or torch.compiler.is_compiling()  # which fuses the stock loss in its own way
         )
+
+
+def _per_item(output: Any, arguments: Mapping[str, Any]) -> Any:
+    """An output of transformers' forward, whose loss is a mean over labels, with the sum by ``num_items_in_batch``."""
+    labels, num_items = arguments.get("labels"), arguments.get("num_items_in_batch")
+    if labels is None or num_items is None:
+        return output
+    loss = output[0]
+    number = num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items
+    loss = loss * ((labels != -100).sum().to(loss.device) / number)
+    return (loss, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "loss": loss})
 
 
 def _headless(model: Any) -> Any:

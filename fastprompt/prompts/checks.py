@@ -208,7 +208,7 @@ def check_labels(labels: object, batch: int, vocab_size: int) -> None:
 
 def has_whole_mask(arguments: Mapping[str, Any]) -> bool:
     """Has the decoder's mask among forward's arguments, if any, an entry for each of its rows, [B, T]?"""
-    mask = arguments["decoder_attention_mask"]
+    mask = arguments.get("decoder_attention_mask")
     inputs = (arguments.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
     given = next((x for x in inputs if x is not None), None)
     return mask is None or given is None or mask.shape == given.shape[:2]

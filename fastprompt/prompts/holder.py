@@ -100,7 +100,7 @@ class PromptHolder(nn.Module):
         self.prompts.rename(name, new_name)
         for known in by_name:
             known.pop(name, None)
-        self._caches.drop([name, new_name])  # a stored prompt of the new name is hidden now
+        self._caches.rename(name, new_name)
 
     def freeze_prompt(self, name: str, frozen: bool = True) -> None:
         """Keep a prompt from training, or let it train again. ValueError: there is no such prompt."""
@@ -216,13 +216,19 @@ class PromptHolder(nn.Module):
         return sum(each.numel() for each in self.prompts.parameters() if each.requires_grad)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The prompts, without the frozen model."""
+        """The prompts, and of the model what trains beside them: nothing, while it is frozen."""
         more = {"destination": destination, "prefix": f"{prefix}prompts.", "keep_vars": keep_vars}
         state = self.prompts.state_dict(**more)
         # Rows do not tell "prepend" from "cached". What keeps this beside the tensors, as torch.save does, is compared.
         if hasattr(state, "_metadata"):
             state._metadata[prefix[:-1]] = {"kinds": {name: self.kind(name) for name in self.prompts}}
+        for name, parameter in self._trained():
+            state[f"{prefix}model.{name}"] = parameter if keep_vars else parameter.detach()
         return state
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's parameters that somebody has unfrozen, each once."""
+        return [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
 
     def _load_from_state_dict(
         self,
@@ -302,6 +308,9 @@ class PromptHolder(nn.Module):
 
 def _after_loading(module: PromptHolder, incompatible: Any) -> None:
     # state_dict() leaves the frozen model out, so a strict load must not miss it.
-    frozen = f"{module._load_prefix}model."
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(frozen)]
+    prefix = f"{module._load_prefix}model."
+    trained = {prefix + name for name, _ in module._trained()}
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not key.startswith(prefix) or key in trained
+    ]
     module.prompts.float()  # with assign=True they have the dtypes of the state

@@ -53,7 +53,7 @@ class KeyBatch(NamedTuple):
             if embeds is not None:
                 arguments["decoder_inputs_embeds"], (decoder, cross) = as_leaves(embeds, decoder, cross)
         arguments["decoder_attention_mask"] = Allowed(
-            _as_bool(arguments["decoder_attention_mask"]), 0, True, decoder
+            _as_bool(arguments.get("decoder_attention_mask")), 0, True, decoder
         )
         keys = Allowed(_as_bool(mask), 0, False, cross)
         return model(attention_mask=keys, encoder_outputs=encoder_outputs, **arguments)
@@ -75,7 +75,7 @@ class KeyBatch(NamedTuple):
         """The decoder's input, in place of its ids; None if neither is given, which HF refuses."""
         if arguments.get("decoder_inputs_embeds") is not None:
             return arguments["decoder_inputs_embeds"]
-        ids, labels = arguments.pop("decoder_input_ids"), arguments["labels"]
+        ids, labels = arguments.pop("decoder_input_ids", None), arguments.get("labels")
         model = self.tokens.model
         if ids is None and labels is not None:
             ids = model.prepare_decoder_input_ids_from_labels(labels)

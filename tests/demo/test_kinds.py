@@ -132,7 +132,7 @@ def test_the_cost_is_what_the_cache_holds_and_the_encoder_runs(kind, model, toke
     model.encoder.block[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     if kind != "prepend":
         prompted.cache_prompts()
-        [pool] = prompted._caches._pools
+        [pool] = prompted._caches.pools
         tensors = [each for keys, _ in pool.keyed.values() for each in (*keys.keys, *keys.values)]
         assert cost["cache_kib"] == sum(each.nbytes for each in tensors) / 1024
         lens = {site: keys.lens[0] for site, (keys, _) in pool.keyed.items()}

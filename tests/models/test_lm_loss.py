@@ -105,6 +105,24 @@ def test_num_items_divides_the_sum(make, embeds, labels):
         close(half, gradient / 2)
 
 
+@pytest.mark.parametrize("way", ["head", "hooked", "autocast", "compiled", "evaluation", "tuple"])
+def test_num_items_divides_the_sum_where_it_falls_back(way, make, embeds, labels):
+    """Whether a run is right must not hang on what else it switches on."""
+    change = {"head": untied, "hooked": hooked, "tuple": untied}.get(way, lambda model: model)
+    model, count = patch(change(make()), lm_loss=True), int(labels.ne(-100).sum())
+    if way == "compiled":
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mixed = torch.autocast(labels.device.type, torch.bfloat16, enabled=way == "autocast")
+    call = {"inputs_embeds": embeds, "labels": labels, "use_cache": False, "return_dict": way != "tuple"}
+    with mixed, torch.set_grad_enabled(way != "evaluation"):
+        mean = model(**call)[0]
+        for items in (3 * count, torch.tensor(3 * count)):
+            output = model(**call, num_items_in_batch=items)
+            close(output[0], mean / 3)
+            assert isinstance(output, tuple) == (way == "tuple")
+            assert len(output) == len(model(**call))
+
+
 def test_no_label_counts(make, embeds, labels):
     result, _ = step(patch(make(), lm_loss=True), embeds, torch.full_like(labels, -100))
     assert all(not tensor.any() for tensor in result)

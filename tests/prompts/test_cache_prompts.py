@@ -4,6 +4,8 @@
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
 
 import pytest
@@ -62,7 +64,7 @@ def test_answers_stay_the_same_and_the_encoder_sees_tokens_only(prompts, memory,
 
 
 def pool_of(prompted, name):
-    return next(pool for pool in prompted._caches._pools if name in pool.names)
+    return prompted._caches._kept[name].pool
 
 
 def test_a_batch_reads_the_pool_where_it_lies(served, make_batch, monkeypatch):
@@ -437,14 +439,84 @@ def test_what_is_kept_has_no_graph_and_goes_with_its_names(served):
     with torch.enable_grad():
         prompted.cache_prompts(["c5", "c5", "c2"])
     pool = pool_of(prompted, "c5")
-    assert pool.names == ("c5", "c2")
+    assert prompted._caches.names == {"c5", "c2"}
+    assert prompted._caches.pools == [pool]
     assert not any(tensor.requires_grad for site in pool.keyed.values() for tensor in site.keys.keys)
     prompted.cache_prompts("c5")
     assert pool_of(prompted, "c2") is not pool_of(prompted, "c5")
     prompted.cache_prompts(["c2"])
-    assert len(prompted._caches._pools) == 2, "a pool of which nothing is wanted is gone"
+    assert len(prompted._caches.pools) == 2, "a pool of which nothing is wanted is gone"
     prompted.drop_caches()
     assert not prompted._caches.names
+
+
+def kept_bytes(prompted):
+    keys = [keys for pool in prompted._caches.pools for keys, _ in pool.keyed.values()]
+    return sum(each.untyped_storage().nbytes() for each in keys for each in (*each.keys, *each.values))
+
+
+def test_a_pool_is_cut_once_half_of_it_is_left(served, make_batch):
+    prompted, batch = served(), make_batch()
+    names = [f"t{i}" for i in range(6)]
+    for i, name in enumerate(names):
+        prompted.add_prompt(name, PromptConfig(3 + i, "cached", init="uniform", seed=i))
+    with torch.no_grad():
+        expected = prompted(**batch, prompts=["t1", "t3", "t1"]).logits
+        prompted.cache_prompts(names)
+        alone = kept_bytes(prompted) / len(names)
+        for name in ("t0", "t5"):
+            prompted.remove_prompt(name)
+        assert kept_bytes(prompted) == alone * 6
+        prompted.remove_prompt("t4")
+        assert kept_bytes(prompted) == alone * 3 * 6 / 8, (
+            "three prompts, the longest of 6 rows, where it was 8"
+        )
+        assert torch.equal(prompted(**batch, prompts=["t1", "t3", "t1"]).logits, expected)
+        prompted.prompts["t2"].add_(1.0)
+        here = {name: prompted.prompts[name] for name in ("t1", "t2")}
+        assert prompted._caches.stale(here, prompted.model) == ["t2"]
+
+
+def test_threads_keep_and_drop(served):
+    """None loses what another keeps, and none keeps what another dropped."""
+    prompted, errors = served(), []
+    names = [f"t{i}" for i in range(24)]
+    for i, name in enumerate(names):
+        prompted.add_prompt(name, PromptConfig(2, "cached", init="uniform", seed=i))
+
+    def work(mine, stays):
+        try:
+            for name in mine:
+                prompted.cache_prompts(name)
+                if not stays:
+                    prompted._caches.drop([name])
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(names[k::4], k % 2 == 0)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert prompted._caches.names == {*names[0::4], *names[2::4]}
+    assert not prompted._caches._making
+
+
+def test_a_renamed_prompt_takes_its_keys_along(served):
+    prompted = served()
+    prompted.cache_prompts(["c5", "c2"])
+    pool = pool_of(prompted, "c5")
+    prompted.rename_prompt("c5", "other")
+    assert prompted._caches.names == {"other", "c2"}
+    assert pool_of(prompted, "other") is pool
+    assert prompted._caches.stale({"other": prompted.prompts["other"]}, prompted.model) == []
+    prompted.rename_prompt("other", "c5")
 
 
 def test_refusals(served):

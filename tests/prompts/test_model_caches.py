@@ -81,8 +81,8 @@ def test_the_same_answers_and_nothing_computed(names, memory, saved, make_fresh,
 def test_those_loaded_together_are_read_where_they_lie(saved, make_fresh, make_batch, monkeypatch):
     fresh = make_fresh()
     fresh.load_caches({name: saved[name] for name in ("cached", "short", "rows")})
-    [pool] = fresh._caches._pools
-    assert pool.names == ("cached", "short", "rows")
+    [pool] = fresh._caches.pools
+    assert fresh._caches.names == {"cached", "short", "rows"}
     monkeypatch.setattr(torch, "cat", None)
     choice = fresh.prompts.choose(["short", "cached", "short"], 3)
     with torch.no_grad():
@@ -180,10 +180,10 @@ def test_refusals(tuned, saved, make_fresh, tmp_path):
     cache = cache_path(saved["rows"])
     cache.write_bytes(cache.read_bytes()[:-5])
     tuned.cache_prompts("rows")
-    kept = tuned._caches._pools
+    kept = tuned._caches.pools
     with pytest.raises(ValueError, match=r"rows\.cache\.safetensors"):
         tuned.load_caches(saved)
-    assert tuned._caches._pools == kept
+    assert tuned._caches.pools == kept
 
 
 def test_the_mode_is_left_alone_and_dropout_is_off(make_keyed, make_batch, tmp_path):

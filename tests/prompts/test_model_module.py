@@ -5,9 +5,11 @@ import copy
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 from bank import KINDS
 from torch import nn
+from transformers import T5ForConditionalGeneration
 
 from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptConfig
@@ -79,6 +81,29 @@ def test_state_dict_holds_the_prompts_and_loads_strictly(make_prompted, make_bat
         prompted.load_state_dict({"prompts.p5": state["prompts.p5"]})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*prompts\.p9"):
         prompted.load_state_dict(state | {"prompts.p9": state["prompts.p5"]})
+
+
+def test_state_dict_holds_what_trains_beside_the_prompts(make_prompted, make_batch, tmp_path):
+    """Weights that somebody has unfrozen would be lost otherwise, without a word."""
+    prompted, batch = make_prompted(lengths=(5, 2)), make_batch()
+    part = prompted.model.decoder.block[0]
+    part.requires_grad_()
+    names = [f"model.{name}" for name, each in prompted.model.named_parameters() if each.requires_grad]
+    assert list(prompted.state_dict()) == ["prompts.p5", "prompts.p2", *names]
+    assert all(each.requires_grad for each in prompted.state_dict(keep_vars=True).values())
+    safetensors.torch.save_file(prompted.state_dict(), tmp_path / "state.safetensors")
+    state = safetensors.torch.load_file(tmp_path / "state.safetensors")
+    expected = prompted(**batch).logits
+    for each in prompted.parameters():
+        if each.requires_grad:
+            nn.init.ones_(each)
+    assert not torch.equal(prompted(**batch).logits, expected)
+    prompted.load_state_dict(state)
+    assert torch.equal(prompted(**batch).logits, expected)
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{names[0]}"):
+        prompted.load_state_dict({"prompts.p5": state["prompts.p5"], "prompts.p2": state["prompts.p2"]})
+    part.requires_grad_(False)
+    prompted.load_state_dict(state)  # what was trained is welcome where it is frozen
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -212,3 +237,20 @@ def test_prompts_are_added_by_name(make_model, make_batch, tokenizer):
     assert torch.equal(prompted(**batch).logits, prompted(**batch, prompts="first").logits)
     assert not torch.equal(prompted(**batch).logits, prompted(**batch, prompts="second").logits)
     assert list(PromptModel(make_model(), PromptConfig(3)).prompts) == ["default"]
+
+
+class OwnInputs(T5ForConditionalGeneration):
+    """Makes the decoder's input by itself, as losses of one's own do."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **others):
+        start = self.prepare_decoder_input_ids_from_labels(labels)
+        return super().forward(input_ids, attention_mask, labels=labels, decoder_input_ids=start, **others)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "cached", "prefix"])
+def test_a_subclass_may_make_what_nobody_gave(kind, make_model, make_batch):
+    model, batch = make_model(d_kv=16), make_batch()
+    prompted = PromptModel(model, PromptConfig(4, kind, init="uniform"))
+    expected = prompted(**batch)
+    model.__class__ = OwnInputs
+    assert torch.equal(prompted(**batch).logits, expected.logits)
