@@ -367,10 +367,11 @@ def test_width_and_presence(rows, tmp_path):
         write_prompt(tmp_path / "prompt", PromptFile(rows / 0))
 
 
-def test_the_state_of_a_model_is_told_from_a_prompt(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"model.lm_head.weight": torch.ones(3, 4)}])
+def test_the_state_of_a_model_is_told_from_a_prompt(more, tmp_path):
     """Of which Trainer's checkpoints are files."""
     path = tmp_path / "model.safetensors"
-    save_file({"prompts.default": torch.ones(2, 4)}, path, metadata={"format": "pt"})
+    save_file({"prompts.default": torch.ones(2, 4)} | more, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"the state of a PromptModel.*tuned\.load_state_dict"):
         read_prompt(path)
     save_file({}, path)
