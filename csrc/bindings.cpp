@@ -28,39 +28,35 @@ extern "C" const fp::Kernel* const __stop_fp_kernels[];   // NOLINT(bugprone-res
 
 namespace {
 
-// Two that are asked of CPUID, as older compilers' __builtin_cpu_supports does not know the names.
-bool has_f16c() {
 #if defined(__x86_64__)
-    constexpr unsigned kF16c = 1U << 29;  // CPUID 1, ecx
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
-#else
-    return false;
-#endif
+struct Registers {
+    unsigned a, b, c, d;
+};
+
+// Zeros where the CPU knows no such leaf.
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+    Registers x = {};
+    __get_cpuid_count(leaf, subleaf, &x.a, &x.b, &x.c, &x.d);
+    return x;
 }
 
-bool has_avx512_bf16() {
-#if defined(__x86_64__)
-    constexpr unsigned kAvx512Bf16 = 1U << 5;  // CPUID 7.1, eax
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvx512Bf16) != 0;
-#else
-    return false;
-#endif
-}
+// Two names that older compilers' __builtin_cpu_supports does not know.
+bool has_f16c() { return (cpuid(1, 0).c & 1U << 29) != 0; }
+bool has_avx512_bf16() { return (cpuid(7, 1).a & 1U << 5) != 0; }
 
 // Does the CPU multiply bf16 in tiles, and does the system, which must be asked once per process, let us?
 bool may_use_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-    constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;  // CPUID 7.0, edx
+#if defined(__linux__)
+    constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h: ARCH_REQ_XCOMP_PERM; XFEATURE_XTILEDATA
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+    const unsigned features = cpuid(7, 0).d;
+    if ((features & kAmxBf16) == 0 || (features & kAmxTile) == 0) return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
 #endif
 }
+#endif
 
 bool runs_here(const std::string& target) {
 #if defined(__x86_64__)

@@ -13,4 +13,18 @@ FP_INLINE constexpr int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return value < low ? low : value > high ? high : value;
 }
 
+// Each of 0 <= cu[0] <= ... <= cu[count] <= end: differences then cannot overflow.
+FP_INLINE bool rising(const int64_t* cu, int64_t count, int64_t end) {
+    if (cu[0] < 0 || cu[count] > end) return false;
+    for (int64_t i = 0; i < count; ++i) {
+        if (cu[i] > cu[i + 1]) return false;
+    }
+    return true;
+}
+
+// The same, from 0 to the end.
+FP_INLINE bool covering(const int64_t* cu, int64_t count, int64_t end) {
+    return cu[0] == 0 && cu[count] == end && rising(cu, count, end);
+}
+
 }  // namespace

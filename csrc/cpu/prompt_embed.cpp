@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "common/dtype.h"
+#include "common/integers.h"
 #include "common/kernel.h"
 #include "cpu/dropout.h"
 #include "cpu/memory.h"
@@ -49,15 +50,6 @@ struct Layout {
         return low;
     }
 
-    // Each of 0 <= cu[0] <= ... <= cu[B] <= end: differences then cannot overflow.
-    bool rising(const int64_t* cu, int64_t end) const {
-        if (cu[0] < 0 || cu[B] > end) return false;
-        for (int64_t b = 0; b < B; ++b) {
-            if (cu[b] > cu[b + 1]) return false;
-        }
-        return true;
-    }
-
     // Every access that follows from this layout stays inside its tensor.
     bool prompts_valid() const {
         for (int64_t b = 0; b < B; ++b) {
@@ -66,14 +58,14 @@ struct Layout {
         return true;
     }
     bool rows_valid() const {
-        if (cu_rows != nullptr && !(cu_rows[0] == 0 && cu_rows[B] == L && rising(cu_rows, L))) return false;
+        if (cu_rows != nullptr && !covering(cu_rows, B, L)) return false;
         for (int64_t b = 0; b < B; ++b) {
             if (rows(b) < length(b)) return false;
         }
         return true;
     }
     bool tokens_valid() const {
-        if (cu_tokens != nullptr && !rising(cu_tokens, S)) return false;
+        if (cu_tokens != nullptr && !rising(cu_tokens, B, S)) return false;
         for (int64_t b = 0; b < B; ++b) {
             if (tokens(b) > rows(b) - length(b)) return false;
         }

@@ -82,10 +82,8 @@ void fill(float* to, int64_t count, float value) {
 // Does what index tensors hold stay inside the others? The launcher has compared shapes alone where it must not look.
 bool in_range(const fp::Attention& a) {
     constexpr int64_t kMaxOffset = int64_t{1} << 30;
-    const auto covers = [&](const int64_t* cu, int64_t rows) { return cu[0] == 0 && cu[a.B] == rows; };
-    if (a.packed != 0 && !(covers(a.cu_q, a.N) && covers(a.cu_k, a.Nk))) return false;
+    if (a.packed != 0 && !(covering(a.cu_q, a.B, a.N) && covering(a.cu_k, a.B, a.Nk))) return false;
     for (int64_t b = 0; b < a.B; ++b) {
-        if (a.queries(b) < 0 || a.keys(b) < 0) return false;
         if (a.query_offset(b) < 0 || a.query_offset(b) >= kMaxOffset) return false;
         if (a.prompt_k == nullptr) continue;
         if (a.prompt(b) < 0 || a.prompt(b) >= a.R) return false;

@@ -158,7 +158,12 @@ OUTSIDE = {
     "keys that fall": lambda: packed(cu_k=torch.tensor([0, 7, 6])),
     "keys that begin early": lambda: packed(cu_k=torch.tensor([-1, 2, 6])),
     "keys that end late": lambda: packed(cu_k=torch.tensor([0, 2, 2**40])),
+    "keys whose differences overflow": lambda: packed(cu_k=torch.tensor([0, -(2**63), 6])),
 }
+
+
+# The bare op's arguments, where a call gives none
+BARE = dict.fromkeys(Inputs._fields) | {"offset": 0, "causal": False, "dropout_p": 0.0}
 
 
 @pytest.mark.usefixtures("kernels")
@@ -173,21 +178,8 @@ def test_kernels_of_a_cpu_refuse_indices_themselves(name, request):
         key: x.to(dtype) if x.is_floating_point() and key != "bias" else x
         for key, x in OUTSIDE[name]().items()
     }
-    names = (
-        "q",
-        "k",
-        "v",
-        "bias",
-        "prompt_k",
-        "prompt_v",
-        "prompt_ids",
-        "prompt_lens",
-        None,
-        "offset",
-        "cu_q",
-        "cu_k",
-    )
-    call = [*map(given.get, names), None, 0, False, 0.0]
+    offsets = given.pop("offset", None)
+    call = Inputs(**(BARE | given | {"offsets": offsets}))
     stats = torch.ones(2, H, given["q"].numel() // (H * K))
     with capturing(), use_backend("t5_attention", backend):
         with pytest.raises(IndexError, match="must stay inside the tensors"):
