@@ -8,7 +8,7 @@ no other trace; then they are computed again, in a pool of their own. A pool is 
 """
 
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from functools import cache
 from threading import Lock
 from typing import Any, NamedTuple
@@ -50,8 +50,8 @@ class PromptCaches:
         return PromptCaches, ()
 
     @property
-    def names(self) -> set[str]:
-        return set(self._kept)
+    def names(self) -> Set[str]:
+        return self._kept.keys()
 
     @property
     def pools(self) -> list[KeptPool]:
@@ -91,9 +91,11 @@ class PromptCaches:
         """``more`` in place of what is kept under the names ``gone``. A pool of which half is left is cut to that."""
         with self._lock:
             touched = {id(self._kept[name].pool) for name in gone if name in self._kept}
+            if not (touched or more):
+                return
             kept = {name: each for name, each in self._kept.items() if name not in gone} | more
             left: dict[int, list[str]] = {}
-            for name, (pool, _) in kept.items() if touched else ():
+            for name, (pool, _) in kept.items():
                 if id(pool) in touched:
                     left.setdefault(id(pool), []).append(name)
             for names in left.values():

@@ -157,12 +157,9 @@ def checked_prompt(what: str, prompt: PromptFile) -> PromptFile:
 def _read_safetensors(source: Path, sizes: Mapping[str, int]) -> PromptFile:
     with opened("read_prompt", source) as handle:
         metadata, names = handle.metadata() or {}, list(handle.keys())
-        ours = any(name.startswith("prompts.") for name in names)
-        if (
-            metadata.get("format") != FORMAT
-            and ours
-            and all(n.startswith(("prompts.", "model.")) for n in names)
-        ):
+        has_prompts = any(name.startswith("prompts.") for name in names)
+        is_state = has_prompts and all(name.startswith(("prompts.", "model.")) for name in names)
+        if metadata.get("format") != FORMAT and is_state:
             raise ValueError(
                 f"read_prompt: {source} holds the state of a PromptModel, as Trainer's checkpoints do. Load it with "
                 "tuned.load_state_dict(safetensors.torch.load_file(path))"

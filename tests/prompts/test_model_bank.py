@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """PromptModel's bank: prompts are renamed, removed and frozen."""
 
-import sys
 import threading
 
 import pytest
 import torch
 from bank import KINDS, logits, same
+from threads import frequent_turns
 
 
 def test_rename_keeps_the_parameters_the_place_and_the_cache_true(bank, make_batch):
@@ -85,15 +85,13 @@ def test_other_prompts_are_there_while_one_is_renamed(bank):
             wrong.append(error)
 
     thread = threading.Thread(target=use)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
+    with frequent_turns():
         thread.start()
-        for _ in range(2000):
-            bank.rename_prompt("cached", "other")
-            bank.rename_prompt("other", "cached")
-    finally:
-        done.set()
-        thread.join()
-        sys.setswitchinterval(interval)
+        try:
+            for _ in range(2000):
+                bank.rename_prompt("cached", "other")
+                bank.rename_prompt("other", "cached")
+        finally:
+            done.set()
+            thread.join()
     assert not wrong

@@ -3,12 +3,12 @@
 
 import copy
 import pickle
-import sys
-import threading
+from functools import partial
 
 import pytest
 import torch
 from bank import SIZES, logits, same
+from threads import at_once
 
 from fastprompt.prompts import PromptFile, PromptStore, write_prompt
 
@@ -81,24 +81,12 @@ def test_threads_share_a_stores_prompts(stored, empty, bank):
     shared, wrong = model.prompts._stored, []
 
     def use(name):
-        try:
-            for _ in range(4000):
-                if not torch.equal(shared.prompt(name), bank.prompts[name]):
-                    wrong.append(name)
-                shared.trim([name])
-        except Exception as error:
-            wrong.append(error)
+        for _ in range(4000):
+            if not torch.equal(shared.prompt(name), bank.prompts[name]):
+                wrong.append(name)
+            shared.trim([name])
 
-    threads = [threading.Thread(target=use, args=(name,)) for name in ("prepend", "cached") * 3]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    assert not at_once(partial(use, name) for name in ("prepend", "cached") * 3)
     assert not wrong
 
 
