@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Call, Options
+from _harness import Call, Options, dtype_name
 from torch import Tensor
 
-KINDS = {
-    "CTranslate2": None,
-    "CTranslate2, int8 weights": "int8",
-}  # the type of the weights; None: the model's
+# The type of the weights; None: the model's
+KINDS = {"CTranslate2": None, "CTranslate2, int8 weights": "int8"}
 
 
 def contenders(dtype: torch.dtype, device: str) -> list[str]:
@@ -54,7 +52,7 @@ def generator(name: str, model: Any, ids: Tensor, options: Options, new_tokens: 
 
 
 def _compute_type(kind: str | None, dtype: torch.dtype) -> str:
-    return kind or str(dtype).removeprefix("torch.")
+    return kind or dtype_name(dtype)
 
 
 def _tokens(ids: Tensor) -> list[list[str]]:

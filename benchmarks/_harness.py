@@ -92,7 +92,7 @@ class Spec:
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.sizes)
         dropout = f", p={self.dropout_p}" if self.dropout_p else ""
-        return f"{self.what}, {_name(self.dtype)}, {sizes}{dropout}"
+        return f"{self.what}, {dtype_name(self.dtype)}, {sizes}{dropout}"
 
 
 @dataclass
@@ -196,7 +196,12 @@ def compare(case: Case, options: Options) -> list[dict[str, Any]]:
     samples = interleave(case.op, contenders, options, case.calls)
     mine = [statistics.median(calls) for calls in samples[OURS]]
     large_copy = _large_copy(options)
-    common = {"op": case.op, "what": case.spec.what, "dtype": _name(case.spec.dtype), **dict(case.spec.sizes)}
+    common = {
+        "op": case.op,
+        "what": case.spec.what,
+        "dtype": dtype_name(case.spec.dtype),
+        **dict(case.spec.sizes),
+    }
     common |= {"dropout_p": case.spec.dropout_p, "clock": options.clock, "cold": options.cold}
     rows = []
     at_large_copy = case.bytes_moved / large_copy  # seconds that memory would take for as many bytes
@@ -346,7 +351,7 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), values[len(values) // 5], values[len(values) * 4 // 5]
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
