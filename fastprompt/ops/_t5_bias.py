@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt.dispatch.plain import may_keep
+from fastprompt.dispatch.plain import is_capturing, is_plain
 from fastprompt.ops._checks import FLOATS, as_int, check_tensor, fail
 
 
@@ -50,28 +50,34 @@ def t5_bias_table(
             f"max_distance must exceed the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance}",
         )
     buckets = _buckets_of(weight, bidirectional, num_buckets, max_distance)
-    return weight.detach()[buckets].T.float().contiguous()
+    return weight.detach().T.float().index_select(1, buckets)
 
 
 # Buckets [2M + 1] by device and settings: to make them takes a dozen small operations, for each stack of each call.
 _known: dict[tuple[Any, ...], Tensor] = {}
 
 
-def _buckets_of(weight: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+def _buckets_of(weight: Tensor, *settings: Any) -> Tensor:
+    key, plain, captured = (weight.device, *settings), is_plain(weight), is_capturing(weight.device)
+    if (plain or captured) and key in _known:
+        return _known[key]
+    if captured or not plain:
+        return _buckets(weight.device, *settings)
+    with torch.inference_mode(False):  # calls outside of it will read them
+        found = _buckets(weight.device, *settings)
+    if weight.is_cuda:
+        torch.cuda.current_stream(weight.device).synchronize()  # as will other streams
+    _known[key] = found
+    return found
+
+
+def _buckets(device: torch.device, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    key, keep = (weight.device, bidirectional, num_buckets, max_distance), may_keep(weight)
-    if keep and key in _known:
-        return _known[key]
-    distance = torch.arange(-max_distance, max_distance + 1, device=weight.device)
-    buckets = T5Attention._relative_position_bucket(
+    distance = torch.arange(-max_distance, max_distance + 1, device=device)
+    return T5Attention._relative_position_bucket(
         distance, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
     )
-    if keep:
-        if weight.is_cuda:
-            torch.cuda.current_stream(weight.device).synchronize()  # other streams will read them
-        _known[key] = buckets
-    return buckets
 
 
 def makes_table(num_buckets: int, max_distance: int, bidirectional: bool) -> bool:

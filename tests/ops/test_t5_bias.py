@@ -22,6 +22,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.udop.modeling_udop import UdopAttention
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
+from fastprompt.graphs.tape import Tape
 from fastprompt.ops import t5_attention, t5_bias_table
 
 FAMILY = {
@@ -50,14 +51,31 @@ def layer(attention_class, config_class, decoder, **changes):
     return attention
 
 
-def test_buckets_are_made_once(monkeypatch):
-    attention, made = layer(T5Attention, T5Config, False, relative_attention_max_distance=127), []
-    make = T5Attention._relative_position_bucket
+@pytest.fixture
+def made(monkeypatch):
+    """Grows by one for each time that buckets are made."""
+    made, make = [], T5Attention._relative_position_bucket
     monkeypatch.setattr(
         T5Attention, "_relative_position_bucket", lambda *a, **how: made.append(1) or make(*a, **how)
     )
-    assert torch.equal(table_of(attention), table_of(attention))
+    return made
+
+
+def test_buckets_are_made_once(made):
+    attention = layer(T5Attention, T5Config, False, relative_attention_max_distance=127)
+    with torch.inference_mode():
+        first = table_of(attention)
+    tape = Tape(lambda: table_of(attention))  # of which no replay makes them either
+    for table in (table_of(attention), tape.result, tape.replay()):
+        assert torch.equal(table, first)
     assert made == [1]
+
+
+def test_buckets_in_the_memory_of_a_tape_stay_there(made):
+    attention = layer(T5Attention, T5Config, False, relative_attention_max_distance=126)
+    tape = Tape(lambda: table_of(attention))
+    assert torch.equal(table_of(attention), tape.replay())
+    assert made == [1, 1]
 
 
 def table_of(attention):
