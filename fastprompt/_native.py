@@ -45,16 +45,15 @@ class Native(NamedTuple):
 
 
 def _load(isas: Sequence[str]) -> Native:
+    remedy = "They are for Linux"
+    if builds_here():
+        remedy = "For the fast path install a wheel, or build with `pip install .` (needs g++ and Python's headers)"
     try:
         _C: Any = importlib.import_module("fastprompt._C")
-        _C.learn_torch(torch)
-        others = _C.cpu_is_amd, _C.describe, _C.record_calls
+        learn_torch, others = _C.learn_torch, (_C.cpu_is_amd, _C.describe, _C.record_calls)
+        remedy = "For the fast path install PyTorch 2.11 or newer"
+        learn_torch(torch)
     except (ImportError, AttributeError) as error:  # AttributeError: built from older sources
-        remedy = (
-            "For the fast path install a wheel, or build with `pip install .` (needs g++ and Python's headers)"
-            if builds_here()
-            else "They are for Linux"
-        )
         warnings.warn(
             f"fastprompt runs without its compiled kernels ({error}): results are the same, but on a CPU "
             f"its ops and patched layers are slower than transformers'. {remedy}.",

@@ -80,8 +80,14 @@ class PromptModel(KeyKeeper):
             got = type(config).__name__
             raise TypeError(f"PromptModel: config must be a PromptConfig or a dict of them, got {got}")
         self.pack = pack
-        for name, each in ({"default": config} if isinstance(config, PromptConfig) else config).items():
-            self.add_prompt(name, each)
+        configs = {"default": config} if isinstance(config, PromptConfig) else config
+        with torch.inference_mode(False):  # as in add_prompt
+            for name, each in configs.items():
+                self._begin(name, each, self._made(name, each))
+        for kind in {
+            each.kind for each in configs.values()
+        }:  # last: who is refused leaves the model as it was
+            self._serve(kind)
         model.requires_grad_(False)
         self.train(model.training)
         parameters = inspect.signature(model.forward).parameters.values()

@@ -345,3 +345,13 @@ def test_without_triton_nothing_is_missed(usual, missing):
     assert hidden["warnings"] == []
     assert hidden["y"] == usual["y"]
     assert "triton" not in hidden["backends"] + hidden["cuda"]
+
+
+def test_a_pytorch_that_kernels_cannot_read_is_told(monkeypatch):
+    def learn_torch(_):
+        raise ImportError("this PyTorch does not share its tensors")
+
+    names = dict.fromkeys(("cpu_is_amd", "describe", "record_calls"))
+    monkeypatch.setitem(sys.modules, "fastprompt._C", SimpleNamespace(learn_torch=learn_torch, **names))
+    with pytest.warns(UserWarning, match=r"does not share its tensors\).* install PyTorch 2\.11 or newer\.$"):
+        assert _native._load(_native.CPU_ISAS).targets == {}

@@ -10,6 +10,9 @@ namespace {
 int64_t t5_attention_prompt_sum(const float* share, const int64_t* prompt_ids, void* total, int64_t B, int64_t R,
                                 int64_t row_elements, int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return fp::kBadOption;
+    for (int64_t b = 0; prompt_ids != nullptr && b < B; ++b) {
+        if (prompt_ids[b] < 0 || prompt_ids[b] >= R) return fp::kBadRange;
+    }
     constexpr int64_t kColumns = 256;
     const int64_t parts = (row_elements + kColumns - 1) / kColumns;
 #pragma omp parallel for schedule(static) if (B * row_elements >= kParallelElements)

@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Writes `prompt.safetensors`, `results.json` and `loss.png`. Returns the exit status."""
     recipe = Recipe(steps=options.steps, seed=options.seed)
-    check_outputs(options.out / "prompt.safetensors", [options.out / "results.json"], [])
+    check_outputs(
+        options.out / "prompt.safetensors", [options.out / "results.json", options.out / "loss.png"], []
+    )
     began = time.perf_counter()
 
     logging.disable_progress_bar()

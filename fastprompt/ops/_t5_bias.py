@@ -29,16 +29,16 @@ def t5_bias_table(
         fp32 [H, 2M + 1] with M = max_distance: entry M + d is for a key d positions after the query. Without gradient.
 
     Raises:
-        TypeError, ValueError: the weight has another dtype or shape.
+        TypeError, ValueError: the weight has another dtype or shape, or a number is none or too small for the formula.
     """
+    num_buckets = as_int("t5_bias_table", "num_buckets", num_buckets)
+    max_distance = as_int("t5_bias_table", "max_distance", max_distance)
     check_tensor("t5_bias_table", "weight", weight, FLOATS)
     if weight.dim() != 2 or weight.shape[0] != num_buckets:
         fail(
             "t5_bias_table",
             f"weight must have shape [num_buckets, H]=[{num_buckets}, H], got {list(weight.shape)}",
         )
-    num_buckets = as_int("t5_bias_table", "num_buckets", num_buckets)
-    max_distance = as_int("t5_bias_table", "max_distance", max_distance)
     if not makes_table(num_buckets, max_distance, bidirectional):
         exact = _exact_buckets(num_buckets, bidirectional)
         if exact < 1:

@@ -74,15 +74,16 @@ def linear_cross_entropy(
         labels: [...] int64, classes in [0, V) or ``ignore_index``.
         scale: multiplies hidden, the product rounded to hidden's dtype; D**-0.5 for a T5 with tied embeddings.
         ignore_index: the label of rows that do not count.
-        num_items: an int or a 0-d tensor; the losses' sum is divided by it. None: by the number of rows that count.
+        num_items: an int or a 0-d tensor, whose value nobody waits for; the losses' sum is divided by it. None: by the
+            number of rows that count.
         chunk: rows of weight that are multiplied at a time; None: chosen by the number of rows of hidden.
 
     Returns:
         The loss, 0-d, in hidden's dtype. If no row counts it is 0 with a zero gradient, where PyTorch's mean is NaN.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device, weight requires grad, or ``num_items`` or
-            ``chunk`` is less than 1.
+        TypeError, ValueError: an argument has another dtype, shape or device, weight requires grad, or ``chunk`` or
+            an int ``num_items`` is less than 1.
         IndexError: on a CPU, a label is outside [0, V). A GPU makes the loss NaN instead, and that row's gradient.
     """
     check_number("linear_cross_entropy", "scale", scale)
@@ -91,8 +92,12 @@ def linear_cross_entropy(
         chunk = as_int("linear_cross_entropy", "chunk", chunk)
     if not isinstance(num_items, Tensor) and isinstance(num_items, SupportsIndex):
         num_items = as_int("linear_cross_entropy", "num_items", num_items)
-    _check(hidden, weight, labels, None if isinstance(num_items, int) else num_items, chunk)
+    check_tensor("linear_cross_entropy", "hidden", hidden, FLOATS)
+    check_tensor("linear_cross_entropy", "labels", labels, (torch.int64,))
     check_frozen("linear_cross_entropy", "weight", weight)
+    if not isinstance(num_items, int | Tensor | None):
+        got = type(num_items).__name__
+        fail("linear_cross_entropy", f"num_items must be an int or a torch.Tensor, got {got}", TypeError)
     if isinstance(num_items, int):
         if num_items < 1:
             fail("linear_cross_entropy", f"num_items must be positive, got {num_items}")
@@ -119,10 +124,6 @@ def _check(
     check_same_device(name, "weight", weight, "hidden", hidden)
     check_same_device(name, "labels", labels, "hidden", hidden)
     if num_items is not None:
-        if not isinstance(num_items, Tensor):
-            fail(
-                name, f"num_items must be an int or a torch.Tensor, got {type(num_items).__name__}", TypeError
-            )
         check_tensor(name, "num_items", num_items, (torch.int64, torch.int32, torch.float32))
         check_shape(name, "num_items", num_items, (), "a scalar's")
         if num_items.device.type != "cpu":  # a number on the CPU goes with any device

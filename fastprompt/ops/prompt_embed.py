@@ -182,7 +182,9 @@ def _select(
         try:
             chosen = [0] * sequences if prompt_ids is None else [index(i) for i in prompt_ids]
         except TypeError:
-            fail("prompt_embed", f"prompt_ids must be whole numbers, got {prompt_ids}", TypeError)
+            fail(
+                "prompt_embed", f"prompt_ids must be a whole number per sequence, got {prompt_ids}", TypeError
+            )
         if len(chosen) != sequences:
             fail("prompt_embed", f"prompt_ids must have shape [B]=[{sequences}], got [{len(chosen)}]")
     for b, i in enumerate(chosen):

@@ -30,7 +30,7 @@ from fastprompt.ops._checks import (
     fail,
     refuse_gradient,
 )
-from fastprompt.ops._dropout import check_dropout, drawn_seed, dropout
+from fastprompt.ops._dropout import check_dropout, check_rate, drawn_seed, dropout
 from fastprompt.ops._wide import wide_dtype
 
 op = Op("rms_norm")
@@ -54,7 +54,8 @@ def rms_norm(
         residual: [..., D] of any of these dtypes, the stream that ``x`` is added to.
         dropout_p: probability of dropping an element of ``x`` before the addition, to the nearest 2^-16; needs
             ``residual``.
-        seed: [1] int64 on x's device, fixes the dropout mask; drawn from torch's generator when None.
+        seed: [1] int64 on x's device, fixes the dropout mask; drawn from torch's generator when None. Needs
+            ``residual``, too.
 
     Returns:
         y [..., D]; with ``residual``: (y, h), h [..., D] the new residual stream in the wider dtype of x and residual.
@@ -64,10 +65,11 @@ def rms_norm(
     """
     check_frozen("rms_norm", "w", w)
     if residual is None:
-        if dropout_p != 0.0:
+        check_rate("rms_norm", dropout_p)
+        if dropout_p != 0.0 or seed is not None:
+            given = "a seed" if dropout_p == 0.0 else f"dropout_p={dropout_p}"
             fail(
-                "rms_norm",
-                f"dropout_p={dropout_p} needs a residual: T5 drops the sublayer's output, not the norm's input",
+                "rms_norm", f"{given} needs a residual: T5 drops the sublayer's output, not the norm's input"
             )
         return direct.rms_norm(x, w, eps)[0]
     seed = drawn_seed(seed, dropout_p, x)

@@ -36,7 +36,7 @@ Source: transformers T5Attention; Milakov & Gimelshein 2018 (online softmax); Da
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def t5_attention(
 
 def _as_bool(causal: Any) -> bool:
     """Of NumPy's, or 0 or 1."""
-    if causal not in (False, True):
+    if getattr(causal, "ndim", 0) != 0 or causal not in (False, True):
         fail("t5_attention", f"causal must be a bool, got {causal!r}", TypeError)
     return bool(causal)
 
@@ -153,15 +153,23 @@ def _as_bool(causal: Any) -> bool:
 def _offsets(offset: Tensor, q: Tensor, cu_q: Tensor | None) -> Tensor:
     """int64 [B] of a tensor with one element or B."""
     check_tensor("t5_attention", "q", q, FLOATS)
-    if cu_q is not None:
-        check_tensor("t5_attention", "cu_q", cu_q, (torch.int64, torch.int32))
     check_tensor("t5_attention", "offset", offset, (torch.int64, torch.int32))
     if q.dim() < 1:
         fail("t5_attention", "q must have shape [B, T, H, K], got []")
-    B = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    B = _sequences(q, cu_q)
     if offset.numel() not in (1, B) or offset.dim() > 1:
         fail("t5_attention", f"offset must have shape [B]=[{B}] or [1], got {list(offset.shape)}")
     return offset.to(torch.int64).reshape(-1).expand(B)
+
+
+def _sequences(q: Tensor, cu_q: Tensor | None) -> int:
+    """Their number B."""
+    if cu_q is None:
+        return q.shape[0]
+    check_tensor("t5_attention", "cu_q", cu_q, (torch.int64, torch.int32))
+    if cu_q.dim() != 1 or cu_q.shape[0] < 1:
+        fail("t5_attention", f"cu_q must have shape [B + 1], got {list(cu_q.shape)}")
+    return cu_q.shape[0] - 1
 
 
 def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
@@ -180,7 +188,7 @@ def _mask_of_lengths(lengths: Tensor, k: Tensor) -> Tensor:
 
 def _check(*arguments: Any) -> None:
     name, a = "t5_attention", reference.Inputs(*arguments)
-    q, k, bias, key_mask, cu_q = a.q, a.k, a.bias, a.key_mask, a.cu_q
+    q, k, cu_q = a.q, a.k, a.cu_q
     check_tensor(name, "q", q, FLOATS)
     for what, x in (("k", k), ("v", a.v), ("prompt_k", a.prompt_k), ("prompt_v", a.prompt_v)):
         if x is not None:
@@ -188,30 +196,45 @@ def _check(*arguments: Any) -> None:
             check_same_device(name, what, x, "q", q)
     if (cu_q is None) != (a.cu_k is None):
         fail(name, "cu_q and cu_k come in pairs: pass both for packed tensors, neither for padded ones")
-    dims, symbols = (4, "[B, T, H, K]") if cu_q is None else (3, "[Nq, H, K]")
-    shape = q.shape
-    if len(shape) != dims:
-        fail(name, f"q must have shape {symbols}, got {list(shape)}. cu_q and cu_k are for packed tensors")
-    H, K = shape[-2:]
+    dims, of_q, of_k = (
+        (4, "[B, T, H, K]", "[B, S, H, K]") if cu_q is None else (3, "[Nq, H, K]", "[Nk, H, K]")
+    )
+    if q.dim() != dims:
+        fail(name, f"q must have shape {of_q}, got {list(q.shape)}. cu_q and cu_k are for packed tensors")
+    H, K = q.shape[-2:]
     if K not in HEAD_WIDTHS:
         fail(name, f"q must have a head width K in {HEAD_WIDTHS}, got {K}. Pad q, k and v with zero columns")
-    own = (*shape[:-3], k.shape[-3] if k.dim() == dims else 0, H, K)
-    check_shape(name, "k", k, own, "[B, S, H, K]" if cu_q is None else "[Nk, H, K]")
+    if k.dim() != dims:
+        fail(name, f"k must have shape {of_k}, got {list(k.shape)}")
+    own = (*q.shape[:-3], k.shape[-3], H, K)
+    check_shape(name, "k", k, own, of_k)
     check_shape(name, "v", a.v, own, "that of k")
-    if bias is not None:
-        check_tensor(name, "bias", bias, (torch.float32, torch.float64))
-        check_same_device(name, "bias", bias, "q", q)
-        if bias.dim() != 2 or bias.shape[0] != H or bias.shape[1] % 2 != 1:
-            fail(
-                name,
-                f"bias must have shape [H, 2M + 1]=[{H}, odd], got {list(bias.shape)}. Build it with t5_bias_table",
-            )
+    _check_bias(a, H)
     _check_prompt(a, H, K)
-    B = shape[0] if cu_q is None else cu_q.shape[0] - 1
-    if B < 0:
-        fail(name, "cu_q must have shape [B + 1], got [0]")
+    _check_sequences(a)
+    if not 0 <= a.offset < MAX_OFFSET:
+        fail(name, f"offset must lie in [0, 2^30), got {a.offset}")
+    check_dropout(name, a.dropout_p, a.seed, q)
+
+
+def _check_bias(a: reference.Inputs, H: int) -> None:
+    name, bias = "t5_attention", a.bias
+    if bias is None:
+        return
+    check_tensor(name, "bias", bias, (torch.float32, torch.float64))
+    check_same_device(name, "bias", bias, "q", a.q)
+    if bias.dim() != 2 or bias.shape[0] != H or bias.shape[1] % 2 != 1:
+        fail(
+            name,
+            f"bias must have shape [H, 2M + 1]=[{H}, odd], got {list(bias.shape)}. Build it with t5_bias_table",
+        )
+
+
+def _check_sequences(a: reference.Inputs) -> None:
+    """What there is for each of them."""
+    name, B = "t5_attention", _sequences(a.q, a.cu_q)
     for what, x, size, symbols in (
-        ("cu_q", cu_q, B + 1, "[B + 1]"),
+        ("cu_q", a.cu_q, B + 1, "[B + 1]"),
         ("cu_k", a.cu_k, B + 1, "[B + 1], that of cu_q"),
         ("offset", a.offsets, B, "[B]"),
         ("prompt_ids", a.prompt_ids, B, "[B]"),
@@ -219,16 +242,13 @@ def _check(*arguments: Any) -> None:
         if x is not None:
             check_tensor(name, what, x, (torch.int64,))
             check_shape(name, what, x, (size,), symbols)
-            check_same_device(name, what, x, "q", q)
-    if key_mask is not None:
+            check_same_device(name, what, x, "q", a.q)
+    if a.key_mask is not None:
         if a.cu_k is not None:
             fail(name, "key_mask is for padded keys; packed keys are all real: leave it out")
-        check_tensor(name, "key_mask", key_mask, (torch.bool,))
-        check_shape(name, "key_mask", key_mask, own[:2], "[B, S]")
-        check_same_device(name, "key_mask", key_mask, "q", q)
-    if not 0 <= a.offset < MAX_OFFSET:
-        fail(name, f"offset must lie in [0, 2^30), got {a.offset}")
-    check_dropout(name, a.dropout_p, a.seed, q)
+        check_tensor(name, "key_mask", a.key_mask, (torch.bool,))
+        check_shape(name, "key_mask", a.key_mask, tuple(a.k.shape[:2]), "[B, S]")
+        check_same_device(name, "key_mask", a.key_mask, "q", a.q)
 
 
 def _check_prompt(a: reference.Inputs, H: int, K: int) -> None:
@@ -326,11 +346,10 @@ def _stats_shape(a: reference.Inputs) -> tuple[int, int, int]:
 
 
 def _share_shape(a: reference.Inputs) -> tuple[int, ...]:
-    B = a.q.shape[0] if a.cu_q is None else a.cu_q.shape[0] - 1
-    return B, 0 if a.prompt_k is None else a.prompt_k.shape[1], *a.q.shape[-2:]
+    return _sequences(a.q, a.cu_q), 0 if a.prompt_k is None else a.prompt_k.shape[1], *a.q.shape[-2:]
 
 
-def _contiguous(x: Tensor) -> Tensor:
+def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -341,7 +360,7 @@ def _tensors(a: reference.Inputs) -> tuple[Any, ...]:
 
 
 def _empty(a: reference.Inputs) -> tuple[Tensor, Tensor]:
-    return _contiguous(a.q), a.q.new_empty(_stats_shape(a), dtype=wide_dtype(a.q))
+    return _empty_like(a.q), a.q.new_empty(_stats_shape(a), dtype=wide_dtype(a.q))
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -391,7 +410,7 @@ def _triton_t5_attention(*arguments: Any) -> Any:
 
 def _empty_gradients(a: reference.Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     share = a.q.new_empty(_share_shape(a), dtype=wide_dtype(a.q))
-    return _contiguous(a.q), _contiguous(a.k), _contiguous(a.v), share, torch.empty_like(share)
+    return _empty_like(a.q), _empty_like(a.k), _empty_like(a.v), share, torch.empty_like(share)
 
 
 def _fake_backward(
@@ -477,6 +496,8 @@ def t5_attention_prompt_sum_reference(
     """share [B, P, H, K] -> [R, P, H, K]: the sum over the examples of each prompt, b ascending; all of prompt 0 if
     prompt_ids is None."""
     total = share.new_zeros((R, *share.shape[1:]))
+    if prompt_ids is not None and not _lie_in(prompt_ids, 0, R - 1):
+        _fail_prompt_sum(R)
     for b in range(share.shape[0]):
         total[0 if prompt_ids is None else int(prompt_ids[b])] += share[b]
     return total.to(dtype)
@@ -491,10 +512,16 @@ def _native_t5_attention_prompt_sum(
     share, prompt_ids = contiguous(share, prompt_ids)
     total = share.new_empty((R, *share.shape[1:]), dtype=dtype)
     if total.numel():
-        kernels.t5_attention_prompt_sum(
+        status = kernels.t5_attention_prompt_sum(
             share, prompt_ids, total, share.shape[0], R, total[0].numel(), DTYPE_CODES[dtype], stream(share),
         )  # fmt: skip
+        if status:
+            _fail_prompt_sum(R)
     return total
+
+
+def _fail_prompt_sum(R: int) -> NoReturn:
+    fail("t5_attention_prompt_sum", f"prompt_ids must lie in [0, R)=[0, {R})", IndexError)
 
 
 @op.triton

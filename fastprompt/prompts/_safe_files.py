@@ -97,15 +97,10 @@ def read_json(who: str, path: Path) -> dict[str, Any]:
     """The JSON object in the file at ``path``."""
     with path.open("rb") as stream:
         text = stream.read(JSON_LIMIT)
-    return json_object(f"{who}: {path}", text)
-
-
-def json_object(what: str, text: bytes | str) -> dict[str, Any]:
-    """The JSON object that ``text`` says."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is no readable JSON of at most 1 MiB: {error}") from None
+        raise ValueError(f"{who}: {path} is no readable JSON of at most 1 MiB: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{what} must hold a JSON object, got {type(values).__name__}")
+        raise ValueError(f"{who}: {path} must hold a JSON object, got {type(values).__name__}")
     return values

@@ -64,7 +64,8 @@ class PromptCaches:
 
         Stamps come first: what another thread writes meanwhile makes the result stale.
         """
-        _KEEPING.add(self)
+        with _KEEPING_LOCK:
+            _KEEPING.add(self)
         _watch_optimizers()
         stamps = tuple(Stamp(State.of(prompt)) for prompt in prompts)
         making = [*stamps, self._stamp_of(State.of(model))]
@@ -188,6 +189,7 @@ def _heads_first(keyed: Keyed) -> Keyed:
 
 
 _KEEPING: weakref.WeakSet[PromptCaches] = weakref.WeakSet()
+_KEEPING_LOCK = Lock()  # a set that grows meanwhile cannot be walked through
 
 
 @cache
@@ -198,5 +200,7 @@ def _watch_optimizers() -> None:
 def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if _KEEPING:
         parameters = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        for caches in list(_KEEPING):
+        with _KEEPING_LOCK:
+            keeping = list(_KEEPING)
+        for caches in keeping:
             caches.note_step(parameters)

@@ -105,8 +105,8 @@ class PromptConfig:
         """What only a prefix has, and its defaults."""
         _check_int("mlp", self.mlp, 0, MAX_MLP)
         if self.kind != "prefix":
-            for name in ("sites", "parameterization", "mlp"):
-                if getattr(self, name):
+            for name, default in (("sites", None), ("parameterization", None), ("mlp", 0)):
+                if getattr(self, name) != default:
                     raise ValueError(
                         f"PromptConfig: {name} is read only by kind='prefix', got kind={self.kind!r}. "
                         f"Set that kind, or leave {name} out"
@@ -142,8 +142,8 @@ class PromptConfig:
             values["sites"] = list(self.sites)
         if self.init == "file":
             values["source"] = os.fspath(self.source)
-        elif hasattr(self.source, "tolist"):
-            values["source"] = self.source.tolist()
+        elif self.init == "array":
+            values["source"] = _nested(self.source)
         return values
 
     @classmethod
@@ -177,11 +177,18 @@ def _checked_sites(sites: object) -> tuple[str, ...]:
         return SITES
     if not isinstance(sites, (list, tuple)):
         raise TypeError(f"PromptConfig: sites must be a list of str, got {type(sites).__name__} {sites!r}")
-    if not sites or len(set(sites)) != len(sites) or not set(sites) <= set(SITES):
+    if not sites or not all(site in SITES for site in sites) or len(set(sites)) != len(sites):
         raise ValueError(
             f"PromptConfig: sites must be one or more of {list(SITES)}, each once, got {list(sites)}"
         )
     return tuple(site for site in SITES if site in sites)
+
+
+def _nested(values: Any) -> Any:
+    """As lists of numbers."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [_nested(each) for each in values] if isinstance(values, (list, tuple)) else values
 
 
 def _check_array(source: Any, num_tokens: int) -> None:

@@ -148,7 +148,7 @@ def generated(
     pad = generation_option(model, kwargs, "pad_token_id", model.config.pad_token_id or 0)
 
     def run(each: Rows) -> Tensor:
-        found = model.generate(**each.arguments, **_of_inputs(kwargs, each.inputs))
+        found = model.generate(**each.arguments, **_of_inputs(model, kwargs, each.inputs))
         if not isinstance(found, Tensor) or len(found) != len(each.rows):
             raise ValueError(
                 "PromptModel: an ensemble votes on one sequence per prompt and input, as a tensor. Leave out "
@@ -249,16 +249,17 @@ def _by_input(parts: Sequence[tuple[Tensor, Tensor]], N: int) -> Tensor:
     return values[rows.argsort()].unflatten(0, (N, -1)).transpose(0, 1).contiguous()
 
 
-def _of_inputs(kwargs: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
+def _of_inputs(model: Any, kwargs: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
     """Keywords of generate that speak of the B inputs, for the rows that have ``inputs``."""
     found = dict(kwargs)
     for name in ("decoder_input_ids", "decoder_attention_mask"):
         if isinstance(kwargs.get(name), Tensor):
             found[name] = kwargs[name][inputs]
     allowed, numbers = kwargs.get("prefix_allowed_tokens_fn"), inputs.tolist()
-    start = kwargs.get("decoder_start_token_id")
-    if isinstance(start, list):
-        found["decoder_start_token_id"] = [start[i] for i in numbers]
+    start = generation_option(model, kwargs, "decoder_start_token_id", None)
+    starts = start.tolist() if isinstance(start, Tensor) else start
+    if isinstance(starts, list):
+        found["decoder_start_token_id"] = [starts[i] for i in numbers]
     if allowed is not None:
         found["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(numbers[row], ids)
     return found

@@ -53,18 +53,9 @@ class PromptHolder(nn.Module):
             ValueError: the name is taken or cannot be one, the initialiser does not work, or the model's attention
                 does not serve this kind.
         """
-        if not isinstance(config, PromptConfig):
-            got = type(config).__name__
-            raise TypeError(f"PromptModel: the config of {name!r} must be a PromptConfig, got {got}")
-        self.prompts.check_name(name)
-        if name in self.prompts:
-            raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
-        checks.check_kind(config.kind, self.model)
-        prompt = self._initial(config)
+        prompt = self._made(name, config)
         self._serve(config.kind)  # not for a prompt that is refused
-        self._add(name, prompt)
-        self.prompts.trim(self._caches)
-        self.configs[name], self._inits[name] = config, config.init
+        self._begin(name, config, prompt)
 
     def kind(self, name: str) -> str:
         """The kind of a prompt. ValueError: there is none of that name."""
@@ -93,12 +84,10 @@ class PromptHolder(nn.Module):
         if new_name in self.prompts:
             raise ValueError(f"PromptModel: there is a prompt {new_name!r} already. Choose another name")
         self.prompts.check_name(new_name)
-        by_name: tuple[dict[str, Any], ...] = (self.configs, self._inits)
-        for known in by_name:
-            if name in known:
-                known[new_name] = known[name]
+        # Under both names while the bank has one of them, for other threads.
+        self.configs, self._inits = (_twice(known, name, new_name) for known in (self.configs, self._inits))
         self.prompts.rename(name, new_name)
-        for known in by_name:
+        for known in (self.configs, self._inits):
             known.pop(name, None)
         self._caches.rename(name, new_name)
 
@@ -121,14 +110,18 @@ class PromptHolder(nn.Module):
                 are kept.
 
         Raises:
-            TypeError: ``store`` is something else.
-            ValueError: it belongs to another model.
+            TypeError: ``store`` or ``keep_bytes`` is something else.
+            ValueError: it belongs to another model, or ``keep_bytes`` is negative.
         """
         if store is None:
             self._attach(None)
             return
         if not isinstance(store, PromptStore):
             raise TypeError(f"PromptModel: store must be a PromptStore, got {type(store).__name__}")
+        if not isinstance(keep_bytes, int):
+            raise TypeError(f"PromptModel: keep_bytes must be an int, got {type(keep_bytes).__name__}")
+        if keep_bytes < 0:
+            raise ValueError(f"PromptModel: keep_bytes must not be negative, got {keep_bytes}")
         identity = self._identity() if strict else None
         difference = store.model.difference(identity) if store.model and identity else None
         if difference:
@@ -256,6 +249,22 @@ class PromptHolder(nn.Module):
         if kind != "prepend":
             serve(self.model)  # each call does; but torch.compile could not in one that is the model's first
 
+    def _made(self, name: str, config: PromptConfig) -> Tensor | PrefixPrompt:
+        """The first values of a prompt that is not in the bank yet."""
+        if not isinstance(config, PromptConfig):
+            got = type(config).__name__
+            raise TypeError(f"PromptModel: the config of {name!r} must be a PromptConfig, got {got}")
+        self.prompts.check_name(name)
+        if name in self.prompts:
+            raise ValueError(f"PromptModel: there is a prompt {name!r} already. Choose another name")
+        checks.check_kind(config.kind, self.model)
+        return self._initial(config)
+
+    def _begin(self, name: str, config: PromptConfig, prompt: Tensor | PrefixPrompt) -> None:
+        self._add(name, prompt)
+        self.prompts.trim(self._caches)
+        self.configs[name], self._inits[name] = config, config.init
+
     def _add(self, name: str, prompt: Any) -> None:
         self.prompts[name] = prompt
         self._caches.drop([name])  # a stored prompt of that name is hidden now
@@ -304,6 +313,13 @@ class PromptHolder(nn.Module):
     def _identity(self, beside: ModelIdentity | None = None) -> ModelIdentity:
         """The model's. ``beside``: the only one that it will be compared with, if that is known."""
         return ModelIdentity.of(self.model.config, self._table(), beside)
+
+
+def _twice(known: dict[str, Any], name: str, new_name: str) -> dict[str, Any]:
+    """``known`` with the entry of ``name``, if there is one, under both names."""
+    return {
+        each: value for old, value in known.items() for each in ((old, new_name) if old == name else (old,))
+    }
 
 
 def _after_loading(module: PromptHolder, incompatible: Any) -> None:

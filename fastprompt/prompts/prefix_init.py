@@ -64,15 +64,12 @@ def _rows(config: PromptConfig, model: Any, tokenizer: Any, source: Tensor | Non
         soft = replace(soft, init="vocab", source=None)
     rows = {}
     for number, site in enumerate(config.sites or ()):
-        drawn = [
-            replace(soft, seed=part_seed(config.seed, number, layer))
-            for layer in range(len(site_layers(model, site)))
-        ]
-        rows[site] = (
-            traced[site]
-            if site in traced
-            else torch.stack([initial_prompt(each, table, tokenizer) for each in drawn])
-        )
+        if site in traced:
+            rows[site] = traced[site]
+            continue
+        seeds = [part_seed(config.seed, number, layer) for layer in range(len(site_layers(model, site)))]
+        drawn = [initial_prompt(replace(soft, seed=seed), table, tokenizer) for seed in seeds]
+        rows[site] = torch.stack(drawn)
     return rows
 
 

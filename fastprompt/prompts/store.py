@@ -89,7 +89,13 @@ class PromptStore(Mapping[str, PromptFile]):
             raise
 
     def __getitem__(self, name: str) -> PromptFile:
-        """The prompt, its tensors fp32 on the CPU. KeyError if there is none; ValueError if its data is broken."""
+        """The prompt, its tensors fp32 on the CPU.
+
+        Raises:
+            KeyError: there is none.
+            ValueError: its data is broken, or the store is closed.
+            FileNotFoundError, TypeError: of a folder, its file is gone since, or does not hold floats.
+        """
         if name in self._files:
             return read_prompt(self._files[name])
         if name not in self._entries:

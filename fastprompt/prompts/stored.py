@@ -43,7 +43,7 @@ class StoredPrompts:
         return len(self.store)
 
     def prompt(self, name: str) -> Prompt:
-        """The prompt, frozen. KeyError, ValueError: as the store has it, or it does not fit the model."""
+        """The prompt, frozen. Raises as :meth:`PromptStore.__getitem__`; ValueError: it does not fit the model."""
         return self._entry(name)[1]
 
     def kind(self, name: str) -> str:

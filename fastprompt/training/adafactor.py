@@ -34,7 +34,7 @@ class Adafactor(torch.optim.Optimizer):
             all but a sum then, and every update is clipped to the same size.
 
     Raises:
-        ValueError: a number is out of its range, or a parameter of another dtype.
+        TypeError, ValueError: a number is none or out of its range, or a parameter is of another dtype.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As PyTorch has it. ValueError: a number or a parameter as in the constructor; nothing is added then."""
+        """As PyTorch has it. TypeError, ValueError: as in the constructor; nothing is added then."""
         # Added first: PyTorch knows all that "params" may be, such as a tensor, an iterator, or pairs with names.
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 

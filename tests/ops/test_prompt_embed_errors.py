@@ -68,7 +68,8 @@ REFUSED = [
     case(IndexError, r"prompt_ids\[0\] must lie in \[0, 0\), got 0", prompts=torch.ones(0, 2, 4)),
     case(TypeError, "prompt_ids must have dtype int", prompt_ids=torch.tensor([0.5, 0.0])),
     case(TypeError, "prompt_ids must have dtype int.*got bool", prompt_ids=torch.tensor([False, True])),
-    case(TypeError, r"prompt_ids must be whole numbers, got \[0, 0.5\]", prompt_ids=[0, 0.5]),
+    case(TypeError, r"prompt_ids must be a whole number per sequence, got \[0, 0.5\]", prompt_ids=[0, 0.5]),
+    case(TypeError, "prompt_ids must be a whole number per sequence, got 1", prompt_ids=1),
     case(
         ValueError,
         r"prompt_ids must have shape \[B\]=\[2\], got \[2, 1\]",

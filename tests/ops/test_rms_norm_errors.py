@@ -32,6 +32,8 @@ REFUSED = [
     case(TypeError, "eps must be a number, got str", eps="a"),
     case(TypeError, "dropout_p must be a number, got NoneType", residual=torch.ones(2, 4), dropout_p=None),
     case(ValueError, "dropout_p=0.1 needs a residual", dropout_p=0.1),
+    case(TypeError, "dropout_p must be a number, got str", dropout_p="0.1"),
+    case(ValueError, "a seed needs a residual", seed=SEED),
     case(TypeError, "residual must be a torch.Tensor, got float", residual=1.0),
     case(TypeError, "residual must have dtype .*, got int32", residual=torch.ones(2, 4, dtype=torch.int32)),
     case(ValueError, r"residual must have shape .*=\[2, 4\], got \[4\]", residual=torch.ones(4)),

@@ -3,10 +3,11 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from fastprompt import _native, use_backend
+from fastprompt import _native, backends, use_backend
 from fastprompt.dispatch.plain import capturing
 from fastprompt.ops import t5_attention, t5_bias_table
 from fastprompt.ops._t5_attention_reference import Inputs
@@ -66,6 +67,7 @@ BAD = {
     "q must have shape [B, T, H, K], got []": lambda: arguments(q=torch.tensor(1.0), offset=torch.tensor([1])),
     "k must have shape [B, S, H, K], got [2]": lambda: arguments(k=torch.ones(2), key_mask=torch.tensor([1, 1])),
     "causal must be a bool, got 'no'": lambda: arguments(causal="no"),
+    "causal must be a bool, got array([1, 0])": lambda: arguments(causal=np.array([1, 0])),
     "dropout_p must be a number, got str": lambda: arguments(dropout_p="a"),
     "dropout_p must lie in [0, 1], got 1.5": lambda: arguments(dropout_p=1.5, seed=torch.tensor([1])),
     "seed must have shape [1]": lambda: arguments(dropout_p=0.5, seed=torch.tensor([1, 2])),
@@ -87,7 +89,7 @@ BAD = {
     "key_mask is for padded keys; packed": lambda: packed(key_mask=torch.tensor([2, 3])),
     "v must have dtype float32, got float16": lambda: arguments(v=random(B, S, H, K).half()),
     "prompt_v must have dtype float32, got": lambda: with_prompt(prompt_v=random(R, P, H, K).half()),
-    "k must have shape [B, S, H, K]=[2, 0, 2, 16], got [2, 16]": lambda: arguments(k=random(H, K)),
+    "k must have shape [B, S, H, K], got [2, 16]": lambda: arguments(k=random(H, K)),
     "bias must have shape [H, 2M + 1]=[2, odd], got [3, 9]": lambda: arguments(bias=random(3, 9)),
     "offset must have shape [B]=[2] or [1], got [2, 1]": lambda: arguments(offset=torch.tensor([[0], [1]])),
     "prompt_ids must say which of the 0 prompts": lambda: with_prompt(
@@ -97,6 +99,9 @@ BAD = {
     "key_mask must hold lengths in [0, S]=[0, 5], got [7, 2]": lambda: arguments(key_mask=torch.tensor([7, 2])),
     "key_mask must hold lengths in [0, S]=[0, 5], got [5, -1]": lambda: arguments(key_mask=torch.tensor([5, -1])),
     "cu_q must have shape [B + 1], got [0]": lambda: packed(cu_q=torch.empty(0).long(), cu_k=torch.empty(0).long()),
+    "cu_q must have shape [B + 1], got []": lambda: packed(cu_q=torch.tensor(4), cu_k=torch.tensor(4)),
+    "cu_q must have shape [B + 1], got [1, 1]": lambda: packed(cu_q=torch.tensor([[4]]), offset=torch.tensor([0])),
+    "cu_q must be a torch.Tensor, got tuple": lambda: packed(cu_q=(0, 4)),
     "cu_q must rise from 0 to 4, got [0, 1, 3]": lambda: packed(cu_q=torch.tensor([0, 1, 3])),
     "cu_k must rise from 0 to 6, got [0, 2, 4]": lambda: packed(cu_k=torch.tensor([0, 2, 4])),
     "cu_k must rise from 0 to 6, got [0, 7, 6]": lambda: packed(cu_k=torch.tensor([0, 7, 6])),
@@ -126,6 +131,8 @@ def test_table_of_another_shape():
         t5_bias_table(random(31, H), bidirectional=True)
     with pytest.raises(TypeError, match="weight must have dtype"):
         t5_bias_table(torch.ones(32, H, dtype=torch.int64), bidirectional=True)
+    with pytest.raises(TypeError, match="num_buckets must be an int, got str"):
+        t5_bias_table(random(32, H), bidirectional=True, num_buckets="32")
 
 
 @pytest.mark.parametrize(
@@ -264,3 +271,16 @@ def test_the_bare_sum_over_a_prompts_examples_refuses(message, share, ids, count
 def test_the_op_itself_trains_no_bias_either():
     with pytest.raises(ValueError, match="bias must be frozen, got requires_grad=True"):
         torch.ops.fastprompt.t5_attention(*Inputs(**arguments(bias=random(H, 9).requires_grad_())))
+
+
+@pytest.mark.parametrize("bad", [-1, R, 2**40])
+def test_a_sum_over_examples_refuses_ids_of_no_prompt(bad):
+    """On a CPU; a GPU would have to wait for them."""
+    share, ids = random(B, P, H, K), torch.tensor([0, bad])
+    for backend in backends("t5_attention"):
+        if backend.startswith(("cpu", "reference")):
+            with (
+                use_backend("t5_attention", backend),
+                pytest.raises(IndexError, match="prompt_ids must lie in"),
+            ):
+                torch.ops.fastprompt.t5_attention_prompt_sum(share, ids, R, torch.float32)

@@ -4,6 +4,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastprompt._stamp import Stamp, State
-from fastprompt.prompts import PromptConfig, cache_loading, keeper, rank
+from fastprompt.prompts import PromptConfig, cache, cache_loading, keeper, rank
 from fastprompt.prompts.cache import PromptCaches
 
 CONFIGS = {
@@ -492,6 +493,24 @@ def test_threads_keep_and_drop():
     assert not at_once(partial(work, k) for k in range(4))
     assert caches.names == {*names[0::4], *names[2::4]}
     assert not caches._making
+
+
+def test_a_model_may_begin_to_keep_while_an_optimizer_tells_the_others(monkeypatch):
+    model, kept = nn.Linear(2, 2), [PromptCaches() for _ in range(3)]
+    thread = threading.Thread(target=kept[2].keep, args=(["t"], [torch.ones(2)], model, dict))
+
+    class Keeping(weakref.WeakSet):
+        def __iter__(self):
+            for each in super().__iter__():
+                if thread.ident is None:
+                    thread.start()
+                    thread.join(0.1)
+                yield each
+
+    monkeypatch.setattr(cache, "_KEEPING", Keeping(kept[:2]))
+    torch.optim.SGD(model.parameters()).step()
+    thread.join()
+    assert set(cache._KEEPING) == set(kept)
 
 
 def test_a_renamed_prompt_takes_its_keys_along(served):

@@ -167,14 +167,22 @@ def test_modes_of_generation_that_take_no_cache(more, tuned, inputs):
             assert found.members[row, number].tolist() == alone
 
 
-def test_a_start_for_each_input(tuned, inputs):
-    names, starts = ["cached", "kv"], [3, 9, 4]
-    found = tuned.ensemble_generate(
-        **inputs, prompts=names, decoder_start_token_id=starts, rows_per_pass=2, max_new_tokens=3
-    )
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda starts: {"decoder_start_token_id": starts},
+        lambda starts: {"decoder_start_token_id": torch.tensor(starts)},
+        lambda starts: {"generation_config": GenerationConfig(decoder_start_token_id=starts)},
+    ],
+    ids=["list", "tensor", "config"],
+)
+def test_a_start_for_each_input(given, tuned, inputs):
+    names, starts = ["cached", "kv"], given([3, 9, 4])
+    found = tuned.ensemble_generate(**inputs, prompts=names, **starts, rows_per_pass=2, max_new_tokens=3)
     for number, name in enumerate(names):
-        alone = tuned.generate(**inputs, prompts=name, decoder_start_token_id=starts, max_new_tokens=3)
+        alone = tuned.generate(**inputs, prompts=name, **starts, max_new_tokens=3)
         assert torch.equal(found.members[:, number], alone)
+        assert found.members[:, number, 0].tolist() == [3, 9, 4]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_rename_keeps_the_parameters_the_place_and_the_cache_true(bank, make_bat
     bank.eval().cache_prompts()
     bank.rename_prompt("prepend", "first")
     bank.rename_prompt("cached", "second")
-    assert list(bank.prompts) == ["first", "second", "rows", "kv", "mlp"]
+    assert list(bank.prompts) == list(bank.configs) == ["first", "second", "rows", "kv", "mlp"]
     assert bank._caches.names == {"second", "rows", "kv", "mlp"}, "nothing is kept of a name that is gone"
     assert bank.prompts["first"] is parameter
     assert bank.configs["second"] == KINDS["cached"]

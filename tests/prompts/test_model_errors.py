@@ -201,6 +201,13 @@ def test_a_refused_prompt_leaves_the_attention_as_it_was(make_model, tmp_path):
     assert prompted.model.encoder.config._attn_implementation == "eager"
 
 
+def test_a_refused_dict_of_prompts_leaves_the_attention_as_it_was(make_model):
+    model, good = make_model(d_kv=16), PromptConfig(3, "cached", init="uniform")
+    refused(ValueError, "a prompt's name must be a str", PromptModel, model, {"p": good, "a.b": good})
+    assert model.encoder.config._attn_implementation == "eager"
+    assert PromptModel(model, {"p": good}).model.encoder.config._attn_implementation == "fastprompt"
+
+
 @pytest.fixture(params=["forward", "generate"])
 def call(request, make_prompted, make_batch):
     """forward or generate, with a good batch whose arguments a test replaces."""

@@ -152,6 +152,10 @@ def test_errors(bank, stored, make_keyed, make_batch, tmp_path):
                 call()
     with pytest.raises(TypeError, match="store must be a PromptStore, got PosixPath"):
         other.attach_store(stored.path)
+    with pytest.raises(TypeError, match="keep_bytes must be an int, got str"):
+        other.attach_store(stored, strict=False, keep_bytes="1")
+    with pytest.raises(ValueError, match="keep_bytes must not be negative, got -1"):
+        other.attach_store(stored, strict=False, keep_bytes=-1)
     bank.save_prompt("prepend", tmp_path / "folder" / "p.safetensors")
     other.attach_store(PromptStore(tmp_path / "folder"))
     with pytest.raises(ValueError, match=r"'p' of .* belongs to another model"):

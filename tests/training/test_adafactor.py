@@ -138,6 +138,14 @@ def test_a_refused_group_is_not_trained(given):
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_group_with_a_number_that_is_none_is_not_there():
+    optimizer, later = Adafactor([start()]), start()
+    with pytest.raises(TypeError):
+        optimizer.add_param_group({"params": [later], "lr": "0.1"})
+    optimizer.add_param_group({"params": [later], "lr": 0.1})
+    assert len(optimizer.param_groups) == 2
+
+
 @pytest.mark.parametrize(
     "given", [lambda right: right, lambda right: iter([right])], ids=["tensor", "iterator"]
 )
