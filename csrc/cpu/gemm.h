@@ -26,7 +26,7 @@ constexpr int kTileVectors = FP_LANES == 16 || FP_LANES == 4 ? 4 : 2;
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 
 // So many products are added up in registers: short chains keep the error small. Fewer where each is rounded.
-constexpr int64_t kDepth = FP_LANES > 1 ? 128 : 8;
+constexpr int64_t kTileChain = FP_LANES > 1 ? 128 : 8;
 
 // c[ROWS][VECTORS * kLanes] = or += a[ROWS][steps] * b[steps][VECTORS * kLanes]
 template <int ROWS, int VECTORS, class Left>
@@ -84,8 +84,8 @@ FP_INLINE void multiply_chain(Left a, int64_t rows, const typename Left::Right* 
 // c[rows][columns] = or += a[rows][depth] * b[depth][columns]; columns is a multiple of kLanes.
 inline void multiply(Matrix a, int64_t rows, const float* b, int64_t b_row, int64_t columns, float* c, int64_t c_row,
                      int64_t depth, bool adds = true) {
-    for (int64_t k = 0; k < depth; k += kDepth, adds = true) {
-        const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+    for (int64_t k = 0; k < depth; k += kTileChain, adds = true) {
+        const int64_t part = depth - k < kTileChain ? depth - k : kTileChain;
         const Matrix left{a.data + k * a.column, a.row, a.column};
         multiply_chain(left, rows, b + k * b_row, b_row, columns, c, c_row, part, adds);
     }

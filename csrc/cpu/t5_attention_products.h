@@ -40,7 +40,7 @@ struct FloatProducts {
     static bool serves(int64_t dtype) { return is_dtype(dtype); }
     static constexpr int64_t kQueries = 72;  // of a block; a multiple of kTileRows
     // For so many packing takes longer than it brings. With one lane a sum would be one long chain, which multiply cuts
-    // at kDepth.
+    // at kTileChain.
     static constexpr int64_t kFewQueries = kLanes == 16 ? 32 : kLanes > 1 ? 16 : 0;
     static constexpr int64_t kWeights = kLanes;    // a row of weights is filled up to a multiple of it
     static int64_t depth(int64_t K) { return K; }  // of a query or key as a factor

@@ -37,7 +37,7 @@ struct Spaced {
 
 // Sums of a tile of queries: as many as the registers hold beside the operands, as kTileVectors.
 constexpr int kFewRows = kTileVectors, kFewVectors = kTileVectors;
-constexpr int64_t kFewDepth = 64;  // products of a sum in registers: short chains keep the error small
+constexpr int64_t kFewChain = 64;  // products of a sum in registers: short chains keep the error small
 
 // run(i, rows), rows a constant, for tiles of rows that cover [0, count).
 template <class Run>
@@ -79,8 +79,8 @@ public:
     void add(const float* weights, int64_t queries, int64_t chunk, int64_t width, float* to) const {
         with_type(dtype_, [&](auto type) {
             each_few(queries, [&](int64_t i, auto rows) {
-                for (int64_t n = 0; n < width; n += kFewDepth) {
-                    const int64_t first = chunk + n, count = width - n < kFewDepth ? width - n : kFewDepth;
+                for (int64_t n = 0; n < width; n += kFewChain) {
+                    const int64_t first = chunk + n, count = width - n < kFewChain ? width - n : kFewChain;
                     const float* left = weights + i * kScoreRow + n;
                     int64_t d = 0;
                     for (; d + kFewVectors * kLanes <= K_; d += kFewVectors * kLanes) {

@@ -115,7 +115,7 @@ struct Backward {
     fp::DType type, prompt_type;
 };
 
-constexpr int kDepth = 16;            // examples whose rows a thread has in flight
+constexpr int kInFlight = 16;         // examples whose rows a thread has in flight
 constexpr int kBackwardThreads = 64;  // small blocks: a prompt is small, and all multiprocessors should have a share
 
 // The row of dout that prompt row r was copied to in example b; -1 if it was not.
@@ -135,17 +135,17 @@ __global__ void __launch_bounds__(kBackwardThreads) embed_rows_backward(const Ba
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.R * vectors; i += threads) {
         const int64_t r = i / vectors, column = i % vectors * V;
         float total[V] = {}, lost[V] = {};  // lost: the low-order part of what Kahan's sum has so far
-        for (int64_t b = 0; b < a.B; b += kDepth) {
-            int64_t row[kDepth];
-            Vector<V> vector[kDepth];
+        for (int64_t b = 0; b < a.B; b += kInFlight) {
+            int64_t row[kInFlight];
+            Vector<V> vector[kInFlight];
 #pragma unroll
-            for (int u = 0; u < kDepth; ++u) row[u] = find_copy(a, b + u, r);
+            for (int u = 0; u < kInFlight; ++u) row[u] = find_copy(a, b + u, r);
 #pragma unroll
-            for (int u = 0; u < kDepth; ++u) {
+            for (int u = 0; u < kInFlight; ++u) {
                 if (row[u] >= 0) vector[u] = load<V>(a.dout, row[u] * a.D + column, a.type);
             }
 #pragma unroll
-            for (int u = 0; u < kDepth; ++u) {
+            for (int u = 0; u < kInFlight; ++u) {
                 if (row[u] < 0) continue;
                 float value[V];
                 unpack(vector[u], a.type, value);

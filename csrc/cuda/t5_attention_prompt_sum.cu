@@ -13,7 +13,7 @@ struct PromptSum {
     fp::DType type;  // of total
 };
 
-constexpr int kDepth = 8;  // examples whose shares a thread has in flight
+constexpr int kInFlight = 8;  // examples whose shares a thread has in flight
 constexpr int kThreads = 128;
 
 // total[r] = the sum of share[b] over the examples b that read prompt r, in ascending order. A thread owns V
@@ -24,20 +24,20 @@ __global__ void __launch_bounds__(kThreads) prompt_sum(const PromptSum a) {
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.R * vectors; i += threads) {
         const int64_t r = i / vectors, column = i % vectors * V;
         float total[V] = {};
-        for (int64_t first = 0; first < a.B; first += kDepth) {
-            bool reads[kDepth];
-            Vector<V> vector[kDepth];
+        for (int64_t first = 0; first < a.B; first += kInFlight) {
+            bool reads[kInFlight];
+            Vector<V> vector[kInFlight];
 #pragma unroll
-            for (int u = 0; u < kDepth; ++u) {
+            for (int u = 0; u < kInFlight; ++u) {
                 const int64_t b = first + u;
                 reads[u] = b < a.B && (a.prompt_ids == nullptr ? 0 : a.prompt_ids[b]) == r;
             }
 #pragma unroll
-            for (int u = 0; u < kDepth; ++u) {
+            for (int u = 0; u < kInFlight; ++u) {
                 if (reads[u]) vector[u] = load<V>(a.share, (first + u) * a.E + column, fp::kFloat32);
             }
 #pragma unroll
-            for (int u = 0; u < kDepth; ++u) {
+            for (int u = 0; u < kInFlight; ++u) {
                 if (!reads[u]) continue;
                 float value[V];
                 unpack(vector[u], fp::kFloat32, value);
