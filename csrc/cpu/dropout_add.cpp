@@ -8,7 +8,7 @@
 namespace {
 
 // residual may be null.
-int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, void* y, int64_t count, double dropout_p,
+int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, void* h, int64_t count, double dropout_p,
                     int64_t dtype, void* /*stream*/) {
     if (!is_dtype(dtype)) return fp::kBadOption;
     const Dropout dropout(seed, dropout_p);
@@ -16,13 +16,13 @@ int64_t dropout_add(const void* x, const void* residual, const int64_t* seed, vo
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const T *xs = static_cast<const T*>(x), *residuals = static_cast<const T*>(residual);
-        T* ys = static_cast<T*>(y);
+        T* hs = static_cast<T*>(h);
         each_chunk_parallel(count, [&](int64_t first, int64_t size) {
             with_factors(dropout, first, size, [&](const auto& factor_at) {
                 each_vector(size, [&](int64_t i, auto extent) {
                     vfloat value = drop(load_at(xs + first, i, extent), factor_at(i, extent));
                     if (residuals != nullptr) value += load_at(residuals + first, i, extent);
-                    store_at(ys + first, i, extent, value, how);
+                    store_at(hs + first, i, extent, value, how);
                 });
             });
         });

@@ -20,7 +20,7 @@ struct Forward {
     int64_t* error;                                      // [1] or null: receives 1 + the flat index of a bad id
     int64_t B, S, rows, R, vocabulary, D;                // rows: L or N
     Dropout dropout;
-    bool wide_ids;  // int64, else int32
+    bool ids_are_int64;  // int64, else int32
     fp::DType prompt_type, type;
 };
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ Source find_source(const Forward& a, int64_t row) {
     const int64_t token = begin + l - length;
     if (token >= end) return {-1, false};
     const int64_t id =
-        a.wide_ids ? static_cast<const int64_t*>(a.ids)[token] : static_cast<const int32_t*>(a.ids)[token];
+        a.ids_are_int64 ? static_cast<const int64_t*>(a.ids)[token] : static_cast<const int32_t*>(a.ids)[token];
     if (id >= 0 && id < a.vocabulary) return {id, false};
     if (a.error != nullptr && threadIdx.x == 0) *a.error = 1 + token;
     return {-1, false};
@@ -165,12 +165,12 @@ __global__ void __launch_bounds__(kBackwardThreads) embed_rows_backward(const Ba
 int64_t prompt_embed(const void* ids, const void* weight, const void* prompts, const int64_t* starts,
                      const int64_t* lens, const int64_t* cu_tokens, const int64_t* cu_rows, const int64_t* seed,
                      void* out, int64_t* error, int64_t B, int64_t S, int64_t rows, int64_t R, int64_t vocabulary,
-                     int64_t D, double dropout_p, int64_t wide_ids, int64_t prompt_dtype, int64_t weight_dtype,
+                     int64_t D, double dropout_p, int64_t ids_are_int64, int64_t prompt_dtype, int64_t weight_dtype,
                      void* stream) {
     const fp::DType type = dtype(weight_dtype);
     Forward a = {ids, weight, prompts, starts, lens, cu_tokens, cu_rows, out, error, B, S, rows, R, vocabulary, D};
     a.dropout = make_dropout(seed, dropout_p);
-    a.wide_ids = wide_ids != 0;
+    a.ids_are_int64 = ids_are_int64 != 0;
     a.prompt_type = dtype(prompt_dtype), a.type = type;
     const Operand operands[] = {{out, type}, {weight, type}, {prompts, type}};
     return with_vectors(D, operands, [&](auto V, auto) {
