@@ -138,13 +138,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         # A file that was there gives way to what a step has learned and, with --dev, a score has chosen.
-        if not curve.best_step or (dev and existed and curve.best_step not in curve.scores):
-            print(f"interrupted; nothing is written to {arguments.out}", file=sys.stderr)
-        else:
+        told = f"nothing is written to {arguments.out}"
+        if curve.best_step and not (dev and existed and curve.best_step not in curve.scores):
             prompted.save_prompt("default", arguments.out)
-            print(
-                f"interrupted; the prompt of step {curve.best_step:,} is in {arguments.out}", file=sys.stderr
-            )
+            told = f"the prompt of step {curve.best_step:,} is in {arguments.out}"
+        print(f"interrupted; {told}", file=sys.stderr)
         return 130
     else:
         prompted.save_prompt("default", arguments.out)
