@@ -116,7 +116,7 @@ class PromptModel(KeyKeeper):
             labels: [B, T] int64, T of 1 or more, -100 where ignored; asks for the loss.
             prompts: one name for all rows, or one name per row (lengths may differ; "prepend" does not mix with the
                 other kinds); None: the first prompt.
-            return_logits: False leaves the logits out of the output.
+            return_logits: False leaves the logits out of the output; in a tuple what follows moves up.
             decoder_input_ids, decoder_attention_mask: as HF has them.
             encoder_outputs: of an earlier forward with the same prompts, [B, L, D]; L = longest prompt + S for
                 "prepend", L = S for other kinds.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprompt.dispatch.plain import is_transformed
 from fastprompt.modules._ready import obstacle
 from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -61,6 +62,7 @@ class FastLoss:
             self.fastprompt_obstacle()
             or torch.is_autocast_enabled(weight.device.type)
             or torch.compiler.is_compiling()  # which fuses the stock loss in its own way
+            or is_transformed()
         )
 
 

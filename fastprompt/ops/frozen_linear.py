@@ -27,7 +27,7 @@ Source: torch.nn.Linear without bias; Goto and van de Geijn 2008, "Anatomy of hi
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from torch import Tensor
 from fastprompt import _native
 from fastprompt._native import DTYPE_CODES, stream
 from fastprompt.dispatch import Op, direct
+from fastprompt.dispatch.op import LIBRARY
 from fastprompt.ops._checks import (
     FLOATS,
     check_frozen,
@@ -279,5 +280,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
     return direct.frozen_linear_backward([dy], list(ctx.saved_tensors)), None
 
 
+def _refuse_batched(*_arguments: Any) -> NoReturn:
+    """PyTorch runs other ops once per gradient, but none that takes lists."""
+    remedy = "call backward once for each, without is_grads_batched"
+    raise NotImplementedError(f"fastprompt::frozen_linear_backward: takes one gradient at a time: {remedy}")
+
+
+LIBRARY.impl("frozen_linear_backward", _refuse_batched, "Batched")
 op.autograd("frozen_linear", setup_context=_setup_context, backward=_backward)
 op.publish()

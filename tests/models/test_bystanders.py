@@ -2,6 +2,7 @@
 """What else people do with a model: hooks, transforms, modules of their own, gradients through a cache."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -192,10 +193,11 @@ def test_forward_mode_over_a_weight(make, batch, labels, name, grad):
     close(*reversed(tangents))
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "trace"])
-def test_transforms(make, batch, labels, transform):
+@pytest.mark.parametrize("lm_loss", [False, True])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "trace"])
+def test_transforms(make, batch, labels, transform, lm_loss):
     results = []
-    for change in (lambda model: model, patch):
+    for change in (lambda model: model, partial(patch, lm_loss=lm_loss)):
         model, mask = change(make()), batch()["attention_mask"]
         embeds = model.shared(batch()["input_ids"]).detach()
 
@@ -204,10 +206,14 @@ def test_transforms(make, batch, labels, transform):
 
         if transform == "grad":
             results.append(torch.func.grad(loss)(embeds))
+        elif transform == "jvp":
+            results.append(torch.func.jvp(loss, (embeds,), (torch.ones_like(embeds),))[1])
         elif transform == "vmap":
             results.append(torch.func.vmap(loss)(torch.stack([embeds, 0.5 * embeds])))
         else:
-            results.append(torch.jit.trace(loss, (embeds,), check_trace=False)(0.5 * embeds))
+            traced = torch.jit.trace(loss, (embeds,), check_trace=False)
+            assert "fastprompt::" not in str(traced.inlined_graph)
+            results.append(traced(0.5 * embeds))
     close(*reversed(results))
 
 

@@ -38,6 +38,13 @@ def test_a_second_derivative_is_refused(name):
         torch.autograd.grad(loss, leaves, create_graph=True)
 
 
+def test_several_gradients_at_once_are_refused_where_pytorch_cannot_run_them_in_turn():
+    x, weight = torch.ones(2, 8, requires_grad=True), torch.ones(4, 8)
+    y = torch.ops.fastprompt.frozen_linear(x, weight)
+    with pytest.raises(NotImplementedError, match=r"^fastprompt::frozen_linear_backward: takes one gradient"):
+        torch.autograd.grad(y, x, torch.ones(3, 2, 4), is_grads_batched=True)
+
+
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_an_output_that_claims_a_gradient_has_one(name):
     for member, arguments in SAMPLES[name]():
