@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -355,3 +356,30 @@ def test_a_pytorch_that_kernels_cannot_read_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastprompt._C", SimpleNamespace(learn_torch=learn_torch, **names))
     with pytest.warns(UserWarning, match=r"does not share its tensors\).* install PyTorch 2\.11 or newer\.$"):
         assert _native._load(_native.CPU_ISAS).targets == {}
+
+
+@compiled
+@pytest.mark.parametrize("isa", _native.CPU_TARGETS)
+def test_a_kernel_without_memory_for_its_working_space_says_so(isa):
+    """Before it reads or writes anything."""
+    kernels, memory, huge = _native.TARGETS[isa], torch.zeros(1, 1, 1, 16), 2**45
+    many, code = memory.expand(1, huge, 1, 16), 1 if isa in _native.BF16_ISAS else 0
+    rest = (0, 0, 0.0, code, None)
+    calls = [
+        (kernels.t5_attention, memory, many, many, *[None] * 10, memory, memory, *rest),
+        (kernels.t5_attention_backward, *[memory] * 3, many, many, *[None] * 10, *[memory] * 5, *rest),
+    ]
+    for B in (1, 2):  # few rows, more, and half precision, which is widened first
+        for M, dtype in ((5, 1),) if isa in _native.BF16_ISAS else ((9, 0), (20, 0), (9, 1)):
+            sizes = (B, M, 48, huge, 0, huge, 1, dtype, None)
+            calls.append((kernels.frozen_linear, memory, memory, memory, *sizes))
+    for kernel, *arguments in calls:
+        with pytest.raises(MemoryError, match=f"^fastprompt::{kernel.name}: no memory for its working space"):
+            kernel(*arguments)
+    assert not memory.any()
+
+
+@compiled
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells whose CPU it is")
+def test_whose_cpu_this_is():
+    assert ("AuthenticAMD" in Path("/proc/cpuinfo").read_text()) == _native.CPU_IS_AMD

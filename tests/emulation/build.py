@@ -28,6 +28,7 @@ FLAGS = [
 CPU_FLAGS = [
     *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
     *("-fopenmp", "-ffp-contract=off", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
+    *("-include", f"{HERE / 'poison.h'}"),
 ]
 BF16_FLAGS = [*CPU_FLAGS, "-DFP_LANES=1", "-DFP_HAS_PAIRS"]
 BF16_ALONE = [ROOT / "csrc" / "cpu" / "frozen_linear_pairs.cpp"]  # for no other instruction set

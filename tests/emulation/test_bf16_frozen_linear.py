@@ -47,6 +47,12 @@ def test_of_the_op(bf16_backend, test):
     test(bf16_backend)
 
 
+@pytest.mark.usefixtures("_ran")
+@pytest.mark.parametrize("M", [3, 5, 13])
+def test_rows_that_share_lines_of_the_cache(bf16_backend, M):
+    tests.test_rows_in_bf16_that_share_lines_of_the_cache(bf16_backend, M)
+
+
 def test_other_dtypes_are_not_taken():
     for dtype in (tests.torch.float32, tests.torch.float16):
         x, weight, _ = tests.draw(3, 48, 512, dtype=dtype)

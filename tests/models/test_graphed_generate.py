@@ -551,3 +551,27 @@ def test_two_of_one_model_in_two_threads(make, batch, recordings):
     assert all(torch.equal(each, expected) for each in found)
     assert len(steps[0]) == 2
     assert len(steps[1]) == 0
+
+
+def test_another_thread_that_calls_a_stack_meanwhile_replays_nothing(make, batch, recordings):
+    model = patch(make())
+    step = graphed(model)
+    step.generate(**batch(), **SHORT)
+    made, other, found = len(recordings), batch("left", S=9), []
+    expected = model.encoder(**other)[0]
+
+    def encode():
+        with torch.no_grad():
+            found.append(model.encoder(**other)[0])
+
+    class Asks(LogitsProcessor):
+        def __call__(self, ids, scores):
+            if ids.shape[1] == 3:
+                thread = threading.Thread(target=encode)
+                thread.start()
+                thread.join()
+            return scores
+
+    step.generate(**batch(), **SHORT, logits_processor=[Asks()])
+    assert torch.equal(found[0], expected)
+    assert len(recordings) == made

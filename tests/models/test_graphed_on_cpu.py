@@ -397,3 +397,17 @@ def test_a_copy_made_meanwhile_compiles(make, batch):
     found, expected = (each(ids, encoder_hidden_states=states, use_cache=False)[0] for each in decoders)
     torch.testing.assert_close(found, expected)
     torch._dynamo.reset()
+
+
+def test_adapters_that_each_row_names(make, batch, tapes):
+    """PEFT tells its layers by hooks, of which a tape has nothing."""
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wo"], r=2, init_lora_weights=False
+    )
+    model = get_peft_model(patch(make()), config)
+    model.add_adapter("other", config)
+    step = graphed(model.eval())
+    for names in (["default", "other", "__base__"], ["other", "__base__", "default"]):
+        inputs = {**batch(), **SHORT, "adapter_names": names}
+        assert torch.equal(step.generate(**inputs), model.generate(**inputs))
+    assert not tapes

@@ -10,6 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import causal_mask_function, create_causal_mask, eager_mask
 
 from fastprompt import hf_attention, patch
+from fastprompt.dispatch.plain import capturing
 from fastprompt.ops import t5_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,3 +123,15 @@ def test_a_dense_bias_has_a_table_for_each_mask(device):
         expected = hf_attention.table_of(bias.clone(), allowed, 0)
         assert torch.equal(hf_attention.table_of(bias, allowed, 0), expected)
         assert hf_attention.table_of(bias, allowed, 1) is hf_attention.table_of(bias, allowed, 0)
+
+
+@pytest.mark.parametrize("where", [torch.inference_mode, capturing])
+def test_a_table_that_others_cannot_read_is_not_kept(where, device):
+    """Autograd saves nothing of inference mode's, and a tape's memory is written to by its next run."""
+    bias, allowed = torch.randn(1, 4, 5, 9, device=device), hf_attention.Allowed(None, 0, False)
+    with where():
+        found = hf_attention.table_of(bias, allowed, 0)
+    again = hf_attention.table_of(bias, allowed, 1)
+    assert again is not found
+    assert not again.is_inference()
+    assert torch.equal(again, found)

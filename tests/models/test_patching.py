@@ -107,3 +107,14 @@ def test_errors(make):
     ):
         pass
     assert told[0].filename == __file__
+
+
+def test_behind_a_block_the_stacks_attend_as_before(make):
+    model = patch(make(), memory="lean")
+    before = str(explain(model))
+    with patched(model, attention=False):
+        assert model.encoder.config._attn_implementation == "eager"
+    for stack in (model.encoder, model.decoder):
+        assert stack.config._attn_implementation == "fastprompt"
+        assert stack.block[0].layer[0].SelfAttention.config is stack.config
+    assert str(explain(model)) == before

@@ -183,6 +183,18 @@ def test_a_weight_per_example_in_bf16(bf16_backend):
         assert torch.equal(y[b], frozen_linear(x[b], weight[b]))
 
 
+@pytest.mark.parametrize("M", [3, 5, 13])
+def test_rows_in_bf16_that_share_lines_of_the_cache(bf16_backend, M):
+    """Rows of x a multiple of 4 KB apart are moved apart first; a row alone is not."""
+    x, weight, _ = draw(M, 50, 2048, dtype=torch.bfloat16)
+    y = frozen_linear(x, weight)
+    assert_as_exact(y, x, weight.t())
+    for m in range(M):
+        assert torch.equal(frozen_linear(x[m : m + 1], weight), y[m : m + 1])
+    each = frozen_linear(torch.stack((x, -x)), torch.stack((weight, weight)))
+    assert torch.equal(each, torch.stack((y, -y)))
+
+
 def test_infinities_and_nan_in_bf16_stay_where_they_are(bf16_backend):
     x, weight, _ = draw(20, 70, 141, dtype=torch.bfloat16)
     x[3, 2], x[5, 140], x[19, 0], weight[8, 7] = *map(float, ("inf", "nan", "-inf")), float("nan")

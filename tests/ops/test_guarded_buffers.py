@@ -164,3 +164,15 @@ def test_frozen_linear(kernels, device, M, columns_are_dense, dtype):
     strides = (1, depth) if columns_are_dense else (columns, 1)
     numbers = [B, M, depth, columns, columns * depth, *strides, DTYPE_CODES[dtype], 0, 0]
     assert_alignment_is_invisible(kernels.frozen_linear_backward, [x, weight], [y], numbers)
+
+
+def test_streamed_results_that_begin_beside_a_line(kernels, device, request):
+    """Of so many bytes that they go past the caches, where a CPU takes whole lines."""
+    if device.type != "cpu" or request.node.callspec.params["kernels"] == "emulated":
+        pytest.skip("a CPU's way of storing")
+    N, D = 4096, 1024
+    x, w, rstd, memory = torch.randn(N, D), torch.ones(D), torch.empty(N), torch.empty(N * D + 1)
+    y, aligned = memory[1:].view(N, D), torch.empty(N, D)
+    for to in (y, aligned):
+        kernels.rms_norm(x, w, to, rstd, N, D, 1e-6, 0, 0, None)
+    assert torch.equal(y, aligned)

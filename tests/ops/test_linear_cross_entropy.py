@@ -509,3 +509,16 @@ def test_mean_of_any_number_of_rows(kernels, device, dtype, N, divided):
     expected = losses.double().sum() / by if some else torch.zeros((), dtype=torch.float64, device=device)
     torch.testing.assert_close(copies[3].double(), expected, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
     torch.testing.assert_close(copies[4].item(), 0.5 / by if some else 0.0, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("ignoring")
+def test_the_row_of_an_ignored_label_is_not_read(backend, device):
+    """Whatever number stands for it: weight times that may lie in nobody's memory."""
+    x, weight = torch.randn(3, 16, device=device, requires_grad=True), torch.randn(9, 16, device=device)
+    results = []
+    for ignored in (-100, -(2**40), 2**40):
+        labels = torch.tensor([4, ignored, 0], device=device)
+        loss = linear_cross_entropy(x, weight, labels, ignore_index=ignored)
+        results.append((loss, *torch.autograd.grad(loss, x)))
+    for each in results[1:]:
+        assert all(map(torch.equal, each, results[0]))

@@ -150,6 +150,15 @@ def test_nothing_at_all(backend, device, B, P, S, D):
     assert cu_rows.tolist() == [0]
 
 
+def test_several_sequences_without_rows_in_a_row(backend, device):
+    """Of no tokens and a prompt of no rows: in front, between others and behind."""
+    prompts = [torch.empty(0, 5, device=device), torch.randn(2, 5, device=device)]
+    weight, ids = torch.randn(9, 5, device=device), torch.tensor([3, 1, 4, 1], device=device)
+    ends = torch.tensor([0, 0, 0, 1, 1, 1, 1, 4, 4, 4], device=device)
+    out, _ = prompt_embed(ids, weight, prompts, [0, 0, 1, 0, 0, 0, 1, 0, 0], cu_seqlens=ends)
+    assert torch.equal(out, torch.cat((prompts[1], weight[ids[:1]], prompts[1], weight[ids[1:]])))
+
+
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.999, 1.0])
 @pytest.mark.parametrize("D", [33, 1100])  # the CPU's kernels take long rows in parts
 def test_dropout_is_the_same_on_every_backend_and_in_backward(backend, device, p, D):

@@ -191,3 +191,14 @@ def test_derivative_of_the_reference():
 
     assert torch.autograd.gradcheck(padded, prompts)
     assert torch.autograd.gradcheck(packed, prompts)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(200, 2, 77), (3, 4, 1100)], ids=str)
+def test_the_same_bits_of_more_than_is_summed_at_a_time(backend, device, shape, dtype, p):
+    """Of more sequences, whose sum remembers what rounding took from its last part, and of longer rows."""
+    dout, prompts = random_rows(shape, dtype, device), torch.empty(2, shape[-1], dtype=dtype, device=device)
+    arguments = (dout, prompts, None, None, None, torch.tensor([77], device=device), p)
+    expected = prompt_embed_backward_reference(*arguments)
+    assert torch.equal(torch.ops.fastprompt.prompt_embed_backward(*arguments), expected)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """t5_attention against Hugging Face's arithmetic on concatenated keys, in the dtype and in float64."""
 
+import mmap
+import sys
+
 import numpy
 import pytest
 import torch
@@ -227,3 +230,29 @@ def test_no_heads(backend, device):
     out = t5_attention(q, q, q)
     out.sum().backward()
     assert out.shape == q.grad.shape == q.shape
+
+
+def far_apart(rows):
+    """Rows [N, 1, 16] on the CPU, the last more than 2^31 elements behind the first: only pages that are touched need
+    memory.
+    """
+    step = 2**31 // (len(rows) - 1) + 64
+    lazily = (
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    )  # MAP_NORESERVE, which Python 3.11 has no name for
+    memory = mmap.mmap(-1, 4 * len(rows) * step, flags=lazily)
+    return torch.frombuffer(memory, dtype=torch.float32).as_strided(rows.shape, (step, 16, 1)).copy_(rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's flag")
+@pytest.mark.parametrize("what", ["q", "k", "v", "prompt_k", "prompt_v"])
+def test_rows_past_two_to_the_31(backend, device, what, T):
+    given = {name: torch.randn(1, n, 1, 16, device=device) for name, n in (("q", T), ("k", 3), ("v", 3))}
+    given |= {name: torch.randn(3, 1, 1, 16, device=device) for name in ("prompt_k", "prompt_v")}
+    ids = torch.tensor([2], device=device)
+    expected = t5_attention(**given, prompt_ids=ids)
+    if device.type != "cpu":
+        pytest.skip("a GPU has no memory that is not there")
+    rows = given[what][:, 0] if what.startswith("prompt") else given[what][0]
+    given[what] = far_apart(rows)[:, None] if what.startswith("prompt") else far_apart(rows)[None]
+    torch.testing.assert_close(t5_attention(**given, prompt_ids=ids), expected, rtol=1e-5, atol=1e-6)

@@ -153,3 +153,14 @@ def test_a_prefix_of_a_model_that_lost_a_layer(name, make_keyed, make_batch):
             ValueError, match="a prefix must have keys for the 2 decoder layers of the model, got 3"
         ):
             call()
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_a_block_that_comes_later_with_its_own_attention_is_served(name, make_keyed, make_model, make_batch):
+    """The stacks attend by "fastprompt" already, and it does not."""
+    prompted, batch = make_keyed({name: KEYED[name]}, num_layers=3), make_batch()
+    expected = prompted(**batch).logits
+    other = make_model(d_kv=16, num_layers=3)
+    for stack, of_other in ((prompted.model.encoder, other.encoder), (prompted.model.decoder, other.decoder)):
+        stack.block[1] = of_other.block[1]
+    torch.testing.assert_close(prompted(**batch).logits, expected, rtol=1e-5, atol=1e-4)

@@ -287,3 +287,12 @@ def test_a_failed_write_leaves_the_old_file(saved, prompt, monkeypatch):
         write_cache(path, kv(model), origin_of(model, prompt))
     assert all(torch.equal(each, tensors[name]) for name, each in read(path, model, prompt).items())
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_values_that_are_not_finite_are_refused(saved, prompt):
+    model, _, path = saved
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32("nan").tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"tensor '.*' has NaN or infinity\. Make the cache again"):
+        read(path, model, prompt)

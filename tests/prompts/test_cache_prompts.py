@@ -15,6 +15,7 @@ from threads import at_once
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastprompt._allowed import is_kept
 from fastprompt._stamp import Stamp, State
 from fastprompt.prompts import PromptConfig, cache, cache_loading, keeper, rank
 from fastprompt.prompts.cache import PromptCaches
@@ -589,3 +590,33 @@ def test_rank_computes_keys_once_and_keeps_none(prompts, served, make_batch, mon
     prompted.rank(**text, choices=choices, prompts=prompts)
     assert not prompted._caches.names
     assert len(made) > 2
+
+
+def test_what_is_cut_out_of_a_pool_lies_as_the_pool_did(served):
+    """A head's keys side by side, and known to stay where they are."""
+    prompted = served()
+    prompted.cache_prompts(["c5", "c2", "rows"])
+    prompted.remove_prompt("c5")
+    prompted.remove_prompt("rows")
+    (pool,) = prompted._caches.pools
+    assert len(pool.stamps) == 1
+    for keys, _ in pool.keyed.values():
+        assert all(each.transpose(1, 2).is_contiguous() for each in (*keys.keys, *keys.values))
+        assert is_kept(keys.keys)
+
+
+def test_prompts_kept_one_by_one_share_the_models_stamp(served):
+    """Which every call compares: of hundreds of prompts it would take longer than the tokens."""
+    prompted = served()
+    for name in CONFIGS:
+        prompted.cache_prompts(name)
+    pools = prompted._caches.pools
+    assert len(pools) == len(CONFIGS)
+    assert len({id(pool.model) for pool in pools}) == 1
+
+
+def test_an_error_meanwhile_leaves_no_keys(served):
+    prompted = served()
+    with pytest.raises(ZeroDivisionError), prompted.keeping(["c5", "rows"]):
+        raise ZeroDivisionError
+    assert prompted._caches.names == set()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fastprompt.prompts import PromptConfig, PromptStore, ensemble, write_store
+from fastprompt.prompts import PromptConfig, PromptStore, ensemble, keyed, write_store
 from fastprompt.prompts.loading import file_of
 
 OUTSIDE = ("decoder", "cross")
@@ -365,3 +365,16 @@ def test_bad_rules(tuned, inputs):
     for more in ({"num_beams": 2, "num_return_sequences": 2}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match="PromptModel: an ensemble votes on one sequence per prompt"):
             tuned.ensemble_generate(**inputs, prompts=["rows"], max_new_tokens=2, **more)
+
+
+def test_keys_are_computed_once_for_all_passes(tuned, inputs, monkeypatch):
+    seen, run = [], keyed.run_branch
+    monkeypatch.setattr(
+        keyed, "run_branch", lambda model, prompts: seen.append(len(prompts)) or run(model, prompts)
+    )
+    names = ["cached", "kv", "cached2"]
+    tuned.ensemble(**inputs, prompts=names, choices=CHOICES, rows_per_pass=1)
+    assert seen == [2]
+    tuned.ensemble_generate(**inputs, prompts=names, rows_per_pass=1, max_new_tokens=2)
+    assert seen == [2, 2]
+    assert tuned._caches.names == set()

@@ -195,3 +195,17 @@ def test_the_mode_is_left_alone_and_dropout_is_off(make_keyed, make_batch, tmp_p
     tuned.load_caches({"cached": tmp_path / "cached.safetensors"})
     with torch.no_grad():
         torch.testing.assert_close(tuned(**make_batch(), prompts="cached").logits, expected)
+
+
+def test_what_is_loaded_is_not_the_file_any_more(make_keyed, make_batch, tmp_path):
+    """Which others may cut short or write to; a prompt of one row is not copied on the way."""
+    tuned, batch = make_keyed(PromptConfig(1, "cached", init="uniform")), make_batch()
+    tuned.save_cache("default", tmp_path / "p.safetensors")
+    tuned.load_caches({"default": tmp_path / "p.safetensors"})
+    path = tmp_path / "p.cache.safetensors"
+    with torch.no_grad():
+        expected = tuned(**batch).logits
+        with path.open("r+b") as stream:
+            stream.seek(-256, 2)  # values of the last tensor
+            stream.write(bytes(256))
+        assert torch.equal(tuned(**batch).logits, expected)

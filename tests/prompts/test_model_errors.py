@@ -399,3 +399,18 @@ def test_a_sharded_table_is_told(mesh, make_prompted, make_batch, tmp_path):
     refused(ValueError, "must be whole, got a sharded one. Shard the PromptModel itself", prompted, **batch)
     with pytest.raises(ValueError, match="got a sharded one\\. Gather state_dict"):
         prompted.save_prompt("p5", tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "cached"])
+def test_a_mask_of_fewer_rows_is_refused_by_each_call(kind, make_keyed, make_batch):
+    """It would be stretched to all rows, in silence."""
+    prompted, batch = make_keyed(PromptConfig(5, kind, init="uniform"), **SMALL | {"d_kv": 16}), make_batch()
+    ids, mask, labels = batch.values()
+    encoded, message = prompted.encode(ids, mask), r"attention_mask must have shape .*=\[3, 7\], got \[1, 7\]"
+    refused(ValueError, message, prompted.encode, ids, mask[:1])
+    for call, more in (
+        (prompted, {"labels": labels}),
+        (prompted.generate, {}),
+        (prompted.rank, {"choices": [[5], [6, 1]]}),
+    ):
+        refused(ValueError, message, call, ids, mask[:1], encoder_outputs=encoded, **more)

@@ -6,6 +6,7 @@ import torch
 from exactness import assert_exact
 from transformers import T5Config, T5ForConditionalGeneration
 
+from fastprompt._cache_name import cache_of
 from fastprompt.model import PromptModel
 from fastprompt.prompts import PromptConfig
 from fastprompt.testing import assert_within_budget
@@ -190,3 +191,12 @@ def test_one_of_the_encoders_outputs_alone(asked, return_dict, make_prompted, ma
         assert type(one) is type(two)
         for mine, theirs in zip(one, two, strict=True) if isinstance(one, tuple) else [(one, two)]:
             assert_exact(mine, theirs, EXACT)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_cache_is_left_where_nothing_learns(grad, training, make_prompted, make_batch):
+    prompted = make_prompted().train(training)
+    with torch.set_grad_enabled(grad):
+        output = prompted(**make_batch())
+    assert (cache_of(output) is None) == (grad or training)

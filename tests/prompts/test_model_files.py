@@ -239,3 +239,26 @@ def test_a_prefix_of_another_model_is_refused(bank, make_keyed, tmp_path):
     with pytest.raises(ValueError, match=r"tensor 'encoder' must have shape .*=\[4, 3, 32\], as the model"):
         deeper.load_prompt("p", tmp_path / "prompt", strict=False)
     assert "p" not in deeper.prompts
+
+
+@pytest.mark.parametrize("name", ["cached", "rows"])
+def test_a_loaded_prompt_has_memory_of_its_own(name, bank, empty):
+    tuned, other = empty(), empty()
+    file = PromptFile(
+        bank.prompts[name].tensors() if name == "rows" else bank.prompts[name],
+        bank.kind(name),
+        parameterization="rows" if name == "rows" else None,
+    )
+    tuned.load_prompt("x", file, strict=False)
+    other.load_prompt("x", file, strict=False)
+    expected = [each.clone() for each in other.prompts.parameters()]
+    with torch.no_grad():
+        for each in tuned.prompts.parameters():
+            each.add_(1.0)
+    assert all(map(torch.equal, other.prompts.parameters(), expected))
+
+
+def test_few_tables_are_remembered():
+    for _ in range(3 * identity._KNOWN):
+        embedding_sha256(torch.randn(4, 8))
+        assert len(identity._known) <= identity._KNOWN

@@ -160,3 +160,30 @@ def test_errors(bank, stored, make_keyed, make_batch, tmp_path):
     other.attach_store(PromptStore(tmp_path / "folder"))
     with pytest.raises(ValueError, match=r"'p' of .* belongs to another model"):
         logits(other, batch, "p")
+
+
+def test_a_thread_that_trims_meets_prompts_that_others_read(stored, empty):
+    model = empty()
+    model.attach_store(stored, keep_bytes=0)
+    shared = model.prompts._stored
+    for name in ("prepend", "cached"):
+        shared.prompt(name)
+
+    class Used(tuple):
+        def __contains__(self, name):
+            shared.prompt("rows")  # as another thread does meanwhile
+            return name == "rows"
+
+    shared.trim(Used())
+    assert list(shared._kept) == ["rows"]
+
+
+def test_a_stored_prompt_that_was_read_in_inference_mode_serves_training(stored, make_keyed, make_batch):
+    """Of the model itself: autograd saves nothing of inference mode's."""
+    model, batch = make_keyed({}, **(SIZES | {"dtype": torch.float32})), make_batch()
+    model.attach_store(stored, strict=False)
+    with torch.inference_mode():
+        logits(model, batch, "kv")
+    q = model.model.get_decoder().block[0].layer[0].SelfAttention.q.weight.requires_grad_()
+    model(**batch, prompts="kv").loss.backward()
+    assert q.grad.abs().sum() > 0

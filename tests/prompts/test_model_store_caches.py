@@ -5,7 +5,7 @@ import pytest
 import torch
 from bank import KINDS, logits, same
 
-from fastprompt.prompts import PromptStore, keyed, write_store
+from fastprompt.prompts import PromptConfig, PromptStore, keyed, write_store
 from fastprompt.prompts.loading import file_of
 
 
@@ -93,4 +93,20 @@ def test_kept_keys_go_with_the_prompt_they_are_of(bank, stored, empty, make_batc
     same(found, logits(model, batch, "own"))
     model.cache_prompts("cached")
     model.attach_store(None)
+    assert model._caches.names == set()
+
+
+def test_a_prompt_that_begins_from_a_stored_one_leaves_the_stores_memory_alone(stored, empty):
+    model = empty()
+    model.attach_store(stored, keep_bytes=0)
+    model.add_prompt("own", PromptConfig(5, "cached", init="prompt", source="cached"))
+    assert not model.prompts._stored._kept
+
+
+def test_a_renamed_prompt_leaves_no_keys_of_the_stored_one_that_it_hides(stored, empty):
+    model = empty()
+    model.add_prompt("own", KINDS["cached"])
+    model.attach_store(stored)
+    model.cache_prompts("rows")
+    model.rename_prompt("own", "rows")
     assert model._caches.names == set()
