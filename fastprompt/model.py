@@ -84,9 +84,8 @@ class PromptModel(KeyKeeper):
         with torch.inference_mode(False):  # as in add_prompt
             for name, each in configs.items():
                 self._begin(name, each, self._made(name, each))
-        for kind in {
-            each.kind for each in configs.values()
-        }:  # last: who is refused leaves the model as it was
+        # Last: who is refused leaves the model as it was.
+        for kind in {each.kind for each in configs.values()}:
             self._serve(kind)
         model.requires_grad_(False)
         self.train(model.training)
