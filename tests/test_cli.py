@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line. The installed script: tests/packaging; the demo: tests/demo."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import torch
 
 import fastprompt
 from fastprompt.cli import main
+from fastprompt.commands import doctor
 from fastprompt.demo import run as demo
 from fastprompt.demo.task import AREAS, Example
+from fastprompt.dispatch import OPS
 from fastprompt.prompts.files import write_prompt
+from fastprompt.prompts.identity import ModelIdentity
 from fastprompt.prompts.prompt_file import PromptFile
 
 
@@ -153,3 +157,60 @@ def test_slips_of_the_demo_are_told_in_a_line(tmp_path, capsys, monkeypatch):
         assert main(["demo", *more]) == 1
         assert len(capsys.readouterr().err.strip().splitlines()[-1]) > 10
     assert list(tmp_path.iterdir()) == [taken]
+
+
+def test_a_command_is_needed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "the following arguments are required: command" in capsys.readouterr().err
+
+
+def test_a_reader_may_leave_while_a_command_talks(tmp_path, capsys, monkeypatch):
+    def left(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(doctor, "run", left)
+    with (tmp_path / "said").open("w") as said:
+        monkeypatch.setattr(sys, "stdout", said)
+        assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_of_several_lines_stays_so(capsys, monkeypatch):
+    def fails(arguments):
+        raise ValueError("one\ntwo\x1b[2J")
+
+    monkeypatch.setattr(doctor, "run", fails)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "one\n'two\\x1b[2J'\n"
+
+
+def test_inspect_tells_the_model(tmp_path, capsys):
+    model = ModelIdentity("google/t5", "t5", 32128, 4, "float32", "0" * 64)
+    prompt = PromptFile(torch.ones(2, 4), model=model)
+    write_prompt(tmp_path / "p.safetensors", prompt)
+    assert f"model: {prompt.model}" in inspect(capsys, tmp_path / "p.safetensors")[1].splitlines()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_doctor_tells_of_kernels(monkeypatch, capsys, there):
+    """Of a device, and of Triton's."""
+    find = importlib.util.find_spec
+    own = "fastprompt.triton_kernels"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: (there or None) if name == own else find(name, *more)
+    )
+    expected = {name: [fastprompt.backends(name, device) for device in ("cpu", "cuda")] for name in OPS}
+    monkeypatch.setattr(doctor._native, "TARGETS", {"cuda": None} if there else {})
+    monkeypatch.setattr(fastprompt, "backends", lambda name, device: expected[name][device == "cuda"])
+    assert main(["doctor"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["CUDA"] == f"kernels         {'built' if there else 'not built'}"
+    assert lines["Triton"] == f"kernels       {'installed' if there else 'not installed'}"
+    for name, (cpu, cuda) in expected.items():
+        assert lines[name] == f"cpu: {', '.join(cpu)}; cuda: {', '.join(cuda)}"
+
+
+def test_doctor_tells_what_is_missing():
+    assert doctor.version("no-such-package") == "not installed"

@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import math
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -239,8 +238,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{option} needs --{source}, which it reads")
     for name in ("lr", "weight_decay"):
         value = getattr(arguments, name)
-        if value is not None and not 0.0 <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be a finite number of 0 or more, got {value}")
+        if value is not None and not 0.0 <= value <= torch.finfo(torch.float32).max:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite float32 of 0 or more, got {value}")
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
     if arguments.task is not None and not arguments.start:

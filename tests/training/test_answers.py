@@ -51,3 +51,16 @@ def test_a_file_of_inputs_is_answered(tmp_path, capsys, choices, name):
     assert "--no-targets needs --out" in capsys.readouterr().err
     assert main([*asked, "--out", str(out)]) != 0
     assert "'target'" in capsys.readouterr().err
+
+
+def test_the_options_of_eval_hold_without_targets(files, capsys, spied):
+    """And what is written reads as the file that was asked."""
+    data, out, common = files
+    data.write_text('{"text": "é"}\n', encoding="utf-8")
+    seen = spied((training, "answer"))
+    common = common[: common.index("--choices")]
+    how = ["--batch-size", 2, "--max-input", 5, "--max-target", 3, "--no-targets", "--out", out]
+    assert main(["eval", *common, "--data", str(data), *map(str, how)]) == 0
+    expected = {"prompts": None, "choices": None, "batch_size": 2, "max_input": 5, "max_new_tokens": 3}
+    assert seen["answer"][-1][1] == expected
+    assert out.read_text(encoding="utf-8").startswith('{"input": "é", "answer": ')

@@ -3,6 +3,7 @@
 
 import argparse
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def test_bench_shows_no_speed_of_wrong_results(capsys, monkeypatch, what):
     assert (status, said) == (1, "")
     assert error.splitlines()[-1].startswith(f"bench: the {what} of fastprompt, speed is 0.")
     assert "away from HF eager's" in error
+
+
+def test_bench_shows_no_speed_of_what_is_no_number(capsys, monkeypatch):
+    forward = PromptModel.forward
+
+    def wrong(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(PromptModel, "forward", wrong)
+    status, said, error = run(capsys, "bench", *MODEL, *SIZES, "--rounds", 1)
+    assert (status, said) == (1, "")
+    assert "bench: the loss of fastprompt, speed is nan of its size away" in error
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -111,3 +126,18 @@ def test_bench_compares_without_dropout_and_times_with_it():
     bench._check(steps, models, nudged=steps[bench.EAGER])
     assert seen == [False] * (2 + bench.NUDGES)
     assert all(model.training for model in models.values())
+
+
+def test_bench_tells_the_median(monkeypatch):
+    seconds = iter([0.0, 1.0, 10.0, 12.0, 20.0, 29.0])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    x = torch.ones(2, requires_grad=True)
+    arguments, stock = argparse.Namespace(rounds=3), torch.nn.Linear(1, 1)
+    times, _ = bench._measure(arguments, {"a": lambda: x * 2}, stock, torch.device("cpu"))
+    assert times == {"a": 2.0}
+
+
+@pytest.mark.parametrize("dropout", ["1", "-0.1", "nan"])
+def test_bench_refuses_a_dropout_that_is_none(capsys, dropout):
+    status, said, error = run(capsys, "bench", *MODEL, *SIZES, "--dropout", dropout)
+    assert (status, said, error) == (1, "", f"--dropout must be in [0, 1), got {float(dropout)}\n")

@@ -10,7 +10,8 @@ import torch
 from command_line import run
 
 from fastprompt.commands import _outputs, tune
-from fastprompt.commands._outputs import check_outputs
+from fastprompt.commands import eval as commands_eval
+from fastprompt.commands._outputs import check_outputs, make_folder
 from fastprompt.prompts._safe_files import replacing
 from fastprompt.prompts.files import write_prompt
 from fastprompt.prompts.prompt_file import PromptFile
@@ -75,11 +76,17 @@ def tuned_over(tmp_path, capsys, monkeypatch, paths):
     return status, said
 
 
-def test_eval_loses_no_file_either(files, capsys):
+@pytest.mark.parametrize("name", ["data.jsonl", "prompt.npy", "other.npy"])
+def test_eval_loses_no_file_either(files, capsys, monkeypatch, name):
+    monkeypatch.setattr(commands_eval, "load", lambda arguments: pytest.fail("the model was loaded"))
     data, _, common = files
-    before = data.read_bytes()
-    status, _, said = run(capsys, "eval", *common, "--data", data, "--out", data)
-    assert (status, data.read_bytes()) == (1, before)
+    prompts = [data.with_name("prompt.npy"), data.with_name("other.npy")]
+    for path in prompts:
+        numpy.save(path, numpy.zeros((2, 192), "float32"))
+    lost = data.with_name(name)
+    before = lost.read_bytes()
+    status, _, said = run(capsys, "eval", *common, "--data", data, "--prompt", *prompts, "--out", lost)
+    assert (status, lost.read_bytes()) == (1, before)
     assert "would be lost" in said
 
 
@@ -149,3 +156,19 @@ def test_no_output_is_the_folder_of_another(tmp_path):
     for prompt, other in ((inside, inside.parent), (inside.parent, inside)):
         with pytest.raises(ValueError, match="new: cannot be written"):
             check_outputs(prompt, [other], [])
+
+
+def test_a_file_that_is_there_may_be_closed(tmp_path, monkeypatch):
+    """What is written in place needs no folder that is open, but must be so itself."""
+    there = tmp_path / "there"
+    there.touch()
+    monkeypatch.setattr(_outputs.os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(ValueError, match="there: cannot be written"):
+        check_outputs(None, [there], [])
+
+
+def test_the_folder_that_a_link_leads_to_is_made(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "new" / "log")
+    make_folder(link)
+    assert (tmp_path / "new").is_dir()

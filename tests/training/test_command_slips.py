@@ -10,6 +10,8 @@ from command_line import MODEL, run
 from fastprompt.cli import main
 from fastprompt.commands import eval as commands_eval
 from fastprompt.commands import tune
+from fastprompt.prompts.files import write_prompt
+from fastprompt.prompts.prompt_file import PromptFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,12 +63,20 @@ def test_slips_are_told_in_a_line(files, capsys, more, message):
         (["--text", "topic"], "text is read only by init='text'"),
         (["--num-tokens", "1000000"], "num_tokens must be from 1 to"),
         (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
-        (["--lr", "-1"], "--lr must be a finite number of 0 or more, got -1.0"),
-        (["--weight-decay", "nan"], "--weight-decay must be a finite number of 0 or more, got nan"),
+        (["--seed", "4294967296"], "--seed must be from 0 to 4294967295, got 4294967296"),
+        (["--lr", "1e39"], "--lr must be a finite float32 of 0 or more, got 1e\\+39"),
+        (["--lr", "inf"], "--lr must be a finite float32 of 0 or more, got inf"),
+        (["--lr", "-1"], "--lr must be a finite float32 of 0 or more, got -1.0"),
+        (["--weight-decay", "nan"], "--weight-decay must be a finite float32 of 0 or more, got nan"),
         (["--start", "nowhere.npy"], "No such file.*nowhere.npy"),
         *(
             (["--start", "nowhere.npy", name, value], f"{name} is the --start prompt's. Leave it out")
-            for name, value in (("--kind", "cached"), ("--init", "vocab"), ("--text", "topic"))
+            for name, value in (
+                ("--kind", "cached"),
+                ("--init", "vocab"),
+                ("--text", "topic"),
+                ("--text", ""),
+            )
         ),
         (["--task", "0"], "--task needs --start"),
         (["--start", "data.jsonl"], "data.jsonl is no safetensors file"),
@@ -115,3 +125,34 @@ def test_numbers_and_names_out_of_range(files, capsys, wrong):
     with pytest.raises(SystemExit):
         main(["tune", *common, "--train", str(data), "--out", str(out), *wrong])
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_device_that_cannot_be_used_is_told_in_a_line(files, capsys):
+    data, _, common = files
+    status, _, said = run(capsys, "eval", *common, "--data", data, "--device", "vulkan")
+    assert (status, said.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_a_file_is_no_model(files, capsys, command):
+    data, _, common = files
+    asked = [*common, "--data", data] if command == "eval" else []
+    for path in (data, data.with_name("nowhere")):
+        status, _, said = run(capsys, command, *asked, "--model", path)
+        assert (status, said) == (1, f"--model {path}: there is no such folder\n")
+
+
+def test_a_number_that_no_tokenizer_takes(files, capsys):
+    data, _, common = files
+    status, _, said = run(capsys, "eval", *common, "--data", data, "--max-input", 1 << 70)
+    assert (status, said.splitlines()[-1]) == (1, "int too big to convert")
+
+
+def test_a_start_that_npy_does_not_hold(files, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "load", lambda arguments: pytest.fail("the model was loaded"))
+    data, out, common = files
+    write_prompt(data.with_name("start"), PromptFile(torch.ones(2, 192), "cached"))
+    how = ["--train", data, "--start", data.with_name("start"), "--out", out.with_suffix(".npy")]
+    status, _, said = run(capsys, "tune", *common, *how)
+    assert status == 1
+    assert "a .npy file holds a prepend prompt, got a cached one" in said

@@ -69,3 +69,13 @@ def test_targets_that_the_tokenizer_does_not_know(tmp_path, capsys):
     assert status == 1
     assert "--choices: choices 0 and 1 are the same tokens" in said
     assert not out.exists()
+
+
+def test_devs_targets_are_to_be_known_too(tmp_path, capsys):
+    train, dev = tmp_path / "train.csv", tmp_path / "dev.csv"
+    train.write_text("input,target\na,network\n")
+    dev.write_text("input,target\na,日本\n", encoding="utf-8")
+    how = ["--train", train, "--dev", dev, "--out", tmp_path / "p.npy", "--steps", 1, "--num-tokens", 2]
+    status, _, said = run(capsys, "tune", *MODEL, *how)
+    assert status == 0
+    assert "1 of 2 targets have words that the tokenizer does not know" in said

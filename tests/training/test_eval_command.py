@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastprompt eval`: its options, its answers and its score."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from command_line import run
 
 from fastprompt import training
+from fastprompt.commands import eval as commands_eval
 from fastprompt.modules.ff import FastFF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +49,25 @@ def test_answers_are_written_though_nobody_reads_the_score(files):
     reads, writes = os.pipe()
     os.close(reads)
     command = ["eval", *common, "--data", data, "--out", out]
-    with subprocess.Popen([sys.executable, "-m", "fastprompt", *map(str, command)], stdout=writes) as process:
+    command = [sys.executable, "-m", "fastprompt", *map(str, command)]
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # what is said meets the pipe at once
+    with subprocess.Popen(command, stdout=writes, env=unbuffered) as process:
         os.close(writes)
     assert process.returncode == 1
     assert len(out.read_text().splitlines()) == 5
+
+
+def test_evals_defaults():
+    parser = argparse.ArgumentParser()
+    commands_eval.add_arguments(parser)
+    asked = parser.parse_args(["--model", "m", "--data", "d"])
+    assert (asked.batch_size, asked.max_input, asked.max_target) == (64, 512, 128)
+
+
+def test_choices_may_be_given_one_by_one(files, capsys, spied, choices):
+    data, _, common = files
+    seen = spied((training, "evaluate"))
+    one_by_one = [word for choice in choices for word in ("--choices", choice)]
+    common = common[: common.index("--choices")]
+    assert run(capsys, "eval", *common, "--data", data, *one_by_one)[0] == 0
+    assert seen["evaluate"][-1][1]["choices"] == choices

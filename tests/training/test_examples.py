@@ -3,11 +3,13 @@
 
 import csv
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastprompt.training import Example, collate, in_order, read_examples, shuffled
+from fastprompt.training.batches import lengths_over
 
 PAIRS = [([5, 6, 7, 1], [8, 1]), ([9, 1], [10, 11, 1]), ([12, 13, 1], [8, 1])]
 
@@ -142,3 +144,8 @@ def test_batches_of_no_size_are_refused():
 def test_no_batch_at_all_is_refused(pairs, size):
     with pytest.raises(ValueError, match="needs an example and a batch_size of 1 or more"):
         shuffled(pairs, size, seed=0)
+
+
+def test_a_target_without_an_end_marker_has_all_its_tokens():
+    tokenizer = SimpleNamespace(eos_token_id=1)
+    assert lengths_over([[5, 6], [5, 1], []], tokenizer, 1) == [2]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses and scores of a real model, and that a prompt learns by them."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -326,6 +328,18 @@ def test_a_loss_is_of_the_prompt_that_it_names(prompted, batch, choices, tokeniz
     training.tune(prompted, [given] * 2, found, optimizer, steps=2, progress=False)
     assert not torch.equal(prompted.prompts["two"], before[0])
     assert torch.equal(prompted.prompts["one"], before[1])
+
+
+@pytest.mark.parametrize("loss", ["target", "choice"])
+def test_a_batchs_own_prompts_come_before_the_losses(prompted, batch, choices, tokenizer, loss):
+    of = training.model_loss
+    if loss == "choice":
+        ids = choice_ids(choices, tokenizer, prompted.config.vocab_size)
+        of = partial(training.choice_loss, choices=ids)
+    found = of(prompted, prompts="one")
+    own = batch | {"prompts": ["two"] * 5}
+    assert torch.equal(found(own), of(prompted)(own))
+    assert not torch.equal(found(own), found(batch))
 
 
 def test_a_loss_of_another_prompt_is_told(prompted, batch):

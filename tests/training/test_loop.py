@@ -150,6 +150,20 @@ def test_a_terminal_is_told_of_progress_unless_it_is_not_wanted(monkeypatch, pro
     assert ("step 1 of 1" in terminal.getvalue()) == progress
 
 
+def test_what_is_no_terminal_is_told_of_no_progress(monkeypatch):
+    file, model = io.StringIO(), Counter()
+    monkeypatch.setattr(sys, "stderr", file)
+    tune(model, [torch.ones(())], model.loss, torch.optim.SGD([model.steps], lr=1.0), 1)
+    assert file.getvalue() == ""
+
+
+def test_a_loss_may_be_of_one_element():
+    model = Counter()
+    optimizer = torch.optim.SGD([model.steps], lr=1.0)
+    curve = tune(model, [torch.ones(1)] * 2, model.loss, optimizer, 2, progress=False)
+    assert curve.losses == [1.0, 0.0]
+
+
 def test_modes():
     model, _ = run(3)
     assert model.modes == [True] * 3

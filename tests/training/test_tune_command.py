@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastprompt tune`: what is asked for reaches what it is for, and eval finds what was learned."""
 
+import argparse
 import json
 
 import pytest
@@ -163,3 +164,32 @@ def test_a_task_of_a_multitask_adapter(files, capsys, tmp_path):
     ]
     assert scores[0] == scores[1]
     assert scores[0][0] == 0
+
+
+def test_the_recipes_defaults_are_the_papers():
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    asked = parser.parse_args(["--model", "m", "--train", "t", "--out", "o"])
+    assert (asked.steps, asked.batch_size, asked.dev_every, asked.seed) == (30_000, 32, 1000, 0)
+    assert (asked.lr, asked.weight_decay, asked.loss, asked.memory) == (None, 1e-5, "target", "balanced")
+    assert (asked.max_input, asked.max_target, asked.micro_batch) == (512, 128, None)
+    config = tune._config(asked)
+    assert (config.num_tokens, config.kind, config.init) == (100, "prepend", "vocab")
+
+
+def test_the_loss_is_the_one_asked_for(files, capsys, spied):
+    data, out, common = files
+    seen = spied((training, "choice_loss"), (training, "model_loss"))
+    where = ["--train", data, "--out", out, "--steps", 1, "--num-tokens", 3]
+    for loss in ("choice", "target"):
+        assert run(capsys, "tune", *common, *where, "--loss", loss)[0] == 0
+    assert list(seen) == ["choice_loss", "model_loss"]
+
+
+def test_tune_goes_on_behind_a_link(files, capsys):
+    data, out, common = files
+    where = ["--train", data, "--out", out, "--steps", 1]
+    assert run(capsys, "tune", *common, *where, "--num-tokens", 3)[0] == 0
+    link = out.with_name("link.safetensors")
+    link.symlink_to(out)
+    assert run(capsys, "tune", *common, *where, "--start", link)[0] == 0
