@@ -90,18 +90,17 @@ def linear_cross_entropy(
     ignore_index = as_int("linear_cross_entropy", "ignore_index", ignore_index)
     if chunk is not None:
         chunk = as_int("linear_cross_entropy", "chunk", chunk)
-    if not isinstance(num_items, Tensor) and isinstance(num_items, SupportsIndex):
-        num_items = as_int("linear_cross_entropy", "num_items", num_items)
     check_tensor("linear_cross_entropy", "hidden", hidden, FLOATS)
     check_tensor("linear_cross_entropy", "labels", labels, (torch.int64,))
     check_frozen("linear_cross_entropy", "weight", weight)
-    if not isinstance(num_items, int | Tensor | None):
-        got = type(num_items).__name__
-        fail("linear_cross_entropy", f"num_items must be an int or a torch.Tensor, got {got}", TypeError)
-    if isinstance(num_items, int):
-        if num_items < 1:
-            fail("linear_cross_entropy", f"num_items must be positive, got {num_items}")
-        num_items = labels.new_full((), num_items)
+    if num_items is not None and not isinstance(num_items, Tensor):
+        if not isinstance(num_items, SupportsIndex):
+            got = type(num_items).__name__
+            fail("linear_cross_entropy", f"num_items must be an int or a torch.Tensor, got {got}", TypeError)
+        number = as_int("linear_cross_entropy", "num_items", num_items)
+        if number < 1:
+            fail("linear_cross_entropy", f"num_items must be positive, got {number}")
+        num_items = labels.new_full((), number)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or is_transformed())
     loss, _, _ = direct.linear_cross_entropy(
         hidden, weight, labels, num_items, scale, ignore_index, chunk, needs_grad

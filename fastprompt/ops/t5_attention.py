@@ -481,6 +481,10 @@ def _check_prompt_sum(share: Tensor, prompt_ids: Tensor | None, R: int, dtype: t
         fail(name, f"dtype must be a float dtype and R not negative, got {dtype} and {R}")
 
 
+def _fail_prompt_sum(R: int) -> NoReturn:
+    fail("t5_attention_prompt_sum", f"prompt_ids must lie in [0, R)=[0, {R})", IndexError)
+
+
 def _fake_prompt_sum(share: Tensor, prompt_ids: Tensor | None, R: int, dtype: torch.dtype) -> Tensor:
     return share.new_empty((R, *share.shape[1:]), dtype=dtype)
 
@@ -518,10 +522,6 @@ def _native_t5_attention_prompt_sum(
         if status:
             _fail_prompt_sum(R)
     return total
-
-
-def _fail_prompt_sum(R: int) -> NoReturn:
-    fail("t5_attention_prompt_sum", f"prompt_ids must lie in [0, R)=[0, {R})", IndexError)
 
 
 @op.triton

@@ -105,8 +105,8 @@ class PromptConfig:
         """What only a prefix has, and its defaults."""
         _check_int("mlp", self.mlp, 0, MAX_MLP)
         if self.kind != "prefix":
-            for name, default in (("sites", None), ("parameterization", None), ("mlp", 0)):
-                if getattr(self, name) != default:
+            for name in ("sites", "parameterization", "mlp"):
+                if getattr(self, name) != getattr(PromptConfig, name):  # its default
                     raise ValueError(
                         f"PromptConfig: {name} is read only by kind='prefix', got kind={self.kind!r}. "
                         f"Set that kind, or leave {name} out"

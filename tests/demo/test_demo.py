@@ -110,5 +110,5 @@ def test_without_the_extras_the_demo_says_so(prompted, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["prompt.safetensors", "results.json", "loss.png"])
 def test_a_file_that_cannot_be_written_is_told_before_training(name, tmp_path):
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=f"{name}"):
+    with pytest.raises(ValueError, match=name):
         main(["--out", str(tmp_path)])
