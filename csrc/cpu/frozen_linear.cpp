@@ -4,10 +4,9 @@
 //
 // A panel of the weight, kPanelDepth x kPanelColumns, is copied so that a tile reads it in one line, and stays in the
 // caches while all rows pass by. x is read where it lies: a tile has few rows, each of which it walks through once.
-// Where x has few rows, which do not pay for copying the weight, the two change places if the weight's rows are dense:
-// x is copied, and the weight read where it lies, once and in order. With fewer still the weight is turned in
-// registers. Every sum is over the same chains in the same order. Of bf16 frozen_linear_pairs.cpp may multiply a few
-// rows.
+// Where x has not so many rows, which do not pay for copying the weight, the two change places if the weight's rows are
+// dense: x is copied, and the weight read where it lies, once and in order. Every sum is over the same chains in the
+// same order, but for those of a few rows: cpu/few_rows.h, and of bf16 frozen_linear_pairs.cpp.
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +14,7 @@
 #include "common/dtype.h"
 #include "common/integers.h"
 #include "common/kernel.h"
+#include "cpu/few_rows.h"
 #include "cpu/gemm.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
@@ -28,9 +28,8 @@ constexpr int64_t kChain = FP_LANES > 1 ? 128 : 16;
 constexpr int64_t kPanelDepth = FP_LANES == 16 ? 768 : 256;  // a multiple of kChain
 constexpr int64_t kPanelColumns = 1024;                      // and of kTileColumns
 constexpr int64_t kBlockRows = 96;                           // of x, read again and again from the second-level cache
-constexpr int64_t kFewRows = 300;                            // of x
-constexpr int64_t kStreamedRows = FP_LANES == 16 ? 16 : FP_LANES == 8 ? 12 : kTileRows;  // of x, fewer still
-constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;            // copied together, row by row
+constexpr int64_t kSomeRows = 300, kFewRows = 16;            // of x
+constexpr int64_t kPackTiles = 64 / kTileColumns > 1 ? 64 / kTileColumns : 1;  // copied together, row by row
 constexpr int64_t kAhead = 8;  // rows of the weight, asked for before they are copied
 constexpr int64_t kLineFloats = kLine / 4;
 
@@ -247,81 +246,7 @@ float* packing_space(int64_t floats) {
     return static_cast<float*>(allocate_lines(floats * static_cast<int64_t>(sizeof(float))));
 }
 
-// Columns [n, n + kLanes) of y[ROWS], those of b being dense: kLanes of its columns and rows are turned at a time. The
-// columns before `begin` are somebody else's.
-template <int ROWS, class W>
-void streamed_columns(const Product<W>& p, const float* x, int64_t n, int64_t begin) {
-    constexpr bool kPacked = ROWS > kTileRows;  // x is [K][ROWS], not [ROWS][K]
-    const int64_t x_row = kPacked ? 1 : p.K, x_column = kPacked ? ROWS : 1;
-    const W* b = p.b.data + n * p.b.column;
-    const W* next = n + 2 * kLanes <= p.N ? b + kLanes * p.b.column : b;
-    vfloat total[ROWS] = {};
-    for (int64_t chain = 0; chain < p.K; chain += kChain) {
-        const int64_t end = least(p.K, chain + kChain);
-        vfloat sum[ROWS] = {};
-        const auto multiply = [&](int64_t k, vfloat right) {
-            const float* left = x + k * x_column;
-            for (int64_t i = 0; i < ROWS; ++i) sum[i] = fused_multiply_add(splat(left[i * x_row]), right, sum[i]);
-        };
-        int64_t k = chain;
-        for (; k + kLanes <= end; k += kLanes) {
-            vfloat turned[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) fetch_outer(next + i * p.b.column + k);
-            turn(b + k, p.b.column, turned);
-#pragma GCC unroll 16
-            for (int64_t d = 0; d < kLanes; ++d) multiply(k + d, turned[d]);
-        }
-        for (; k < end; ++k) {
-            float right[kLanes];
-            for (int64_t i = 0; i < kLanes; ++i) right[i] = to_float(b[i * p.b.column + k]);
-            multiply(k, load(right));
-        }
-        for (int64_t i = 0; i < ROWS; ++i) total[i] = chain > 0 ? total[i] + sum[i] : sum[i];
-    }
-    for (int64_t i = 0; i < least(ROWS, p.M); ++i) {
-        float columns[kLanes];
-        store(columns, total[i]);
-        copy(p.y + i * p.N + begin, columns + (begin - n), n + kLanes - begin);
-    }
-}
-
-// body(std::integral_constant<int, rows>) for 1 to kStreamedRows rows, or for some more than there are.
-template <class Body>
-FP_INLINE void with_streamed_rows(int64_t rows, const Body& body) {
-    if constexpr (kStreamedRows > 12) {
-        if (rows > 12) return body(std::integral_constant<int, 16>{});
-    }
-    if constexpr (kStreamedRows > kTileRows) {
-        if (rows > 8) return body(std::integral_constant<int, 12>{});
-        if (rows > kTileRows) return body(std::integral_constant<int, 8>{});
-    }
-    with_rows(rows, body);
-}
-
-// Reading the weight is what takes time here, so it passes by once, in order. More rows of x than a tile's are packed:
-// they would be too many addresses, and rows of 4 KB share lines of the first-level cache.
-template <class W>
-int64_t multiply_streamed(const Product<W>& p) {
-    int64_t status = 0;
-    with_streamed_rows(p.M, [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        float* packed = kRows > kTileRows ? packing_space(p.K * kRows) : nullptr;
-        if (kRows > kTileRows && packed == nullptr) {
-            status = fp::kNoMemory;
-            return;
-        }
-        for (int64_t k = 0; packed != nullptr && k < p.K; ++k) {
-            for (int64_t i = 0; i < kRows; ++i) packed[k * kRows + i] = i < p.M ? p.x[i * p.K + k] : 0.0f;
-        }
-        const float* x = packed == nullptr ? p.x : packed;
-#pragma omp parallel for schedule(static) if (p.N * p.K >= kParallelWeights)
-        for (int64_t n = 0; n < p.N; n += kLanes) streamed_columns<kRows>(p, x, least(n, p.N - kLanes), n);
-        free(packed);
-    });
-    return status;
-}
-
-// Few rows, and columns of b that are dense: x and b change places.
+// Not many rows, and columns of b that are dense: x and b change places.
 int64_t multiply_turned(const Product<float>& p) {
     const Product<float> turned{nullptr, {p.x, 1, p.K}, nullptr, p.N, p.K, p.M, false, false};  // of which x is packed
     const int64_t all_rows = round_up(p.M, kTileColumns);
@@ -346,9 +271,9 @@ int64_t multiply_turned(const Product<float>& p) {
     return 0;
 }
 
-// Few rows: each thread packs the tiles that it multiplies with, and waits for nobody.
+// Not many rows: each thread packs the tiles that it multiplies with, and waits for nobody.
 template <class W>
-int64_t multiply_few_rows(const Product<W>& p) {
+int64_t multiply_some_rows(const Product<W>& p) {
     const int64_t size = least(p.K, kPanelDepth) * kTileColumns;
     float* space = packing_space(kPackTiles * size * omp_get_max_threads());
     if (space == nullptr) return fp::kNoMemory;
@@ -399,12 +324,14 @@ int64_t multiply_many_rows(const Product<W>& p) {
 
 template <class W>
 int64_t multiply(const Product<W>& p) {
-    if (p.M > kFewRows) return multiply_many_rows(p);
-    if (p.M <= kStreamedRows && p.b.row == 1 && p.N >= kLanes && !p.adds) return multiply_streamed(p);
+    if (p.M > kSomeRows) return multiply_many_rows(p);
+    if (p.M <= kFewRows && p.b.row == 1 && !p.adds) {
+        return multiply_few<Floats<W>>(p.x, p.b.data, p.y, 1, p.M, p.N, p.K, 0, p.b.column);
+    }
     if constexpr (std::is_same_v<W, float>) {
         if (p.b.column != 1) return multiply_turned(p);
     }
-    return multiply_few_rows(p);
+    return multiply_some_rows(p);
 }
 
 // The same for each of B examples, whose b lie b_step apart. Where they suffice for all threads, one takes whole ones:

@@ -47,8 +47,6 @@ from fastprompt.ops._checks import (
 
 # Of a product, the least that the kernel takes: below, PyTorch's library is as fast.
 ROWS, COLUMNS, DEPTH = 6, 48, 32
-# For fewer rows it is slower, but up to this depth its sums, lane by lane, are more accurate than our chains: it stays.
-FEW_ROWS_DEPTH = 512
 BF16_ROWS = 32  # the most for which the kernel that multiplies bf16 is faster than PyTorch's library
 
 
@@ -231,7 +229,7 @@ def _native_frozen_linear(kernels: SimpleNamespace, x: Tensor, weight: Tensor) -
     if kernels.frozen_linear.target in _native.BF16_ISAS:
         covered = _covered_in_bf16(x, weight)
     else:
-        covered = _covered(x, weight, N, few_rows=weight.stride(-1) == 1 and K >= FEW_ROWS_DEPTH)
+        covered = _covered(x, weight, N, few_rows=weight.stride(-1) == 1)
     if not covered:
         return NotImplemented
     x = x.contiguous()

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 import fastprompt
 from fastprompt import _native
 from fastprompt.ops import frozen_linear
-from fastprompt.ops.frozen_linear import BF16_ROWS, COLUMNS, FEW_ROWS_DEPTH, ROWS
+from fastprompt.ops.frozen_linear import BF16_ROWS, COLUMNS, DEPTH, ROWS
 from fastprompt.testing import _ulp, saved_bytes
 
 OP = "frozen_linear"
 CPU_TARGETS = [isa for isa in _native.CPU_TARGETS if hasattr(_native.TARGETS[isa], OP)]
 page = sys.modules["fastprompt.ops.frozen_linear"]
 KERNEL = torch.float32
+FEW = 16  # rows: kFewRows of frozen_linear.cpp
 SHAPES = [  # M, N, K: whole tiles, edges of every kind, few rows and many, slices of the depth, two panels
     (7, 51, 49),
     (9, 70, 129),
@@ -227,10 +228,10 @@ def test_a_row_or_a_few(backend, layout, examples):
     @given(
         st.integers(1, ROWS - 1),
         st.integers(COLUMNS, 150),
-        st.integers(FEW_ROWS_DEPTH, 800),
+        st.integers(DEPTH, 800),
         st.integers(0, 999),
     )
-    @example(1, 4000, FEW_ROWS_DEPTH, 0)
+    @example(1, 4000, 512, 0)
     @example(4, 1100, 800, 0)
     def any_case(M, N, K, number):
         x, weight, _ = draw(M, N, K, number)
@@ -314,15 +315,16 @@ def native_backend(backend):
 
 @pytest.mark.parametrize(("N", "K"), [(70, 300), (1100, 800)])
 def test_a_row_is_the_same_alone_and_among_others(native_backend, N, K):
+    """A few have an order of summation of their own, forward; fewer than ROWS are PyTorch's, backward."""
     x, weight, dy = draw(330, N, K)
     backward = torch.ops.fastprompt.frozen_linear_backward
     y, dx = frozen_linear(x, weight), backward([dy], [weight])
-    few = ((5, 1), (9, 2), (50, 4)) if K >= FEW_ROWS_DEPTH else ()
-    more = ((0, ROWS), (40, 8), (3, 11), (60, 16), (9, 17), (7, 23), (95, 98), (100, 130), (20, 305))
-    for first, count in few + more:
+    of_few = torch.cat([frozen_linear(some, weight) for some in x.split(FEW)])
+    starts = [(7 * count, count) for count in range(1, FEW + 1)]
+    for first, count in [*starts, (9, FEW + 1), (7, 23), (95, 98), (100, 130), (20, 305)]:
         some = slice(first, first + count)
-        assert torch.equal(frozen_linear(x[some], weight), y[some])
-        if count >= ROWS:  # fewer are PyTorch's, backward
+        assert torch.equal(frozen_linear(x[some], weight), (of_few if count <= FEW else y)[some])
+        if count >= ROWS:
             assert torch.equal(backward([dy[some].contiguous()], [weight]), dx[some])
 
 
@@ -338,24 +340,24 @@ def test_threads_change_no_bit(native_backend, one_thread, M):
 
 @pytest.mark.parametrize("M", [3, 9, 16])
 def test_threads_change_no_bit_of_a_few_rows(native_backend, one_thread, M):
-    x, weight, _ = draw(M, 1001, FEW_ROWS_DEPTH)
+    x, weight, _ = draw(M, 1001, 512)
     alone = frozen_linear(x, weight)
     torch.set_num_threads(3)
     assert torch.equal(frozen_linear(x, weight), alone)
 
 
 def test_threads_change_no_bit_of_a_few_rows_in_bf16(bf16_backend, one_thread):
-    x, weight, _ = draw(9, 1001, FEW_ROWS_DEPTH, dtype=torch.bfloat16)
+    x, weight, _ = draw(9, 1001, 512, dtype=torch.bfloat16)
     alone = frozen_linear(x, weight)
     torch.set_num_threads(3)
     assert torch.equal(frozen_linear(x, weight), alone)
 
 
-@pytest.mark.parametrize("M", [3, 16, 50])
+@pytest.mark.parametrize("M", [FEW + 1, 50])
 @pytest.mark.skipif(not {"avx2", "avx512"} <= set(CPU_TARGETS), reason="needs a CPU with avx512")
 def test_vectors_of_any_width_give_the_same_bits(M):
     """A lane is a column, its chain of fused products the same one. (Scalar code rounds every product.)"""
-    x, weight, _ = draw(M, 60, FEW_ROWS_DEPTH)
+    x, weight, _ = draw(M, 60, 512)
     results = []
     for backend in ("cpu:avx2", "cpu:avx512"):
         with fastprompt.use_backend(OP, backend):
