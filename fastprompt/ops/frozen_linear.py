@@ -10,15 +10,16 @@ products up as it computes them. No weight gradient asks for x, so nothing is sa
 zero, as at padding, give zeros where the weight is finite; several together cost the CPU kernel no products.
 
 The CPU kernel is for fp32, and products of at least 6 rows (per example), 48 columns and a depth of 32; forward, of a
-weight whose rows are dense, also for fewer rows at a depth of 512. The others are PyTorch's. It adds up chains of 128
-products in registers, and those in order: a row's result is the same bits whatever other rows it computes, and however
-many threads. It is the default where it is faster than PyTorch's library, which on x86 is MKL: on AMD's CPUs with AVX2
-or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
+weight whose rows are dense, also for fewer rows. The others are PyTorch's. It adds up chains of 128 products in
+registers, and those in order: a row's result is the same bits whatever other rows it computes, and however many
+threads. Up to 16 rows of a dense weight, which are as fast as the weight is read, are added up in lanes, 16 of AVX-512:
+again a row's bits are its own. It is the default where it is faster than PyTorch's library, which on x86 is MKL: on
+AMD's CPUs with AVX2 or AVX-512 (docs/decisions/0013). torch.autocast changes nothing.
 
 On a CPU of any maker without instructions for bf16 or fp16 the kernel also takes those, of any number of rows: it
 computes in fp32, reads the weight as it is, and rounds once. PyTorch needs 6 to 120 times what fp32 takes there. Where
 there are such instructions for bf16, another kernel takes up to 32 rows of it, which PyTorch's library reads the weight
-for at half the speed of memory: its sums have 16 lanes, and again a row's bits are its own.
+for at half the speed of memory: its sums have 16 lanes, too.
 
 No csrc/cuda/frozen_linear.cu: cuBLAS, which the reference calls, has no match there.
 No triton_kernels/frozen_linear.py: for the same reason.
@@ -183,15 +184,11 @@ def _takes_many(dtype: torch.dtype) -> bool:
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """On a CPU, is the op worth the time that it keeps the host busy?
-
-    Reading a small weight for a few rows takes no longer than that; a single row in fp16 PyTorch multiplies as fast.
-    """
-    rows = x.numel() // x.shape[-1]
-    if not _takes_many(x.dtype):
-        return rows <= BF16_ROWS and weight.numel() >= 1 << 16 and takes(x.dtype)
-    one = 1 << (17 if x.dtype == torch.float32 else 21)
-    return rows >= ROWS or weight.numel() >= (1 << 16 if rows > 1 else one)
+    """On a CPU, is the op worth the time that it keeps the host busy? For a few rows of a small weight it is not."""
+    rows, large = x.numel() // x.shape[-1], weight.numel() >= 1 << 16
+    if _takes_many(x.dtype):
+        return large or rows >= ROWS
+    return large and rows <= BF16_ROWS and takes(x.dtype)
 
 
 def pays_backward(dy: Tensor) -> bool:
