@@ -210,23 +210,24 @@ class NinjaBuild(build_ext):
         return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", f"default {target}", ""])
 
 
-setup(
-    packages=[
-        "fastprompt",
-        "fastprompt.commands",
-        "fastprompt.demo",
-        "fastprompt.dispatch",
-        "fastprompt.graphs",
-        "fastprompt.modules",
-        "fastprompt.ops",
-        "fastprompt.prompts",
-        "fastprompt.training",
-        "fastprompt.triton_kernels",
-    ],
-    # A top-level package named triton_kernels would collide with another project's.
-    package_dir={"fastprompt": "fastprompt", "fastprompt.triton_kernels": "triton_kernels"},
-    package_data={"fastprompt": ["py.typed"], "fastprompt.demo": ["tiny_t5/*"]},
-    ext_modules=[Extension("fastprompt._C", sources=[])] if platform.system() == "Linux" else [],
-    cmdclass={"build_ext": NinjaBuild},
-    zip_safe=False,
-)
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "fastprompt",
+            "fastprompt.commands",
+            "fastprompt.demo",
+            "fastprompt.dispatch",
+            "fastprompt.graphs",
+            "fastprompt.modules",
+            "fastprompt.ops",
+            "fastprompt.prompts",
+            "fastprompt.training",
+            "fastprompt.triton_kernels",
+        ],
+        # A top-level package named triton_kernels would collide with another project's.
+        package_dir={"fastprompt": "fastprompt", "fastprompt.triton_kernels": "triton_kernels"},
+        package_data={"fastprompt": ["py.typed"], "fastprompt.demo": ["tiny_t5/*"]},
+        ext_modules=[Extension("fastprompt._C", sources=[])] if platform.system() == "Linux" else [],
+        cmdclass={"build_ext": NinjaBuild},
+        zip_safe=False,
+    )

@@ -56,6 +56,22 @@ class Allowed(NamedTuple):
     # As PromptKeys.bias, which comes first: what packed rows without a prompt need in place of the stack's own, whose
     # distances they do not have
     bias: Tensor | tuple[Tensor, ...] | None = None
+    keys: int | None = None  # so many the stack counts, where the mask is causal; None: it does not say
+
+    def of_layer(self, T: int, S: int) -> Self:
+        """For T queries of a layer with S keys.
+
+        The stack counts those of its first layer's cache, which a block that was taken out leaves empty. transformers
+        makes no mask for a single query, which sees all keys, and can add none of another width to more.
+        """
+        if self.keys is None or self.keys == S or isinstance(self.offset, Tensor):
+            return self
+        if T != 1:
+            raise ValueError(
+                f"fastprompt: the decoder's cache holds {S - T} keys for this layer and {self.keys - T} for the first,"
+                f" as where a block was taken out: a call can then have one token, got {T}. Use use_cache=False"
+            )
+        return self._replace(offset=S - 1, keys=S)
 
     def fits(self, S: int) -> bool:
         """Has the mask a column per key? generate's chunked prefill leaves cross-attention fewer."""

@@ -101,11 +101,12 @@ def allowed_keys(**arguments: Any) -> Allowed | Tensor | None:
     causal, offset = function is causal_mask_function, arguments.get("q_offset", 0)
     if isinstance(offset, Tensor):
         offset = offset.clone()  # the cache counts on in place
+    counted = arguments["kv_length"] if causal else None
     if isinstance(mask, Allowed):
-        return mask._replace(offset=offset) if causal else mask
+        return mask._replace(offset=offset, keys=counted) if causal else mask
     site = "decoder" if causal else "cross" if getattr(config, "is_decoder", False) else "encoder"
     prompt = _prompt_of(site, config)
-    plain = function is causal_mask_function or function is bidirectional_mask_function
+    plain = causal or function is bidirectional_mask_function
     if (
         getattr(config, "model_type", None) not in SERVED
         # Without is_causal a decoder's masks do not tell self- from cross-attention.
@@ -123,7 +124,7 @@ def allowed_keys(**arguments: Any) -> Allowed | Tensor | None:
         mask = functional.pad(mask, (0, max(S - mask.shape[1], 0)))[:, :S]
         if mask.shape[0] == 1 < B:  # one for all, which transformers takes where it hides nothing
             mask = mask.expand(B, -1)
-    return Allowed(mask, offset, causal, prompt and prompt.for_batch(B))
+    return Allowed(mask, offset, causal, prompt and prompt.for_batch(B), keys=counted)
 
 
 def _refuse_prompt(what: str) -> NoReturn:
@@ -146,7 +147,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query [B, H, T, K], key and value [B, H, S, K] -> [B, T, H, K], no weights."""
     _check_family(getattr(module, "config", None))
-    allowed = attention_mask if isinstance(attention_mask, Allowed) else None
+    allowed = None
+    if isinstance(attention_mask, Allowed):
+        attention_mask = allowed = attention_mask.of_layer(query.shape[2], key.shape[2])
     if allowed is not None and scaling == 1.0 and not wants_weights(module, kwargs):
         out = _fused(module, query, key, value, allowed, dropout, position_bias)
         if out is not None:

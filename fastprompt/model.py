@@ -20,7 +20,7 @@ from fastprompt._cache_name import CACHE_NAMES, rename_cache
 from fastprompt._extra_outputs import OUTPUT_FLAGS
 from fastprompt._generation import generation_option
 from fastprompt.prompts import checks
-from fastprompt.prompts.bank import Choice, Names
+from fastprompt.prompts.bank import Names, Selection
 from fastprompt.prompts.config import SITES, PromptConfig
 from fastprompt.prompts.ensemble import Ensemble, GeneratedEnsemble, generated, ranked
 from fastprompt.prompts.keeper import KeyKeeper
@@ -239,8 +239,8 @@ class PromptModel(KeyKeeper):
             TypeError, ValueError, IndexError: as in ``forward``.
         """
         size = self._batch_size(input_ids, None)
-        tokens, choice, as_rows = self._chosen(input_ids, attention_mask, prompts, size)
-        return tokens.real_rows(choice.lengths if as_rows else [0])
+        tokens, selection, as_rows = self._selected(input_ids, attention_mask, prompts, size)
+        return tokens.real_rows(selection.lengths if as_rows else [0])
 
     @torch.no_grad()
     def rank(
@@ -414,25 +414,29 @@ class PromptModel(KeyKeeper):
         sites: Sequence[str] = SITES,
     ) -> RowBatch | KeyBatch:
         """The tokens of a call with the prompts that are named: as rows, or as the keys that these sites read."""
-        tokens, choice, as_rows = self._chosen(input_ids, attention_mask, prompts, size)
-        return RowBatch(tokens, choice) if as_rows else KeyBatch(tokens, self._site_keys(choice, size, sites))
+        tokens, selection, as_rows = self._selected(input_ids, attention_mask, prompts, size)
+        return (
+            RowBatch(tokens, selection)
+            if as_rows
+            else KeyBatch(tokens, self._site_keys(selection, size, sites))
+        )
 
-    def _chosen(
+    def _selected(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, prompts: Names, size: int
-    ) -> tuple[Tokens, Choice, bool]:
+    ) -> tuple[Tokens, Selection, bool]:
         """The tokens of a call, the prompts that are named, and whether these are rows in the encoder."""
-        choice, table = self.prompts.choose(prompts, size), self._table()
-        self.prompts.trim(self._caches, choice.names)
-        for prompt in choice.prompts:
+        selection, table = self.prompts.select(prompts, size), self._table()
+        self.prompts.trim(self._caches, selection.names)
+        for prompt in selection.prompts:
             # A replica of DataParallel has no parameters().
             tensor = prompt if isinstance(prompt, Tensor) else getattr(prompt, prompt.names[0])
             checks.check_device("prompts", tensor, table)
-        kinds = {name: self.kind(name) for name in choice.names}
+        kinds = {name: self.kind(name) for name in selection.names}
         checks.check_one_family(kinds)
         for kind in kinds.values():  # a store has prompts of any kind
             checks.check_kind(kind, self.model)
         tokens = Tokens(self.model, table, input_ids, attention_mask, self.pack)
-        return tokens, choice, "prepend" in kinds.values()
+        return tokens, selection, "prepend" in kinds.values()
 
 
 def _encoded(batch: RowBatch | KeyBatch, flags: dict[str, Any]) -> BaseModelOutput:

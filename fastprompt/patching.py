@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastprompt._family import FAMILY
 from fastprompt._warn import warn
@@ -195,7 +196,21 @@ def _check_options(memory: str, on_unsupported: str) -> None:
 
 
 def _restore(module: nn.Module) -> None:
-    if stock_class(type(module)) is not type(module):
-        module.__class__ = stock_class(type(module))
+    cls = type(module)
+    stock = stock_class(cls)
+    if stock is cls and is_parametrized(module):
+        stock = _parametrized_anew(cls)
+    if stock is not cls:
+        module.__class__ = stock
         for name in OPTIONS:
             module.__dict__.pop(name, None)
+
+
+def _parametrized_anew(cls: type) -> type:
+    """The class that torch makes of a module's own when a parameter is parametrized, of the stock one."""
+    (own,) = cls.__bases__
+    stock = stock_class(own)
+    if stock is own:
+        return cls
+    added = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{stock.__name__}", (stock,), added)

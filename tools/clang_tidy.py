@@ -12,11 +12,13 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from setup import BF16_SOURCES  # noqa: E402
+
 FLAGS = [
     "-std=c++17", "-fopenmp", '-DFP_TARGET="scalar"', "-DFP_LANES=4", f"-I{ROOT / 'csrc'}",
     f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}",
 ]  # fmt: skip
-BF16_SOURCES = ("frozen_linear_pairs", "t5_attention", "t5_attention_backward")
 SHUFFLING_SOURCES = ("frozen_linear", "t5_attention")
 ONE_LANE = ["-UFP_LANES", "-DFP_LANES=1"]
 PAIRS = ["-DFP_HAS_PAIRS"]

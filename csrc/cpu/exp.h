@@ -10,15 +10,16 @@ namespace {
 // e^r for r within ln 2 / 2 of zero: Cephes' polynomial.
 FP_INLINE vfloat exp_of_small(vfloat r) {
     vfloat p = splat(1.9875691500e-4f);
-    for (const float coefficient :
-         {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    constexpr float kOthers[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                 5.0000001201e-1f};
+    for (const float coefficient : kOthers) {
         p = fused_multiply_add(p, r, splat(coefficient));
     }
     return fused_multiply_add(p, r * r, r) + 1.0f;
 }
 
-// e^x for x of 88 or less, of which callers give none but x <= 0, to about one unit in the last place; 0 below -87,
-// where it is next to the least normal number. NaN stays NaN.
+// e^x to about one unit in the last place; 0 below -87, where it is next to the least normal number, and infinity above
+// 88. NaN stays NaN.
 FP_INLINE vfloat exp(vfloat x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
     constexpr float kLog2E = 1.44269504f, kLeast = -87.0f;
@@ -38,8 +39,7 @@ FP_INLINE vfloat exp(vfloat x) {
     const vuint power = (bit_cast<vuint>(shifted) - float_bits(kRound) + 127u) << 23;
     vfloat result = p * bit_cast<vfloat>(power);
     result = x < kLeast ? vfloat{} : result;
-    result = x > 88.0f ? splat(INFINITY) : result;
-    return x != x ? x : result;
+    return x > 88.0f ? splat(INFINITY) : result;
 #endif
 }
 

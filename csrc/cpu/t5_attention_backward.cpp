@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward pass of t5_attention. A block of queries has all its weights and their gradients in the second-level
 // cache, so that dout . out of a row is summed from them and nobody has to keep out.
-#include <cmath>
 
 #include "common/attention.h"
 #include "common/integers.h"
@@ -217,7 +216,8 @@ bool Backward::is_silent(const void* dout_rows, const float* stats, int64_t i) c
     vfloat size{};
     for (int64_t d = 0; d < a.K; d += kLanes) size += load(row + d) < 0.0f ? -load(row + d) : load(row + d);
     const float most = stats[stats_offset(i)], sum = stats[a.H * a.N + stats_offset(i)];
-    const bool finite = std::isfinite(most) && std::isfinite(sum);  // NaN and infinity among scores must spread
+    const bool finite =
+        __builtin_isfinite(most) && __builtin_isfinite(sum);  // NaN and infinity among scores must spread
     // A starved query, whose sum is zero, reads keys that nobody has looked at.
     return finite && sum != 0.0f && sum_lanes(size) == 0.0f;
 }

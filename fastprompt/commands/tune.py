@@ -111,11 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     torch.manual_seed(arguments.seed)
     prompted = _prompted(arguments, model, tokenizer)
     step = graphed_if_served(arguments, prompted)
-    loss = (
-        training.choice_loss(prompted, choices) if arguments.loss == "choice" else training.model_loss(step)
-    )
-    if isinstance(step, Graphed) and arguments.loss == "target":
-        _record_longest(prompted, loss, pairs, arguments.micro_batch or arguments.batch_size)
+    loss = _loss(arguments, prompted, step, choices, pairs)
     curve, existed = training.Curve(), arguments.out.exists()
     _say(f"{len(train):,} examples, {prompted.num_trainable_parameters:,} trained parameters")
     try:
@@ -136,19 +132,44 @@ def run(arguments: argparse.Namespace) -> int:
             curve=curve,
         )
     except KeyboardInterrupt:
-        # A file that was there gives way to what a step has learned and, with --dev, a score has chosen.
-        told = f"nothing is written to {arguments.out}"
-        if curve.best_step and not (dev and existed and curve.best_step not in curve.scores):
-            prompted.save_prompt("default", arguments.out)
-            told = f"the prompt of step {curve.best_step:,} is in {arguments.out}"
-        print(f"interrupted; {told}", file=sys.stderr)
-        return 130
+        return _interrupted(arguments, prompted, curve, bool(dev and existed))
     else:
         prompted.save_prompt("default", arguments.out)
     finally:
         _log(arguments, curve)
     _say(f"the prompt of step {curve.best_step:,} is in {arguments.out}")
     return 0
+
+
+def _loss(
+    arguments: argparse.Namespace,
+    prompted: PromptModel,
+    step: PromptModel | Graphed,
+    choices: list[list[int]],
+    pairs: list[Pair],
+) -> training.Loss:
+    """Of a batch; where graphs run its steps, that of the longest is recorded."""
+    if arguments.loss == "choice":
+        return training.choice_loss(prompted, choices)
+    loss = training.model_loss(step)
+    if isinstance(step, Graphed):
+        _record_longest(prompted, loss, pairs, arguments.micro_batch or arguments.batch_size)
+    return loss
+
+
+def _interrupted(
+    arguments: argparse.Namespace, prompted: PromptModel, curve: training.Curve, replaces: bool
+) -> int:
+    """What Ctrl-C leaves -> the exit status.
+
+    A file that was there gives way to what a step has learned and, with --dev, a score has chosen.
+    """
+    told = f"nothing is written to {arguments.out}"
+    if curve.best_step and (not replaces or curve.best_step in curve.scores):
+        prompted.save_prompt("default", arguments.out)
+        told = f"the prompt of step {curve.best_step:,} is in {arguments.out}"
+    print(f"interrupted; {told}", file=sys.stderr)
+    return 130
 
 
 def _encoded(

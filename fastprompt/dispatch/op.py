@@ -69,9 +69,7 @@ class Op:
             member = schema.partition("(")[0]
             self.schemas[member] = made = Schema(member, reference, check)
             LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            LIBRARY.impl(
-                member, self._registered(made, [("reference", reference)]), "CompositeExplicitAutograd"
-            )
+            LIBRARY.impl(member, self._registered(made, []), "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastprompt::{member}", fake_of_checked, lib=LIBRARY)
             setattr(direct, member, direct_call(self.name, made))
             return reference

@@ -98,12 +98,11 @@ def is_capturing(device: torch.device) -> bool:
 @contextmanager
 def capturing() -> Iterator[None]:
     """A ``with`` block in which this thread's operations on the CPU are recorded."""
-    before = getattr(_thread, "captures", False)
     _thread.captures = True
     try:
         yield
     finally:
-        _thread.captures = before
+        _thread.captures = False
 
 
 _thread = threading.local()

@@ -21,7 +21,7 @@ from fastprompt._generation import generation_option
 from fastprompt._replayed import replayed, settle
 from fastprompt._stamp import State
 from fastprompt.dispatch.plain import is_plain_call
-from fastprompt.graphs.places import fixed
+from fastprompt.graphs.places import signature
 from fastprompt.graphs.recording import Pool
 from fastprompt.graphs.stacks import Decoding, Pass
 from fastprompt.hf_attention import NAME, prompts_in_force
@@ -77,7 +77,7 @@ class _Call:
 
     def _at_once(self, name: str, stack: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         call = {"arguments": arguments, "prompts": prompts_in_force(stack.config)}
-        key = name, fixed(call)
+        key = name, signature(call)
         found: Pass = self._use(key, lambda: Pass(forward, stack, self.model, call, self.pool))
         return found(call)
 
@@ -99,7 +99,7 @@ class _Call:
         like = {**call, "arguments": {**arguments, "input_ids": rows}}
         self.pool.reserve(Decoding.nbytes(self.decoder, states, room), states.device)
         # A tape of prompts that lie elsewhere takes another's place, and keeps no prompts that are gone.
-        key = "decoder", room, self.pool.epoch, fixed(like, places=self.on_gpu)
+        key = "decoder", room, self.pool.epoch, signature(like, addresses=self.on_gpu)
         made: Decoding = self._use(
             key, lambda: Decoding(forward, self.model, call, room, self.pool, self.on_gpu)
         )
@@ -152,12 +152,18 @@ def can_replay(model: Any, device: torch.device, whole: bool, on_gpu: bool) -> b
         settle(stack)
     return (
         not model.training
+        and _counts_from_zero(called[2])
         and (on_gpu or (not whole and _attends_by_fastprompt(model.get_decoder()) and is_plain_call()))
         and not torch.is_autocast_enabled(device.type)
         and not torch.compiler.is_compiling()
         # accelerate's forward may switch autocast on; torch's compiled calls know of no other forward
         and not any("forward" in vars(each) or each._compiled_call_impl is not None for each in called)
     )
+
+
+def _counts_from_zero(decoder: Any) -> bool:
+    """Does each block keep its keys at its own place in a cache? Not where one before it was taken out."""
+    return all(block.layer[0].SelfAttention.layer_idx == i for i, block in enumerate(decoder.block))
 
 
 def is_token_by_token(model: Any, kwargs: dict[str, Any]) -> bool:

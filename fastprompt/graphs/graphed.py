@@ -33,7 +33,7 @@ from fastprompt.graphs.generation import (
 )
 from fastprompt.graphs.recording import RECORDING, Pool, has_cuda_graphs, padded
 from fastprompt.graphs.stacks import Decoding
-from fastprompt.graphs.step import RecordedStep, Replay, check_batch, loss_of
+from fastprompt.graphs.step import RecordedStep, ReplayedStep, check_batch, loss_of
 from fastprompt.modules.tree import check_module
 from fastprompt.ops import raise_device_errors
 
@@ -85,7 +85,7 @@ class Graphed:
                     self._key(batch, tensors, state),
                     lambda: RecordedStep(self.model, batch, tensors, leaves, self._pool),
                 )
-                loss: Tensor = Replay.apply(recorded, *inputs, *leaves)
+                loss: Tensor = ReplayedStep.apply(recorded, *inputs, *leaves)
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,9 @@ class Graphed:
 
     def _forget_moved(self, fixed: Any) -> None:
         """What generates by weights that were elsewhere: on a CPU it would keep those."""
-        moved = [key for key in self._recorded if isinstance(key[0], Fixed) and key[0].places != fixed.places]
+        moved = [
+            key for key in self._recorded if isinstance(key[0], Fixed) and key[0].addresses != fixed.addresses
+        ]
         for key in moved:
             del self._recorded[key]
 
@@ -230,7 +232,7 @@ def _prompts_of(model: nn.Module) -> Any:
 class Fixed(NamedTuple):
     """What a graph has fixed of a model."""
 
-    places: tuple[Any, ...]  # where its tensors are, and how they see their memory
+    addresses: tuple[Any, ...]  # where its tensors are, and how they see their memory
     trains: tuple[bool, ...]  # which of them do
     classes: tuple[type, ...]  # of its modules
     adapters: tuple[str, ...]

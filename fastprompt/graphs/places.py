@@ -62,19 +62,19 @@ def with_tensors(call: Any, place: Callable[[Tensor], Tensor]) -> Any:
     return call
 
 
-def fixed(call: Any, places: bool = True) -> Any:
+def signature(call: Any, addresses: bool = True) -> Any:
     """A hashable description of all that a graph of ``call`` fixes.
 
-    ``places``: with the addresses of prompt keys that are read where they lie.
+    ``addresses``: with those of prompt keys that are read where they lie.
     """
     if isinstance(call, Tensor):
         return call.shape, call.dtype, call.device
     if isinstance(call, dict):
-        return tuple((name, fixed(value, places)) for name, value in call.items())
-    if isinstance(call, PromptKeys) and places and not _are_copied(call):
-        return tuple(_where(value) for value in call[:2]), tuple(fixed(value) for value in call)
+        return tuple((name, signature(value, addresses)) for name, value in call.items())
+    if isinstance(call, PromptKeys) and addresses and not _are_copied(call):
+        return tuple(_where(value) for value in call[:2]), tuple(signature(value) for value in call)
     if isinstance(call, tuple):
-        return tuple(fixed(value, places) for value in call)
+        return tuple(signature(value, addresses) for value in call)
     return repr(call)
 
 

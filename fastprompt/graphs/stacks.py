@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from fastprompt._cache_name import CACHE
 from fastprompt.graphs.keys import CrossKeys, OwnKeys
-from fastprompt.graphs.places import Places, fixed
+from fastprompt.graphs.places import Places, signature
 from fastprompt.graphs.recording import Pool, Recording
 from fastprompt.graphs.tape import Tape
 from fastprompt.hf_attention import prompt_keys
@@ -126,7 +126,7 @@ class Decoding:
 
         # A start of several tokens is of any length, and comes once.
         passes = tokens > 1 or (not self.on_gpu and (first or self.own.shape[2] > CPU_ROWS))
-        found = run() if passes else self._replay((first, fixed(call)), run)
+        found = run() if passes else self._replay((first, signature(call)), run)
         self.seen += tokens
         return type(found)(last_hidden_state=found.last_hidden_state.clone())
 
@@ -138,7 +138,7 @@ class Decoding:
             return
         places = self.places.put({"rows": rows})
         self._replay(
-            ("reorder", fixed(places)), lambda: self.own.copy_(self.own.index_select(2, places["rows"]))
+            ("reorder", signature(places)), lambda: self.own.copy_(self.own.index_select(2, places["rows"]))
         )
 
     def _replay(self, key: Any, run: Callable[[], Any]) -> Any:

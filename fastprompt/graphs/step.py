@@ -44,7 +44,7 @@ class RecordedStep:
         return loss.clone(), [None if each is None else each.clone() for each in gradients]
 
 
-class Replay(torch.autograd.Function):
+class ReplayedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recorded: RecordedStep, *tensors: Tensor) -> Tensor:
         """tensors: the inputs, then the parameters, for autograd to see."""

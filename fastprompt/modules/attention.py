@@ -269,7 +269,9 @@ class FastSelfAttention(FastAttention):
         attention, bias = self._attention, position_bias
         weights = self._weights(attention_mask, (hidden_states,), kwargs)
         way = None if weights is None else self._way(attention_mask, past, hidden_states.shape[1])
-        if way is not None:
+        # Of a first layer without a bias, as where blocks have changed places, T5 hands on zeros.
+        has_bias = bias is not None or attention.has_relative_attention_bias
+        if way is not None and (has_bias or attention_mask.brings_bias()):
             if bias is None and attention.has_relative_attention_bias:
                 bias = bias_table(attention)
             T, offset = hidden_states.shape[1], attention_mask.offset

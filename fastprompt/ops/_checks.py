@@ -39,7 +39,7 @@ def check_same_device(op: str, name: str, value: torch.Tensor, like: str, other:
     if value.device != other.device:
         fail(
             op,
-            f"{name} must be on {other.device} like {like}, got {value.device}. Use {name}.to({like}.device)",
+            f"{name} must be on {other.device} like {like}, got {value.device}. Use {name}.to({str(other.device)!r})",
         )
 
 

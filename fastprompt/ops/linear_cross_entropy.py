@@ -109,8 +109,9 @@ def linear_cross_entropy(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, chunk: int | None
-) -> None:
+    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, _scale: float, _ignore_index: int,
+    chunk: int | None, _needs_grad: bool,
+) -> None:  # fmt: skip
     name = "linear_cross_entropy"
     check_tensor(name, "hidden", hidden, FLOATS)
     if hidden.dim() < 1:
@@ -151,13 +152,6 @@ ARGUMENTS = (
 )
 
 
-def _check_schema(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, _scale: float, _ignore_index: int,
-    chunk: int | None, _needs_grad: bool,
-) -> None:  # fmt: skip
-    _check(hidden, weight, labels, num_items, chunk)
-
-
 def _fake(
     hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None, scale: float, ignore_index: int,
     chunk: int | None, needs_grad: bool,
@@ -169,7 +163,7 @@ def _fake(
 
 @op.define(
     f"linear_cross_entropy({ARGUMENTS}) -> (Tensor loss, Tensor drows, Tensor share)",
-    check=_check_schema,
+    check=_check,
     fake=_fake,
 )
 def linear_cross_entropy_reference(

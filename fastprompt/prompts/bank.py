@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PromptBank: the named fp32 master prompts, and the choice among them for a batch."""
+"""PromptBank: the named fp32 master prompts, and those selected for a batch."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Self
@@ -15,7 +15,7 @@ from fastprompt.prompts.stored import StoredPrompts
 Names = str | Sequence[str] | None
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """The prompts of one batch.
 
     names: the distinct prompts in use.
@@ -70,7 +70,7 @@ class PromptBank(nn.ParameterDict):
             raise ValueError(f"PromptModel: prompt {name!r} must be a float32 tensor [P, D], got {got}")
         super().__setitem__(name, nn.Parameter(rows))
 
-    def choose(self, names: Names, batch: int) -> Choice:
+    def select(self, names: Names, batch: int) -> Selection:
         """The prompts for ``batch`` rows.
 
         Args:
@@ -91,7 +91,7 @@ class PromptBank(nn.ParameterDict):
             )
         if isinstance(names, str):  # whatever the batch: torch.compile may know its size by a symbol
             prompt = self.find(names)
-            return Choice([names], [prompt], None, [len(prompt)])
+            return Selection([names], [prompt], None, [len(prompt)])
         if len(names) != batch:
             raise ValueError(
                 "PromptModel: prompts must be one name or one name per row, "
@@ -103,10 +103,10 @@ class PromptBank(nn.ParameterDict):
         used = list(dict.fromkeys(names))
         prompts = [self.find(name) for name in used]
         if len(used) == 1:
-            return Choice(used, prompts, None, [len(prompts[0])])
+            return Selection(used, prompts, None, [len(prompts[0])])
         number = {name: i for i, name in enumerate(used)}
         ids = [number[name] for name in names]
-        return Choice(used, prompts, ids, [len(prompts[i]) for i in ids])
+        return Selection(used, prompts, ids, [len(prompts[i]) for i in ids])
 
     def kind_of_stored(self, name: str) -> str | None:
         """The kind of an attached store's prompt; None if ``name`` is the bank's own or unknown."""

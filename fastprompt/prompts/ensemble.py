@@ -120,7 +120,7 @@ def ranked(
         return choice_scores(model, choices=choices, length_normalized=length_normalized, **each.arguments)
 
     # Choices of one token keep no cache, and the decoder's only position is cheapest without keys and values.
-    keep_cross = not model.training and any(len(choice) > 1 for choice in choices)
+    keep_cross = any(len(choice) > 1 for choice in choices)
     parts = _run(model, input_ids, attention_mask, prompts, rows_per_pass, keep_cross, run)
     scores = _by_input(parts, len(prompts))
     answers = first_best(scores)
@@ -141,7 +141,7 @@ def generated(
 ) -> GeneratedEnsemble:
     """The arguments are those of ``PromptModel.ensemble_generate``."""
     for name in ("encoder_outputs", *CACHE_NAMES):
-        if kwargs.get(name) is not None:
+        if kwargs.pop(name, None) is not None:
             raise ValueError(
                 f"PromptModel: an ensemble's prompts each need {name} of their own: leave it out"
             )
@@ -156,7 +156,7 @@ def generated(
             )
         return found
 
-    keep_cross = not model.training and _is_plain(model, kwargs)
+    keep_cross = _is_plain(model, kwargs)
     parts = _run(model, input_ids, attention_mask, prompts, rows_per_pass, keep_cross, run)
     longest = max(found.shape[1] for _, found in parts)
     filled = [
@@ -225,7 +225,7 @@ def _passes(
 
 def _groups(model: Any, prompts: Sequence[str]) -> list[Group]:
     """ "prepend" by itself, and prompts without keys in the encoder by themselves."""
-    found = model.prompts.choose(list(prompts), len(prompts)).prompts
+    found = model.prompts.select(list(prompts), len(prompts)).prompts
     groups: dict[str, list[int]] = {}
     for number, (name, prompt) in enumerate(zip(prompts, found, strict=True)):
         outside = isinstance(prompt, PrefixPrompt) and "encoder" not in prompt.sites
@@ -273,5 +273,4 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
         and option("use_cache", True)
         and option("cache_implementation", "dynamic") == "dynamic"
         and not option("prompt_lookup_num_tokens", 0)
-        and not any(name in kwargs for name in CACHE_NAMES)
     )

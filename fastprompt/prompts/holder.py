@@ -196,12 +196,15 @@ class PromptHolder(nn.Module):
         identity = self._identity(file.model) if strict and file.model else None
         check_fits(f"PromptModel: {source}", file, shape, identity)
         if name in self.prompts:
-            assign(f"PromptModel: {source}", name, self.prompts[name], self.kind(name), file)
+            prompt = self.prompts[name]
+            assign(f"PromptModel: {source}", name, prompt, self.kind(name), file)
         else:
             self._serve(file.kind)
-            self._add(name, prompt_of(file, self._home()))
-        self.configs[name] = config_of(self.prompts[name], file.kind, source)
+            prompt = prompt_of(file, self._home())
+        self.configs[name] = config_of(prompt, file.kind, source)
         self._inits[name] = file.init or "file"
+        if name not in self.prompts:
+            self._add(name, prompt)
 
     @property
     def num_trainable_parameters(self) -> int:
@@ -261,9 +264,9 @@ class PromptHolder(nn.Module):
         return self._initial(config)
 
     def _begin(self, name: str, config: PromptConfig, prompt: Tensor | PrefixPrompt) -> None:
+        self.configs[name], self._inits[name] = config, config.init
         self._add(name, prompt)
         self.prompts.trim(self._caches)
-        self.configs[name], self._inits[name] = config, config.init
 
     def _add(self, name: str, prompt: Any) -> None:
         self.prompts[name] = prompt
@@ -285,7 +288,7 @@ class PromptHolder(nn.Module):
         """The first values that a config asks for, where the model is."""
         table, source = self._table(), None
         if config.init == "prompt":
-            source = self.prompts.choose(config.source, 1).prompts[0]
+            source = self.prompts.select(config.source, 1).prompts[0]
             if len(source) != config.num_tokens:
                 raise ValueError(
                     f"PromptConfig: source {config.source!r} must have num_tokens={config.num_tokens} rows, "

@@ -11,7 +11,7 @@ import torch
 
 from fastprompt._allowed import PromptKeys
 from fastprompt._evaluating import evaluating
-from fastprompt.prompts.bank import Choice, Names
+from fastprompt.prompts.bank import Names, Selection
 from fastprompt.prompts.cache import PromptCaches
 from fastprompt.prompts.cache_loading import load_caches, save_cache
 from fastprompt.prompts.config import SITES
@@ -70,7 +70,7 @@ class KeyKeeper(PromptHolder):
         rows = len(names) if isinstance(names, Sequence) and not isinstance(names, str) else 1
         fresh = [
             name
-            for name in self.prompts.choose(names, rows).names
+            for name in self.prompts.select(names, rows).names
             if not self.model.training and self.kind(name) != "prepend" and name not in self._caches.names
         ]
         self.cache_prompts(fresh)
@@ -118,25 +118,25 @@ class KeyKeeper(PromptHolder):
             self._caches.keep(names, prompts, self.model, make)
 
     def _site_keys(
-        self, choice: Choice, batch: int, sites: Sequence[str] = SITES
+        self, selection: Selection, batch: int, sites: Sequence[str] = SITES
     ) -> dict[str, PromptKeys | None]:
         """The prompts' keys for these sites, computed or kept."""
         serve(self.model)
         fresh = torch.is_grad_enabled() or self.model.training or torch.compiler.is_compiling()
-        found = keyed(self.model, choice.prompts) if fresh else self._kept(choice, sites)
-        return {site: to_read(self.model, site, found.get(site), choice.ids, batch) for site in sites}
+        found = keyed(self.model, selection.prompts) if fresh else self._kept(selection, sites)
+        return {site: to_read(self.model, site, found.get(site), selection.ids, batch) for site in sites}
 
-    def _kept(self, choice: Choice, sites: Sequence[str]) -> Keyed:
+    def _kept(self, selection: Selection, sites: Sequence[str]) -> Keyed:
         """What ``cache_prompts`` keeps, and what it does not computed now."""
-        stale = self._caches.stale(dict(zip(choice.names, choice.prompts, strict=True)), self.model)
+        stale = self._caches.stale(dict(zip(selection.names, selection.prompts, strict=True)), self.model)
         self._caches.drop(stale)
         self.cache_prompts([name for name in stale if self.prompts.holds(name)])
-        parts, missing = self._caches.parts(choice.names)
+        parts, missing = self._caches.parts(selection.names)
         if missing:
-            prompts = [choice.prompts[i] for i in missing]
+            prompts = [selection.prompts[i] for i in missing]
             for site, (keys, rows) in keyed(self.model, prompts).items():
                 parts[site].append((keys, dict(zip(missing, rows, strict=True))))
-        return {site: joined(parts[site], len(choice.names)) for site in sites if parts[site]}
+        return {site: joined(parts[site], len(selection.names)) for site in sites if parts[site]}
 
     def _keyed_prompts(self, names: list[str]) -> list[Any]:
         """The prompts of these names. Raises ValueError if one has no keys of its own."""

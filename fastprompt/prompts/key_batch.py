@@ -30,12 +30,12 @@ class KeyBatch(NamedTuple):
         encoder, prompt = model.get_encoder(), self.keys["encoder"]
         self.tokens.check_mask(ids)
         checks.check_ids(ids, table)
-        layout = self.tokens.layout([0], flags)
-        embeds = encoder.get_input_embeddings()(ids if layout is None else layout.token_ids(ids))
+        packing = self.tokens.packing([0], flags)
+        embeds = encoder.get_input_embeddings()(ids if packing is None else packing.token_ids(ids))
         if torch.is_grad_enabled() and is_reentrant(encoder):
             embeds, (prompt,) = as_leaves(embeds, prompt)
-        if layout is not None:
-            return packed.encode(model, embeds, layout, prompt)
+        if packing is not None:
+            return packed.encode(model, embeds, packing, prompt)
         keys = Allowed(_as_bool(mask), 0, False, prompt)
         return encoder(inputs_embeds=embeds, attention_mask=keys, return_dict=True, **flags)
 

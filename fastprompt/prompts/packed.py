@@ -29,7 +29,7 @@ from fastprompt.prompts import stock
 from fastprompt.prompts.sites import bias_tables, disorder
 
 
-class Layout(NamedTuple):
+class Packing(NamedTuple):
     """Which rows of a padded batch are real: the first ones of each example."""
 
     tokens: list[int]  # how many of the S tokens of each example
@@ -67,7 +67,7 @@ def _places(lens: Sequence[int], width: int, device: torch.device) -> Tensor:
     return torch.arange(N, device=device) + before.repeat_interleave(counts, output_size=N)
 
 
-def layout(
+def packing(
     model: Any,
     mask: Tensor | None,
     shape: Sequence[int],
@@ -75,7 +75,7 @@ def layout(
     pack: bool | None,
     flags: Mapping[str, Any],
     device: torch.device,
-) -> Layout | None:
+) -> Packing | None:
     """How to pack a batch; None to run it padded.
 
     Args:
@@ -85,7 +85,7 @@ def layout(
         pack: None: if that saves rows and is possible; True: ValueError if it is not.
         flags: output_attentions, output_hidden_states, where given.
 
-    A compiler, a tracer and torch.func get no layout: shapes would depend on data, and operations be others.
+    A compiler, a tracer and torch.func get no packing: shapes would depend on data, and operations be others.
     """
     (B, S), longest = shape, max(lengths)
     ragged = mask is not None or min(lengths) < longest
@@ -110,7 +110,7 @@ def layout(
         return None
     if pack is None and sum(rows) == B * (longest + S):
         return None
-    return Layout(tokens, rows, S, longest + S, device)
+    return Packing(tokens, rows, S, longest + S, device)
 
 
 def _is_traced(device: torch.device) -> bool:
@@ -127,11 +127,13 @@ def token_counts(mask: Tensor) -> list[int] | None:
     return None if broken else counts
 
 
-def encode(model: Any, rows: Tensor, layout: Layout, prompt: PromptKeys | None = None) -> BaseModelOutput:
+def encode(model: Any, rows: Tensor, packing: Packing, prompt: PromptKeys | None = None) -> BaseModelOutput:
     """The encoder over rows [N, D], which attend to the prompt's keys too, and its output padded again: [B, L, D]."""
     encoder = encoder_of(model)
-    output = encoder(inputs_embeds=rows[:, None], attention_mask=layout.keys(model, prompt), return_dict=True)
-    output.last_hidden_state = layout.padded(output.last_hidden_state)
+    output = encoder(
+        inputs_embeds=rows[:, None], attention_mask=packing.keys(model, prompt), return_dict=True
+    )
+    output.last_hidden_state = packing.padded(output.last_hidden_state)
     return output
 
 

@@ -14,7 +14,7 @@ from fastprompt import hf_attention
 from fastprompt.dispatch.plain import is_transformed
 from fastprompt.ops.prompt_embed import prompt_embed
 from fastprompt.prompts import checks, packed
-from fastprompt.prompts.bank import Choice
+from fastprompt.prompts.bank import Selection
 from fastprompt.prompts.mask import prepend_mask
 from fastprompt.prompts.row_gradient import mark_prompt_rows
 from fastprompt.prompts.tokens import Tokens
@@ -24,26 +24,26 @@ class RowBatch(NamedTuple):
     """A call's tokens and the prompts of its rows: row b enters the encoder as [its prompt | its tokens]."""
 
     tokens: Tokens
-    choice: Choice
+    selection: Selection
 
     def encode(self, flags: dict[str, Any]) -> BaseModelOutput:
         """The encoder over [prompt | tokens]: [B, L, D]. ``flags``: output_attentions and others, where given."""
-        (model, table, ids, mask, _), choice = self
+        (model, table, ids, mask, _), selection = self
         encoder = model.get_encoder()
         checks.check_embedding(encoder.get_input_embeddings())
         self.tokens.check_mask(ids)
-        layout = self.tokens.layout(choice.lengths, flags)
-        if layout is not None:
-            begins = packed.starts(layout.tokens, table.device)
+        packing = self.tokens.packing(selection.lengths, flags)
+        if packing is not None:
+            begins = packed.starts(packing.tokens, table.device)
             rows, _ = prompt_embed(
-                layout.token_ids(ids), table, choice.prompts, choice.ids, cu_seqlens=begins
+                packing.token_ids(ids), table, selection.prompts, selection.ids, cu_seqlens=begins
             )
-            return packed.encode(model, rows, layout)
+            return packed.encode(model, rows, packing)
         rows_of = _plain_rows if is_transformed() else prompt_embed
-        embeds = rows_of(ids, table, choice.prompts, choice.ids)
-        mask = prepend_mask(mask, choice.lengths, ids.shape[1], table.device)
+        embeds = rows_of(ids, table, selection.prompts, selection.ids)
+        mask = prepend_mask(mask, selection.lengths, ids.shape[1], table.device)
         assert isinstance(embeds, Tensor)  # it is a pair for packed ids only
-        mark_prompt_rows(embeds, encoder, max(choice.lengths), flags)
+        mark_prompt_rows(embeds, encoder, max(selection.lengths), flags)
         return encoder(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **flags)
 
     def forward(self, encoder_outputs: Any, arguments: Mapping[str, Any]) -> Any:
@@ -65,7 +65,7 @@ class RowBatch(NamedTuple):
     def _cross_mask(self, hidden: Tensor) -> Tensor | None:
         """The mask [B, L] for encoder outputs [B, L, D], from the tokens' [B, S]."""
         batch, length = hidden.shape[:2]
-        mask, longest = self.tokens.mask, max(self.choice.lengths)
+        mask, longest = self.tokens.mask, max(self.selection.lengths)
         tokens = mask if mask is not None else self.tokens.ids  # which need not be there
         num_tokens = tokens.shape[-1] if isinstance(tokens, Tensor) else max(length - longest, 0)
         if length != longest + num_tokens:
@@ -74,7 +74,7 @@ class RowBatch(NamedTuple):
                 f"got {length}. Give what encode() returns for the same prompts and tokens"
             )
         checks.check_mask(mask, batch, num_tokens, self.tokens.table)
-        return prepend_mask(mask, self.choice.lengths, num_tokens, hidden.device)
+        return prepend_mask(mask, self.selection.lengths, num_tokens, hidden.device)
 
 
 def _plain_rows(ids: Tensor, table: Tensor, prompts: list[Tensor], prompt_ids: list[int] | None) -> Tensor:

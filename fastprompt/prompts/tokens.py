@@ -24,10 +24,10 @@ class Tokens(NamedTuple):
         """Does the mask fit ``rows``, the ids [B, S] or hidden states [B, S, D]?"""
         checks.check_mask(self.mask, rows.shape[0], rows.shape[1], self.table)
 
-    def layout(self, lengths: Sequence[int], flags: Mapping[str, Any]) -> packed.Layout | None:
+    def packing(self, lengths: Sequence[int], flags: Mapping[str, Any]) -> packed.Packing | None:
         """How to pack them, behind prompts of these lengths in the encoder; None to run them padded."""
         device = self.table.device
-        return packed.layout(self.model, self.mask, self.ids.shape, lengths, self.pack, flags, device)
+        return packed.packing(self.model, self.mask, self.ids.shape, lengths, self.pack, flags, device)
 
     def real_rows(self, lengths: Sequence[int]) -> Tensor:
         """Which rows of the encoder's output are real, where it has prompts of these lengths: [B, L] int64."""

@@ -59,12 +59,11 @@ def lengths_over(targets: Sequence[Sequence[int]], tokenizer: Any, limit: int) -
     return [length for length in lengths if length > limit]
 
 
-def collate(pairs: Sequence[Pair], pad: int = 0) -> Batch:
+def collate(pairs: Sequence[Pair]) -> Batch:
     """Pairs as a batch, padded on the right to the longest input and the longest target.
 
     Args:
-        pairs: B of them, one or more.
-        pad: the model's padding token, for inputs. Targets are padded with -100.
+        pairs: B of them, one or more. Inputs are padded with 0, which the mask hides, targets with -100.
 
     Returns:
         A Batch on the CPU: ``input_ids`` and ``attention_mask`` (1 at tokens, 0 at padding) int64 [B, S], ``labels``
@@ -76,7 +75,7 @@ def collate(pairs: Sequence[Pair], pad: int = 0) -> Batch:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
     return {
-        "input_ids": padded([source for source, _ in pairs], pad),
+        "input_ids": padded([source for source, _ in pairs], 0),
         "attention_mask": padded([[1] * len(source) for source, _ in pairs], 0),
         "labels": padded([target for _, target in pairs], -100),
     }
@@ -130,9 +129,13 @@ def _width(filled: Tensor) -> int:
     return int(columns[-1]) + 1 if len(columns) else 1
 
 
-def to_few_lengths(batch: Mapping[str, Any], pad: int = 0) -> dict[str, Any]:
+def to_few_lengths(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch, padded on to a multiple of 32 input and 8 target tokens: each length has a CUDA graph of its own."""
-    found, fill = dict(batch), {"input_ids": (32, pad), "attention_mask": (32, 0), "labels": (8, -100)}
+    found, fill = dict(batch), {"input_ids": (32, 0), "attention_mask": (32, 0), "labels": (8, -100)}
+    if found.get("attention_mask") is None and "input_ids" in found:
+        found["attention_mask"] = torch.ones_like(
+            found["input_ids"]
+        )  # of what comes now, nothing is attended to
     for name, (multiple, value) in fill.items():
         if name in found:
             found[name] = functional.pad(found[name], (0, -found[name].shape[1] % multiple), value=value)

@@ -114,6 +114,23 @@ def test_nothing_to_do(emulated):
     run(emulated, *(x[:0] for x in statistics(8, 16, torch.float32)))
 
 
+def test_rows_without_columns_have_losses(emulated):
+    N, V, code = 3, 4, DTYPE_CODES[torch.float32]
+    labels, (top, total, picked), some = torch.arange(N), torch.rand(3, N), torch.ones(1)
+    found = []
+    for tensors, drows in (
+        ((some, some), None),
+        ((some, some), some),
+    ):  # an empty tensor's address may be anything
+        losses = torch.full((N,), torch.nan)
+        emulated.linear_cross_entropy_rows(
+            labels, top, total, picked, *tensors, losses, drows, N, 0, V, 0, 0, -100, code, 0
+        )
+        found.append(losses)
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
 def test_no_access_out_of_bounds(run_sanitized):
     """Under AddressSanitizer: every tensor of exactly its size, and labels full of garbage."""
     done = run_sanitized("""

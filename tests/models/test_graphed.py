@@ -312,7 +312,7 @@ def recorded(monkeypatch):
 
     monkeypatch.setattr(step_graphs.RecordedStep, "__init__", step)
     monkeypatch.setattr(recording, "Recording", record)
-    monkeypatch.setattr(step_graphs.Replay, "apply", lambda *_: torch.ones(()))
+    monkeypatch.setattr(step_graphs.ReplayedStep, "apply", lambda *_: torch.ones(()))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
     return seen
 
@@ -337,10 +337,10 @@ def test_one_step_at_a_time(recorded, monkeypatch):
         others.append(float(step(x=on_a_gpu(2))))
         return torch.ones(())
 
-    monkeypatch.setattr(step_graphs.Replay, "apply", replayed)
+    monkeypatch.setattr(step_graphs.ReplayedStep, "apply", replayed)
     step(x=on_a_gpu(3))
     assert ([length for length, _ in recorded], others) == ([3], [2.0])
-    monkeypatch.setattr(step_graphs.Replay, "apply", lambda *_: torch.ones(()))
+    monkeypatch.setattr(step_graphs.ReplayedStep, "apply", lambda *_: torch.ones(()))
     step(x=on_a_gpu(2))
     assert [length for length, _ in recorded] == [3, 2]
 
@@ -416,7 +416,7 @@ def test_what_is_behind_the_loss_scales_its_gradients():
     mask, embeds, prompt, gradient = torch.ones(2), torch.ones(2), torch.ones(3), torch.arange(3.0)
     fake = SimpleNamespace(inputs=("mask", "embeds"))
     fake.replay = lambda inputs: (torch.ones(()), [torch.ones(2), gradient])
-    loss = step_graphs.Replay.apply(fake, mask, embeds.requires_grad_(), prompt.requires_grad_())
+    loss = step_graphs.ReplayedStep.apply(fake, mask, embeds.requires_grad_(), prompt.requires_grad_())
     (loss / 4).backward()
     assert torch.equal(embeds.grad, torch.ones(2) / 4)
     assert torch.equal(prompt.grad, gradient / 4)

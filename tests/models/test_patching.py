@@ -7,6 +7,7 @@ import pytest
 import torch
 from layouts import FULL, LAYOUTS, TINY, VOCAB, classes, step
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fastprompt import explain, patch, patched, unpatch
 
@@ -35,6 +36,32 @@ def test_patch_and_unpatch_leave_the_model_as_it_was(make, batch, labels, layout
         raise KeyError
     assert classes(model) == before
     assert model.encoder.config._attn_implementation == implementation
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.mark.parametrize("first", ["unpatch", "remove"])
+def test_nothing_is_left_of_modules_that_were_parametrized_meanwhile(make, batch, first):
+    """torch makes a class of its own of ours."""
+    model = make()
+    before = classes(model)
+    patch(model)
+    parts = model.encoder.final_layer_norm, model.lm_head
+    for part in parts:
+        parametrize.register_parametrization(part, "weight", Halved())
+    expected = model(**batch(), decoder_input_ids=batch()["input_ids"]).logits
+    if first == "unpatch":
+        unpatch(model)
+        found = model(**batch(), decoder_input_ids=batch()["input_ids"]).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for part in parts:
+        assert parametrize.is_parametrized(part, "weight")
+        parametrize.remove_parametrizations(part, "weight")
+    unpatch(model)
+    assert classes(model) == before
 
 
 def test_patching_again_changes_the_options(make):

@@ -247,7 +247,7 @@ def test_after_an_error_nothing_is_recorded(monkeypatch):
     FUNCTIONS["kernels"]()
     assert len(calls) == number > 0
     assert not is_capturing(torch.device("cpu"))
-    with capturing(), capturing():
+    with capturing():
         assert is_capturing(torch.device("cpu"))
         found = []
         thread = threading.Thread(target=lambda: found.append(is_capturing(torch.device("cpu"))))

@@ -114,7 +114,10 @@ def test_the_wheel_runs_on_other_machines_and_brings_no_library(manylinux, wheel
 
 
 def test_elsewhere_than_on_linux_the_wheel_is_python_alone(source, tmp_path):
-    build = "import platform, runpy; platform.system = lambda: 'Darwin'; runpy.run_path('setup.py')"
+    build = (
+        "import platform, runpy; platform.system = lambda: 'Darwin';"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
     run(sys.executable, "-c", build, "-q", "bdist_wheel", "-b", tmp_path / "b", "-d", tmp_path, cwd=source)
     [wheel] = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -177,9 +180,7 @@ def test_an_nvcc_that_cannot_compile_here_is_left_out_unless_asked_for(tmp_path,
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
     nvcc.chmod(0o755)
-    script = (
-        "import runpy, setuptools; setuptools.setup = dict; print(runpy.run_path('setup.py')['find_nvcc']())"
-    )
+    script = "import runpy; print(runpy.run_path('setup.py')['find_nvcc']())"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FASTPROMPT_CUDA": want}
     environment.pop("CUDA_HOME", None)
     said = subprocess.run(

@@ -54,16 +54,18 @@ def logits(prompted, batch, prompts):
 @pytest.mark.parametrize("memory", [None, "balanced"])
 def test_answers_stay_the_same_and_the_encoder_sees_tokens_only(prompts, memory, served, make_batch):
     prompted, batch = served(memory=memory), make_batch("left")
+    # Keys of many prompts are computed together, whose products are added up in another order than of few rows.
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
     expected = logits(prompted, batch, prompts)
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
     tokens = prompted.generate(**text, prompts=prompts, max_new_tokens=6, num_beams=2)
     prompted.cache_prompts()
     prompted.passes.clear()
-    torch.testing.assert_close(prompted(**batch, prompts=prompts).logits, expected)
+    close(prompted(**batch, prompts=prompts).logits, expected)
     assert torch.equal(prompted.generate(**text, prompts=prompts, max_new_tokens=6, num_beams=2), tokens)
     assert prompted.passes == [3, 3]
     prompted.drop_caches()
-    torch.testing.assert_close(prompted(**batch, prompts=prompts).logits, expected)
+    close(prompted(**batch, prompts=prompts).logits, expected)
 
 
 def pool_of(prompted, name):

@@ -79,7 +79,7 @@ def test_other_prompts_are_there_while_one_is_renamed(bank):
     def use():
         try:
             while not done.is_set():
-                found = [bank.prompts.choose(names, 1).names for names in (None, "rows")]
+                found = [bank.prompts.select(names, 1).names for names in (None, "rows")]
                 wrong.extend(names for names in found if names not in (["prepend"], ["rows"]))
         except Exception as error:
             wrong.append(error)

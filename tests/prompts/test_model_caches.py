@@ -84,9 +84,9 @@ def test_those_loaded_together_are_read_where_they_lie(saved, make_fresh, make_b
     [pool] = fresh._caches.pools
     assert fresh._caches.names == {"cached", "short", "rows"}
     monkeypatch.setattr(torch, "cat", None)
-    choice = fresh.prompts.choose(["short", "cached", "short"], 3)
+    selection = fresh.prompts.select(["short", "cached", "short"], 3)
     with torch.no_grad():
-        keys = fresh._site_keys(choice, 1)["encoder"]
+        keys = fresh._site_keys(selection, 1)["encoder"]
     assert keys.keys[0] is pool.keyed["encoder"].keys.keys[0]
 
 

@@ -154,7 +154,7 @@ def test_configs_and_names(make_model, make_prompted):
     refused(TypeError, "config must be a PromptConfig or a dict of them, got int", PromptModel, model, 5)
     refused(TypeError, "the config of 'a' must be a PromptConfig, got dict", PromptModel, model, {"a": {}})
     refused(ValueError, "there is a prompt 'p5' already", prompted.add_prompt, "p5", PromptConfig(3))
-    for name in ("", "a.b", "train", "keys", "_keys", "find", "trim", "choose", "_stored", 3):
+    for name in ("", "a.b", "train", "keys", "_keys", "find", "trim", "select", "_stored", 3):
         refused(ValueError, "a prompt's name must be a str", prompted.add_prompt, name, PromptConfig(3))
         refused(ValueError, "a prompt's name must be a str", prompted.rename_prompt, "p5", name)
     for call in (prompted.kind, prompted.remove_prompt, prompted.freeze_prompt):

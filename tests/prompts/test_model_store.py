@@ -102,12 +102,12 @@ def test_a_store_moves_copies_and_detaches_with_the_model(stored, empty, make_ba
     )
     half = logits(twin.bfloat16(), batch, "rows")  # prompts stay fp32
     assert half.dtype == torch.bfloat16
-    assert twin.prompts.choose("rows", 1).prompts[0].tensors()["cross"].dtype == torch.float32
+    assert twin.prompts.select("rows", 1).prompts[0].tensors()["cross"].dtype == torch.float32
     twin.to("meta")
-    assert twin.prompts.choose("rows", 1).prompts[0].tensors()["cross"].device.type == "meta"
+    assert twin.prompts.select("rows", 1).prompts[0].tensors()["cross"].device.type == "meta"
     twin.attach_store(None)
     with pytest.raises(ValueError, match=r"there is no prompt\. Add one with"):
-        twin.prompts.choose("rows", 1)
+        twin.prompts.select("rows", 1)
 
 
 def test_a_folder_is_a_store_too(bank, empty, make_batch, tmp_path):

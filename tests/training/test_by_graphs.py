@@ -58,9 +58,9 @@ def test_few_lengths(width, padded):
         "labels": torch.ones(2, T),
         "x": 1,
     }
-    found = to_few_lengths(batch, pad=3)
+    found = to_few_lengths(batch)
     fills = {
-        "input_ids": (padded[0], S, 3),
+        "input_ids": (padded[0], S, 0),
         "attention_mask": (padded[0], S, 0),
         "labels": (padded[1], T, -100),
     }
@@ -69,7 +69,17 @@ def test_few_lengths(width, padded):
         assert torch.equal(found[name][:, :own], batch[name])
         assert bool((found[name][:, own:] == fill).all())
     assert found["x"] == 1
-    assert set(to_few_lengths({"input_ids": batch["input_ids"]})) == {"input_ids"}
+    assert set(to_few_lengths({"labels": batch["labels"]})) == {"labels"}
+
+
+def test_few_lengths_of_a_batch_without_a_mask(prompted, tokenizer, examples):
+    """Padding is not attended to."""
+    (pair,) = training.encode(examples[:1], tokenizer, max_input=41)
+    batch = {name: each for name, each in training.collate([pair]).items() if name != "attention_mask"}
+    padded = to_few_lengths(batch)
+    assert padded["input_ids"].shape[1] > batch["input_ids"].shape[1]
+    with torch.no_grad():
+        torch.testing.assert_close(prompted(**padded).loss, prompted(**batch).loss)
 
 
 def test_a_step_has_the_loss_and_the_gradient_of_its_batch(prompted, tokenizer, examples, widths):

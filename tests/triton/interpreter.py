@@ -39,6 +39,8 @@ def apply() -> None:
     if hasattr(InterpreterBuilder, "repaired"):
         return
     InterpreterBuilder.repaired = True
+    for name, function in (("create_minnumf", np.fmin), ("create_maxnumf", np.fmax)):
+        setattr(InterpreterBuilder, name, _by(function))
     for name in FLOAT_ARITHMETIC:
         _wrap(InterpreterBuilder, name, _in_float32)
     for name in COMPARISONS:
@@ -58,6 +60,11 @@ def _wrap(owner, name, wrapper):
     """Have ``owner.name(...)`` call ``wrapper(what it was, ...)``."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
+
+
+def _by(function):
+    """Of numbers and NaN the number, unless NaN is asked for, as on a GPU; the interpreter always has NaN."""
+    return lambda builder, a, b: builder.binary_op(a, b, function)
 
 
 def _quietly(original, *args, **kwargs):

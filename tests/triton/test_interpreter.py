@@ -49,6 +49,16 @@ def operator_kernel(a, b, out, OPERATOR: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def extremes_kernel(a, b, out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    b_a, b_b = tl.load(a + o), tl.load(b + o)
+    tl.store(out + o, tl.minimum(b_a, b_b))
+    tl.store(out + N + o, tl.maximum(b_a, b_b))
+    tl.store(out + 2 * N + o, tl.minimum(b_a, b_b, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(out + 3 * N + o, tl.maximum(b_a, b_b, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def dot_kernel(a, b, out, N: tl.constexpr):
     o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(out + o, tl.dot(tl.load(a + o), tl.load(b + o)))
@@ -118,6 +128,16 @@ def test_operators_on_bfloat16(operator):
     out = torch.empty_like(expected)
     operator_kernel[(1,)](a, b, out, OPERATOR=operator.__name__, N=a.numel())
     assert torch.equal(out, expected) if out.dtype == torch.bool else same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extremes_pass_over_nan_unless_it_is_asked_for(dtype):
+    nan = float("nan")
+    a, b = torch.tensor([[1.0, nan, 3.0, nan], [2.0, 2.0, nan, nan]], dtype=dtype)
+    out = torch.empty(4, 4, dtype=dtype)
+    extremes_kernel[(1,)](a, b, out, N=4)
+    expected = [torch.fmin(a, b), torch.fmax(a, b), torch.minimum(a, b), torch.maximum(a, b)]
+    assert all(map(same_bits, out, expected))
 
 
 def test_dot_of_bfloat16():

@@ -77,7 +77,7 @@ def test_rows(device, monkeypatch, dtype, gathered, columns):
     N, V = 7, 4
     labels = torch.tensor([0, 3, -100, 1, 2, 2**62, 1], device=device)
     top, total, picked = torch.randn(3, N, device=device)
-    picked[6], total = top[6] + 40, total.abs()
+    picked[6], picked[3], total = top[6] + 40, top[3] - 100, total.abs()
     others, weight = (
         torch.randn(N, D, device=device),
         torch.randn(N if gathered else V, D + 3, device=device).to(dtype),

@@ -150,3 +150,39 @@ def test_wrong_offsets_stay_inside_the_tensors(device, name, value):
         dout = torch.randn(rows, 20, device=device)
         assert gradient(dout, tensors[2], tensors[3], tensors[4], tensors[6], 0.0).isfinite().all()
         offsets[i] = right
+
+
+def test_a_sequence_without_the_row_leaves_what_the_sum_has_lost(device):
+    """Kahan's sum owes a whole unit in the last place after the second row; the third sequence has no such row."""
+    dout = torch.zeros(4, 2, 16, device=device)
+    dout[:, 0] = torch.tensor([2.0**-24, 1 + 2.0**-23, 5.0, 0.0], device=device)[:, None]
+    starts, lens = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 1]], device=device)
+    prompts = torch.empty(1, 16, device=device)
+    expected = prompt_embed_backward_reference(dout, prompts, starts, lens, None, None, 0.0)
+    assert torch.equal(gradient(dout, prompts, starts, lens, None, 0.0), expected)
+    assert (expected == 1 + 2.0**-23).all()
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 5, 6, 7])
+def test_any_number_of_packed_sequences(device, sequences):
+    weight, prompts = torch.randn(V, 20, device=device), torch.randn(R, 20, device=device)
+    tokens = torch.arange(sequences) % 3
+    ends = (tokens.cumsum(0), (tokens + R).cumsum(0))
+    cu_tokens, cu_rows = (torch.cat((torch.zeros(1), n)).long().to(device) for n in ends)
+    ids, rows = torch.randint(V, (int(cu_tokens[-1]),), device=device), int(cu_rows[-1])
+    tensors = (ids, weight, prompts, None, None, cu_tokens, cu_rows)
+    assert torch.equal(embed(*tensors, rows), prompt_embed_reference(*tensors, None, rows, 0.0))
+
+
+@pytest.mark.parametrize("shift", [-3, 3])
+def test_tokens_of_all_sequences_shifted_out_of_the_tensor(device, shift):
+    *tensors, rows = arguments("packed", 20, MIXES[0], device)
+    tensors[5] += shift
+    assert embed(*tensors, rows).isfinite().all()
+
+
+def test_rows_before_the_first_sequence_are_zeros(device):
+    """Whatever prompt rows lie before the first that it chose."""
+    *tensors, rows = arguments("packed chosen prompts", 20, MIXES[0], device)
+    tensors[3][0], tensors[6][0] = 2, 1
+    assert not embed(*tensors, rows)[0].any()

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from fastprompt.triton_kernels import _t5_attention_shared as shared
+from fastprompt.triton_kernels import _t5_attention_tiles as tiles
 from fastprompt.triton_kernels.t5_attention import t5_attention
 from fastprompt.triton_kernels.t5_attention_backward import t5_attention_backward, t5_attention_rows_kernel
 from fastprompt.triton_kernels.t5_attention_prompt_sum import t5_attention_prompt_sum
@@ -24,7 +25,7 @@ def inputs(device, **changed):
 
 
 def forward(a):
-    out, stats = torch.empty_like(a.q), a.q.new_empty(2, a.q.shape[-2], a.q.numel() // 32)
+    out, stats = torch.empty_like(a.q), torch.empty(2, 2, a.q.numel() // 32, device=a.q.device)
     t5_attention(a, out, stats)
     return out, stats
 
@@ -61,7 +62,7 @@ def test_offsets_are_clamped(device):
 
 def kernels_backward(a, out, stats):
     gradients = [torch.empty_like(x) for x in (a.q, a.k, a.v)]
-    gradients += [a.q.new_empty(2, 4, 2, 16) for _ in "kv"]
+    gradients += [torch.empty(2, 4, 2, 16, device=a.q.device) for _ in "kv"]
     t5_attention_backward(torch.ones_like(out), out, stats, a, *gradients)
     return gradients
 
@@ -123,6 +124,7 @@ def test_packed_keys_that_dropout_moves_over_a_tiles_end(device):
         [4, -(2**63), 2**63 - 1],
         [5, 3, 0],
         [0, 2**32 + 1, 2**33],
+        [4, 8 - 2**32, 5],
     ],
     ids=str,
 )
@@ -227,3 +229,72 @@ def test_prompt_sum_of_more_columns_than_a_tile(device):
     with use_backend("t5_attention", "reference"):
         expected = torch.ops.fastprompt.t5_attention_prompt_sum(share, ids, 3, torch.float32)
     assert torch.equal(total, expected)
+
+
+def assert_as_reference(q, k, v, *arguments, **options):
+    leaves, results = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), []
+    for backend in ("triton", "reference"):
+        with use_backend("t5_attention", backend):
+            out = ops.t5_attention(q, k, v, *arguments, **options)
+            results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_padded_bias_reaches_as_far_as_any_tile():
+    """A tile that touches the band reads the table up to BM + BN places past its ends; the interpreter's are small."""
+    few = [*tiles.FEW.values(), *tiles.FEW_SM80.values()]
+    tables = (tiles.HOPPER, tiles.HOPPER_BUSY, tiles.OTHERS, tiles.OTHERS_BUSY, tiles.FLOAT32)
+    found = few + [tile for table in tables for widths in table.values() for tile in widths.values()]
+    assert max(tile.BM + tile.BN for tile in found) <= shared.PAD
+
+
+@pytest.mark.parametrize("offset", [0, 1, 15, 16, 17])
+def test_the_last_query_of_a_tile_sees_its_own_key(device, offset):
+    """Where that key is the first of a tile, too."""
+    q, k, v = (torch.randn(1, n, 2, 16, device=device) for n in (16, 40, 40))
+    assert_as_reference(q, k, v, offset=offset, causal=True)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 18])
+def test_a_tile_may_begin_or_end_where_the_bias_does(device, M):
+    """Tiles whose distances are all beyond the table's ends take one number of it: one distance less, and they do
+    not."""
+    q, k, v = (torch.randn(1, 40, 2, 16, device=device) for _ in "qkv")
+    assert_as_reference(q, k, v, 3 * torch.randn(2, 2 * M + 1, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_queries_that_are_not_there_add_nothing_whatever_the_bias(device, dtype):
+    """11 of a tile's 16: exp(bias) of those overflows, and an infinite weight times their zeros would be NaN."""
+    a = inputs(device, bias=torch.full((2, 9), 1000.0, device=device))
+    a = a._replace(**{name: getattr(a, name).to(dtype) for name in ("q", "k", "v", "prompt_k", "prompt_v")})
+    out, stats = forward(a)
+    assert out.isfinite().all()
+    assert all(x.isfinite().all() for x in kernels_backward(a, out, stats))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("score", [float("inf"), float("-inf")])
+def test_infinite_scores_have_no_gradient(device, score, dtype):
+    """Infinity is also what marks a row that may attend to nothing: such a row's gradient would be finite."""
+    a = inputs(device, key_mask=(torch.arange(7, device=device) < 6).expand(2, 7))
+    a = a._replace(**{name: getattr(a, name).to(dtype) for name in ("q", "k", "v", "prompt_k", "prompt_v")})
+    a.q[0, 0, 0], a.k[0, :, 0], a.prompt_k[2, :, 0] = score, 1.0, 1.0
+    out, stats = forward(a)
+    dq, dk, dv, *shares = kernels_backward(a, out, stats)
+    assert out[0, 0, 0].isnan().all()
+    assert dq[0, 0, 0].isnan().all()
+    # In dv there is no NaN but the weights'. A key that is not allowed has a part in rows without keys only.
+    assert all(x[0, :, 0].isnan().all() for x in (dk[:, :6], dv[:, :6], *shares))
+    assert not dk[0, 6].any()
+    assert not dv[0, 6].any()
+    assert dq[0, 0, 1].isfinite().all()
+    assert dq[1].isfinite().all()
+
+
+def test_queries_without_keys_before_a_tile_of_keys(device):
+    """They take the mean of all values, those of later tiles included, which a causal pass would not show them."""
+    q, k, v = (torch.randn(1, 20, 2, 16, device=device) for _ in "qkv")
+    key_mask = torch.arange(20, device=device)[None] >= 5
+    assert_as_reference(q, k, v, causal=True, key_mask=key_mask)

@@ -38,7 +38,7 @@ def _changed(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """Arguments that differ from these in one: absent tensors, dtypes, addresses, numbers."""
     memory, found = torch.zeros(64), [args]
     for i, x in enumerate(args):
-        others: list[Any] = [None, memory, memory.half(), memory[1:], memory[4:]]
+        others: list[Any] = [None, memory, memory.half(), memory[1:], memory[2:], memory[4:]]
         if isinstance(x, int | float):
             others = (
                 [0.25, 0.0, 0, 1.0, 1]
@@ -100,7 +100,9 @@ def test_the_second_launch_takes_what_the_first_compiled(kernel):
     launch(kernel, (5, 2), GPU, y, None, 101, 8, H=4, K=64, num_warps=4)
     assert [args for _, args, _ in kernel.compiled] == [(x, None, 100, 8)]
     assert kernel.compiled[0][2] == {"H": 4, "K": 64, "num_warps": 4, "enable_fp_fusion": False}
-    assert kernel.launched == [((5, 2, 1), (y.data_ptr(), None, 101, 8, 64, 4))]  # as in the signature
+    launch(kernel, (6,), GPU, y, None, 102, 8, H=4, K=64, num_warps=4)
+    values = [(y.data_ptr(), None, N, 8, 64, 4) for N in (101, 102)]  # as in the signature
+    assert kernel.launched == [((5, 2, 1), values[0]), ((6, 1, 1), values[1])]
 
 
 @pytest.mark.parametrize(
