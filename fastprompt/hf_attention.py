@@ -101,7 +101,7 @@ def allowed_keys(**arguments: Any) -> Allowed | Tensor | None:
     causal, offset = function is causal_mask_function, arguments.get("q_offset", 0)
     if isinstance(offset, Tensor):
         offset = offset.clone()  # the cache counts on in place
-    counted = arguments["kv_length"] if causal else None
+    counted = (arguments.get("kv_length") or None) if causal else None  # 0 of an Allowed without a cache
     if isinstance(mask, Allowed):
         return mask._replace(offset=offset, keys=counted) if causal else mask
     site = "decoder" if causal else "cross" if getattr(config, "is_decoder", False) else "encoder"

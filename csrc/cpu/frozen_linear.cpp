@@ -157,13 +157,22 @@ void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t 
     for (int64_t i = 0; i < ROWS; ++i) copy(y + i * y_row, edge + i * kTileColumns, columns);
 }
 
-// Columns [n, n + COLUMNS) of y, those of b being dense: x is `packed`, kPanelDepth of its columns after the other, in
-// tiles of kTileColumns of its rows.
+// Columns [n, n + COLUMNS) of y[m..m + rows), to `turned`[COLUMNS][kTileColumns]; those of b being dense: x is
+// `packed`, kPanelDepth of its columns after the other, in tiles of kTileColumns of its rows.
+template <int COLUMNS>
+FP_INLINE void turned_tile(const Product<float>& p, int64_t n, int64_t m, const float* packed, float* turned) {
+    const float* b = p.b.data + n * p.b.column;
+    const int64_t rows = least(p.M - m, kTileColumns), all_rows = round_up(p.M, kTileColumns);
+    const bool asks_ahead = m == 0 && p.N - n >= 2 * static_cast<int64_t>(COLUMNS);
+    for (int64_t k = 0; k < p.K; k += kPanelDepth) {
+        const int64_t depth = least(p.K - k, kPanelDepth);
+        const float* tile = packed + k * all_rows + m * depth;
+        some_columns<COLUMNS>(b + k, p.b.column, tile, turned, rows, depth, p.adds || k > 0, asks_ahead);
+    }
+}
+
 template <int COLUMNS>
 void turned_tiles(const Product<float>& p, int64_t n, const float* packed) {
-    const float* b = p.b.data + n * p.b.column;
-    const bool has_next = p.N - n >= 2 * static_cast<int64_t>(COLUMNS);
-    const int64_t all_rows = round_up(p.M, kTileColumns);
     for (int64_t m = 0; m < p.M; m += kTileColumns) {
         const int64_t rows = least(p.M - m, kTileColumns);
         float* y = p.y + m * p.N + n;
@@ -171,14 +180,29 @@ void turned_tiles(const Product<float>& p, int64_t n, const float* packed) {
         for (int64_t i = 0; p.adds && i < rows; ++i) {
             for (int64_t j = 0; j < COLUMNS; ++j) turned[j * kTileColumns + i] = y[i * p.N + j];
         }
-        for (int64_t k = 0; k < p.K; k += kPanelDepth) {
-            const int64_t depth = least(p.K - k, kPanelDepth);
-            const float* tile = packed + k * all_rows + m * depth;
-            const bool adds = p.adds || k > 0, asks_ahead = m == 0 && has_next;
-            some_columns<COLUMNS>(b + k, p.b.column, tile, turned, rows, depth, adds, asks_ahead);
-        }
+        turned_tile<COLUMNS>(p, n, m, packed, turned);
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t j = 0; j < COLUMNS; ++j) y[i * p.N + j] = turned[j * kTileColumns + i];
+        }
+    }
+}
+
+constexpr int64_t kTurned = 8 * kTileRows;
+
+void turned_group(const Product<float>& p, int64_t n, const float* packed) {
+    alignas(64) float turned[kTurned * kTileColumns];
+    for (int64_t m = 0; m < p.M; m += kTileColumns) {
+        const int64_t rows = least(p.M - m, kTileColumns);
+        for (int64_t j = 0; j < kTurned; j += kTileRows)
+            turned_tile<kTileRows>(p, n + j, m, packed, turned + j * kTileColumns);
+        float* y = p.y + m * p.N + n;
+        int64_t i = 0;
+        for (; i + kLanes <= rows; i += kLanes) {
+            for (int64_t j = 0; j < kTurned; j += kLanes)
+                transpose(turned + j * kTileColumns + i, kTileColumns, y + i * p.N + j, p.N);
+        }
+        for (; i < rows; ++i) {
+            for (int64_t j = 0; j < kTurned; ++j) y[i * p.N + j] = turned[j * kTileColumns + i];
         }
     }
 }
@@ -261,10 +285,16 @@ int64_t multiply_turned(const Product<float>& p) {
                 pack_tile(turned, k, depth, m, packed + k * all_rows + m * depth);
             }
         }
-#pragma omp for schedule(dynamic, 8)
-        for (int64_t n = 0; n < p.N; n += kTileRows) {
-            with_rows(least(p.N - n, kTileRows),
-                      [&](auto count) { turned_tiles<decltype(count)::value>(p, n, packed); });
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < p.N; n += kTurned) {
+            if (!p.adds && p.N - n >= kTurned) {
+                turned_group(p, n, packed);
+                continue;
+            }
+            for (int64_t i = n; i < least(p.N, n + kTurned); i += kTileRows) {
+                with_rows(least(p.N - i, kTileRows),
+                          [&](auto count) { turned_tiles<decltype(count)::value>(p, i, packed); });
+            }
         }
     }
     free(packed);

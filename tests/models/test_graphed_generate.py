@@ -117,7 +117,7 @@ def test_a_graph_reads_no_tensor_that_the_next_call_has_elsewhere(monkeypatch, k
         prompt = each["attention_mask"].prompt
         expected = (*prompt.keys, *prompt.values) if kept and large else ()
         assert [id(x) for x in left] == [id(x) for x in expected]
-    assert (places.fixed(first) == places.fixed(second)) == (not (kept and large))
+    assert (places.signature(first) == places.signature(second)) == (not (kept and large))
 
 
 def test_what_was_copied_is_copied_again_once_it_was_written_to():
