@@ -267,7 +267,7 @@ class PromptModel(KeyKeeper):
             ``scores`` [B, C] and ``best`` [B]; of equal scores the first choice is best.
 
         Raises:
-            TypeError, ValueError: choices that cannot be; and as in ``forward``.
+            TypeError, ValueError, IndexError: choices that cannot be; and as in ``forward``.
         """
         ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
         if encoder_outputs is not None:
@@ -312,7 +312,7 @@ class PromptModel(KeyKeeper):
             ``scores`` [B, N, C], ``answers`` [B, N], ``votes`` [B, C] and ``best`` [B].
 
         Raises:
-            TypeError, ValueError: names that are no list, none or there twice; and as in ``rank``.
+            TypeError, ValueError, IndexError: names that are no list, none or there twice; and as in ``rank``.
         """
         ids = choice_ids(choices, self.tokenizer, self.config.vocab_size)
         return ranked(
@@ -341,7 +341,7 @@ class PromptModel(KeyKeeper):
             ``sequences`` [B, T], ``members`` [B, N, T], ``votes`` [B, N] and ``winners`` [B].
 
         Raises:
-            TypeError, ValueError: as in ``ensemble`` and ``generate``.
+            TypeError, ValueError, IndexError: as in ``ensemble`` and ``generate``.
         """
         return generated(self, input_ids, attention_mask, prompts, rows_per_pass, kwargs)
 

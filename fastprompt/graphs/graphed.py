@@ -113,12 +113,12 @@ class Graphed:
         return output
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """A PromptModel's ``encode``, on a GPU as a graph where no gradient is recorded."""
+        """A PromptModel's ``encode``, on a GPU as a graph where no gradient is recorded. TypeError: it is none."""
         with self._graphs():
             return self._prompted("encode")(*args, **kwargs)
 
     def rank(self, *args: Any, **kwargs: Any) -> Any:
-        """A PromptModel's ``rank``, on a GPU with the encoder and the decoder as graphs."""
+        """A PromptModel's ``rank``, on a GPU with the encoder and the decoder as graphs. TypeError: it is none."""
         with self._graphs():
             return self._prompted("rank")(*args, **kwargs)
 

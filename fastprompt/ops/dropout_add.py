@@ -39,7 +39,7 @@ def dropout_add(
         h [..., D] in x's dtype.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device.
+        TypeError, ValueError: an argument has another dtype, shape or device, or dropout_p is outside [0, 1].
     """
     seed = drawn_seed(seed, dropout_p, x)
     return direct.dropout_add(x, residual, seed, dropout_p)

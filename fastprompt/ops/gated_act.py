@@ -47,7 +47,8 @@ def gated_act(
         y [..., F] in a's dtype.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device, or the activation is unknown.
+        TypeError, ValueError: an argument has another dtype, shape or device, dropout_p is outside [0, 1], or the
+            activation is unknown.
     """
     seed = drawn_seed(seed, dropout_p, a)
     return direct.gated_act(a, b, seed, act, dropout_p)

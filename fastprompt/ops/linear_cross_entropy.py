@@ -74,8 +74,8 @@ def linear_cross_entropy(
         labels: [...] int64, classes in [0, V) or ``ignore_index``.
         scale: multiplies hidden, the product rounded to hidden's dtype; D**-0.5 for a T5 with tied embeddings.
         ignore_index: the label of rows that do not count.
-        num_items: an int or a 0-d tensor, whose value nobody waits for; the losses' sum is divided by it. None: by the
-            number of rows that count.
+        num_items: an int or a 0-d tensor (int64, int32 or fp32), whose value nobody waits for; the losses' sum is
+            divided by it. None: by the number of rows that count.
         chunk: rows of weight that are multiplied at a time; None: chosen by the number of rows of hidden.
 
     Returns:

@@ -71,7 +71,8 @@ def prompt_embed(
         [B, L, D] in weight's dtype with L = longest chosen prompt + S. Packed: rows [N, D] and cu_rows [B + 1] int64.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device, or weight requires grad.
+        TypeError, ValueError: an argument has another dtype, shape or device, dropout_p is outside [0, 1], or weight
+            requires grad.
         IndexError: a prompt id or a token id is out of range. On a GPU a bad token id yields a zero row and is
             reported by the next call, or by ``fastprompt.ops.raise_device_errors()``: no call waits for the tokens.
     """

@@ -37,7 +37,7 @@ def relu_dropout(x: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = Non
         y [..., F] in x's dtype.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device.
+        TypeError, ValueError: an argument has another dtype, shape or device, or dropout_p is outside [0, 1].
     """
     seed = drawn_seed(seed, dropout_p, x)
     return direct.relu_dropout(x, seed, dropout_p)[0]

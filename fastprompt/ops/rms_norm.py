@@ -61,7 +61,8 @@ def rms_norm(
         y [..., D]; with ``residual``: (y, h), h [..., D] the new residual stream in the wider dtype of x and residual.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device, or w requires grad.
+        TypeError, ValueError: an argument has another dtype, shape or device, dropout_p is outside [0, 1], or w
+            requires grad.
     """
     check_frozen("rms_norm", "w", w)
     if residual is None:

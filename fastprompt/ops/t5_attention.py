@@ -100,7 +100,7 @@ def t5_attention(
         q: [B, T, H, K] float32, bfloat16, float16 or float64 with K in {16, 32, 64, 128, 256}; packed: [Nq, H, K].
             Any strides whose last is 1 are read in place, so views of a fused projection or of a cache cost nothing.
         k, v: [B, S, H, K], or [Nk, H, K]; q's dtype.
-        bias: fp32 [H, 2M + 1] from :func:`fastprompt.ops.t5_bias_table`; None: no bias.
+        bias: fp32 or float64 [H, 2M + 1] from :func:`fastprompt.ops.t5_bias_table`; None: no bias.
         prompt_k, prompt_v: [R, P, H, K], keys and values of R prompts, in q's dtype.
         prompt_ids: [B] int64 or int32, the prompt of each example; None: the only one.
         prompt_lens: [R] int64 or int32, how many of its P keys each prompt has; None: all.
@@ -116,7 +116,8 @@ def t5_attention(
         Like q.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape or device, or bias requires grad.
+        TypeError, ValueError: an argument has another dtype, shape or device, dropout_p is outside [0, 1], or bias
+            requires grad.
         IndexError: a prompt id is out of range. Values of index tensors are checked on a CPU; on a GPU, where that
             would make every call wait, a bad prompt id gives NaN, and of an example that reaches out of q or k only
             the rows inside are used. Rows of the result and of gradients that no example has are then undefined.
