@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x w^T for a few rows of x and a weight whose rows are dense: what frozen_linear is made of in generation.
 //
-// Reading the weight is what takes time, so it passes by once, and nothing is packed or turned: a sum has a
-// lane for every kLanes-th product, or pair of products, and lanes are added up at its end. The columns of y that
-// are computed together lie far apart, so that each reads the weight in one line of its own, which a CPU reads ahead
-// of. A row's result is the same bits whatever other rows there are.
+// Reading the weight is what takes time, so it passes by once, and nothing is packed or turned: a sum has a lane for
+// every kLanes-th product, or pair of products, and lanes are added up at its end. The columns of y that are computed
+// together lie far apart, so that each reads the weight in one line of its own, which a CPU reads ahead of. A row's
+// result is the same bits whatever other rows there are.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -138,7 +138,8 @@ void multiply_tiles(const FewRows<Terms>& first, int64_t B, int64_t w_example) {
     }
 }
 
-// Of more columns fewer vectors of x are loaded per product, but each reads the weight in a line of its own.
+// What is fastest was measured (docs/performance-notes.md): with more columns fewer vectors of x are loaded per
+// product, but there are more lines in which the weight is read.
 template <class Terms>
 void multiply_in_tiles(const FewRows<Terms>& p, int64_t B, int64_t w_example) {
     constexpr bool kHas32Registers = FP_LANES == 16 || FP_LANES == 4;
