@@ -47,7 +47,10 @@ REFUSED = [
         ValueError, r"seed must have shape \[1\], got \[2\]",
         residual=torch.ones(2, 4), dropout_p=0.1, seed=SEED.repeat(2),
     ),
-    case(ValueError, "seed must be on cpu .*got meta", residual=torch.ones(2, 4), dropout_p=0.1, seed=SEED.to("meta")),
+    case(
+        ValueError, r"seed must be on cpu .*got meta\. Use seed\.to\('cpu'\)",
+        residual=torch.ones(2, 4), dropout_p=0.1, seed=SEED.to("meta"),
+    ),
 ]  # fmt: skip
 
 

@@ -357,6 +357,16 @@ def test_what_each_prompt_needs_of_its_own_is_refused(name, tuned, inputs):
         tuned.ensemble_generate(**inputs, prompts=["rows", "kv"], max_new_tokens=1, **{name: object()})
 
 
+@pytest.mark.parametrize("name", ["encoder_outputs", "cache", "past_key_values"])
+def test_none_of_them_is_left_out(name, tuned, inputs):
+    """Also where prompts share an encoding, of which they get the keys."""
+    expected, found = (
+        tuned.ensemble_generate(**inputs, prompts=["decoder", "outside"], max_new_tokens=4, **more)
+        for more in ({}, {name: None})
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+
+
 def test_bad_rules(tuned, inputs):
     with pytest.raises(ValueError, match="PromptModel: combine must be one of vote, mean, got 'max'"):
         tuned.ensemble(**inputs, prompts=["rows"], choices=CHOICES, combine="max")

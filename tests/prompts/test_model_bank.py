@@ -8,6 +8,8 @@ import torch
 from bank import KINDS, logits, same
 from threads import frequent_turns
 
+from fastprompt.prompts import PromptConfig
+
 
 def test_rename_keeps_the_parameters_the_place_and_the_cache_true(bank, make_batch):
     batch, parameter = make_batch(), bank.prompts["prepend"]
@@ -71,6 +73,21 @@ def test_a_frozen_prompt_does_not_train(name, bank, make_batch):
 
 def _parameters(prompt):
     return [prompt] if isinstance(prompt, torch.Tensor) else list(prompt.parameters())
+
+
+def test_a_prompts_kind_is_known_when_others_can_name_it(bank, tmp_path, monkeypatch):
+    """A cached prompt of no kind yet would run as rows in another thread."""
+    bank.save_prompt("cached", tmp_path / "cached.safetensors")
+    add, seen = bank._add, []
+
+    def seeing(name, prompt):
+        add(name, prompt)
+        seen.append(bank.kind(name))
+
+    monkeypatch.setattr(bank, "_add", seeing)
+    bank.add_prompt("new", PromptConfig(3, "cached", init="uniform"))
+    bank.load_prompt("loaded", tmp_path / "cached.safetensors")
+    assert seen == ["cached", "cached"]
 
 
 def test_other_prompts_are_there_while_one_is_renamed(bank):
