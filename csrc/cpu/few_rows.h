@@ -23,6 +23,7 @@ struct Floats {
     using X = float;
     using Weight = W;
     static constexpr int64_t kStep = kLanes;  // elements of a vector
+    static constexpr int64_t kBytesAhead = FP_LANES == 16 ? 2048 : 4096;
     // Elements of a row that are multiplied before the others, so that no lane adds up many products.
     static constexpr int64_t kDepth = FP_LANES >= 8 ? 2048 : FP_LANES > 1 ? 512 : 16;
 
@@ -63,7 +64,8 @@ void some_sums(const FewRows<Terms>& p, int64_t m, int64_t n, int64_t apart) {
     using X = typename Terms::X;
     using W = typename Terms::Weight;
     constexpr int64_t kSums = ROWS * COLUMNS, kFour = 4;
-    constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(W));
+    // Elements of the weight, asked for before they are multiplied: further ahead where more rows of x may need them.
+    constexpr int64_t kAhead = (ROWS < 6 ? Terms::kBytesAhead : 4096) / static_cast<int64_t>(sizeof(W));
     const X* x = p.x + m * p.x_row;
     const W* w = p.w + n * p.w_row;
     vfloat sum[round_up(kSums, kFour)] = {};

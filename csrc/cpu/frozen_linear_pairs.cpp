@@ -11,7 +11,7 @@ namespace {
 struct Pairs {
     using X = fp::bf16;
     using Weight = fp::bf16;
-    static constexpr int64_t kStep = 2 * kLanes;
+    static constexpr int64_t kStep = 2 * kLanes, kBytesAhead = 4096;
     static constexpr int64_t kDepth = INT64_MAX;  // y cannot hold part of a sum
 
     FP_INLINE static vuint vector(const fp::bf16* from, Whole /*extent*/) { return PairMatrix::right(from); }
