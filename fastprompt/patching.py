@@ -208,9 +208,8 @@ def _restore(module: nn.Module) -> None:
 
 def _parametrized_anew(cls: type) -> type:
     """The class that torch makes of a module's own when a parameter is parametrized, of the stock one."""
-    (own,) = cls.__bases__
-    stock = stock_class(own)
-    if stock is own:
+    bases = tuple(map(stock_class, cls.__bases__))
+    if bases == cls.__bases__:
         return cls
     added = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(f"Parametrized{stock.__name__}", (stock,), added)
+    return type(f"Parametrized{bases[0].__name__}", bases, added)

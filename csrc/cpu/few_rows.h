@@ -17,7 +17,7 @@
 
 namespace {
 
-// How a weight of W multiplies rows of float.
+// How a weight of W multiplies rows of float: vectors of either, whole or with zeros past the last element.
 template <class W>
 struct Floats {
     using X = float;
@@ -27,8 +27,8 @@ struct Floats {
     // Elements of a row that are multiplied before the others, so that no lane adds up many products.
     static constexpr int64_t kDepth = FP_LANES >= 8 ? 2048 : FP_LANES > 1 ? 512 : 16;
 
-    template <class T>
-    FP_INLINE static vfloat vector(const T* from, Whole extent) {
+    template <class T, class Extent>
+    FP_INLINE static vfloat at(const T* from, Extent extent) {
         return load_at(from, 0, extent);
     }
     FP_INLINE static vfloat add(vfloat sum, vfloat left, vfloat right) { return fused_multiply_add(left, right, sum); }
@@ -45,19 +45,6 @@ struct FewRows {
     bool adds;  // to y
 };
 
-template <class Terms, class T>
-FP_INLINE auto vector_at(const T* from, Whole extent) {
-    return Terms::vector(from, extent);
-}
-
-// Zeros past the last element.
-template <class Terms, class T>
-FP_INLINE auto vector_at(const T* from, Part part) {
-    T elements[Terms::kStep] = {};
-    memcpy(elements, from, static_cast<size_t>(part.count) * sizeof(T));
-    return Terms::vector(elements, Whole{});
-}
-
 // ROWS rows of y from m on, COLUMNS columns from n on, which lie `apart`.
 template <class Terms, int64_t ROWS, int64_t COLUMNS>
 void some_sums(const FewRows<Terms>& p, int64_t m, int64_t n, int64_t apart) {
@@ -70,18 +57,18 @@ void some_sums(const FewRows<Terms>& p, int64_t m, int64_t n, int64_t apart) {
     const W* w = p.w + n * p.w_row;
     vfloat sum[round_up(kSums, kFour)] = {};
     const auto add = [&](int64_t k, auto extent) {
-        decltype(vector_at<Terms>(w, extent)) right[COLUMNS];
+        decltype(Terms::at(w, extent)) right[COLUMNS];
 #pragma GCC unroll 8
         for (int64_t j = 0; j < COLUMNS; ++j) {
             const W* from = w + j * apart * p.w_row + k;
             // Of one or two rows a CPU reads ahead by itself as fast as they are multiplied. Into the second-level
             // cache, as the first one waits for few lines at a time.
             if (ROWS > 2) fetch_outer(from + kAhead);
-            right[j] = vector_at<Terms>(from, extent);
+            right[j] = Terms::at(from, extent);
         }
 #pragma GCC unroll 8
         for (int64_t i = 0; i < ROWS; ++i) {
-            const auto left = vector_at<Terms>(x + i * p.x_row + k, extent);
+            const auto left = Terms::at(x + i * p.x_row + k, extent);
 #pragma GCC unroll 8
             for (int64_t j = 0; j < COLUMNS; ++j) {
                 sum[i * COLUMNS + j] = Terms::add(sum[i * COLUMNS + j], left, right[j]);

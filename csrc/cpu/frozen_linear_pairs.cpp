@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // frozen_linear of a few rows in bf16, by instructions that multiply it: of the targets "avx512_bf16" and "amx".
 // Formulas: fastprompt/ops/frozen_linear.py.
+#include <string.h>
+
 #include "common/kernel.h"
 #include "cpu/few_rows.h"
 #include "cpu/pairs.h"
@@ -14,7 +16,12 @@ struct Pairs {
     static constexpr int64_t kStep = 2 * kLanes, kBytesAhead = 4096;
     static constexpr int64_t kDepth = INT64_MAX;  // y cannot hold part of a sum
 
-    FP_INLINE static vuint vector(const fp::bf16* from, Whole /*extent*/) { return PairMatrix::right(from); }
+    FP_INLINE static vuint at(const fp::bf16* from, Whole /*extent*/) { return PairMatrix::right(from); }
+    FP_INLINE static vuint at(const fp::bf16* from, Part part) {
+        fp::bf16 elements[kStep] = {};
+        memcpy(elements, from, static_cast<size_t>(part.count) * sizeof(fp::bf16));
+        return PairMatrix::right(elements);
+    }
     FP_INLINE static vfloat add(vfloat sum, vuint left, vuint right) { return PairMatrix::add(sum, left, right); }
     FP_INLINE static fp::bf16 joined(fp::bf16 /*y*/, fp::bf16 sum, bool /*adds*/) { return sum; }
 };

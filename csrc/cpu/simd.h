@@ -143,7 +143,7 @@ FP_INLINE vfloat fused_multiply_add(vfloat a, vfloat b, vfloat c) {
 // that the loop over whole vectors carries no branch for the other.
 struct Whole {};
 struct Part {
-    int64_t count;  // of elements, below kLanes
+    int64_t count;  // of elements, fewer than a vector has
 };
 
 // body(offset, extent) for each vector of a row.

@@ -132,10 +132,9 @@ def _width(filled: Tensor) -> int:
 def to_few_lengths(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch, padded on to a multiple of 32 input and 8 target tokens: each length has a CUDA graph of its own."""
     found, fill = dict(batch), {"input_ids": (32, 0), "attention_mask": (32, 0), "labels": (8, -100)}
+    # Nothing of what is padded now is attended to.
     if found.get("attention_mask") is None and "input_ids" in found:
-        found["attention_mask"] = torch.ones_like(
-            found["input_ids"]
-        )  # of what comes now, nothing is attended to
+        found["attention_mask"] = torch.ones_like(found["input_ids"])
     for name, (multiple, value) in fill.items():
         if name in found:
             found[name] = functional.pad(found[name], (0, -found[name].shape[1] % multiple), value=value)
