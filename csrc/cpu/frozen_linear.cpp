@@ -157,18 +157,17 @@ void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t 
     for (int64_t i = 0; i < ROWS; ++i) copy(y + i * y_row, edge + i * kTileColumns, columns);
 }
 
-// Columns [n, n + COLUMNS) of y[m..m + rows), to `turned`[COLUMNS][kTileColumns]; those of b being dense: x is
-// `packed`, kPanelDepth of its columns after the other, in tiles of kTileColumns of its rows.
+// A panel's part, from k on, of columns [n, n + COLUMNS) of y[m..m + rows), to `turned`[COLUMNS][kTileColumns]; those of
+// b being dense: x is `packed`, kPanelDepth of its columns after the other, in tiles of kTileColumns of its rows.
 template <int COLUMNS>
-FP_INLINE void turned_tile(const Product<float>& p, int64_t n, int64_t m, const float* packed, float* turned) {
-    const float* b = p.b.data + n * p.b.column;
+FP_INLINE void turned_tile(const Product<float>& p, int64_t n, int64_t m, int64_t k, const float* packed,
+                           float* turned) {
+    const float* b = p.b.data + n * p.b.column + k;
     const int64_t rows = least(p.M - m, kTileColumns), all_rows = round_up(p.M, kTileColumns);
+    const int64_t depth = least(p.K - k, kPanelDepth);
     const bool asks_ahead = m == 0 && p.N - n >= 2 * static_cast<int64_t>(COLUMNS);
-    for (int64_t k = 0; k < p.K; k += kPanelDepth) {
-        const int64_t depth = least(p.K - k, kPanelDepth);
-        const float* tile = packed + k * all_rows + m * depth;
-        some_columns<COLUMNS>(b + k, p.b.column, tile, turned, rows, depth, p.adds || k > 0, asks_ahead);
-    }
+    const float* tile = packed + k * all_rows + m * depth;
+    some_columns<COLUMNS>(b, p.b.column, tile, turned, rows, depth, p.adds || k > 0, asks_ahead);
 }
 
 // Those columns of all rows of y.
@@ -181,7 +180,7 @@ void turned_tiles(const Product<float>& p, int64_t n, const float* packed) {
         for (int64_t i = 0; p.adds && i < rows; ++i) {
             for (int64_t j = 0; j < COLUMNS; ++j) turned[j * kTileColumns + i] = y[i * p.N + j];
         }
-        turned_tile<COLUMNS>(p, n, m, packed, turned);
+        for (int64_t k = 0; k < p.K; k += kPanelDepth) turned_tile<COLUMNS>(p, n, m, k, packed, turned);
         for (int64_t i = 0; i < rows; ++i) {
             for (int64_t j = 0; j < COLUMNS; ++j) y[i * p.N + j] = turned[j * kTileColumns + i];
         }
@@ -191,13 +190,16 @@ void turned_tiles(const Product<float>& p, int64_t n, const float* packed) {
 constexpr int64_t kTurned = int64_t{8} * kTileRows;
 static_assert(kTurned % kLanes == 0, "whole vectors");
 
-// The same of kTurned columns, which reach y in whole vectors: one by one they took a thirtieth of the time.
+// The same of kTurned columns, which reach y in whole vectors: one by one they took a thirtieth of the time. A panel of
+// x's tile stays in the first-level cache, or near it, while they pass by.
 void turned_group(const Product<float>& p, int64_t n, const float* packed) {
     alignas(64) float turned[kTurned * kTileColumns];
     for (int64_t m = 0; m < p.M; m += kTileColumns) {
         const int64_t rows = least(p.M - m, kTileColumns);
-        for (int64_t j = 0; j < kTurned; j += kTileRows) {
-            turned_tile<kTileRows>(p, n + j, m, packed, turned + j * kTileColumns);
+        for (int64_t k = 0; k < p.K; k += kPanelDepth) {
+            for (int64_t j = 0; j < kTurned; j += kTileRows) {
+                turned_tile<kTileRows>(p, n + j, m, k, packed, turned + j * kTileColumns);
+            }
         }
         float* y = p.y + m * p.N + n;
         int64_t i = 0;

@@ -28,11 +28,15 @@ constexpr int64_t kTileColumns = kTileVectors * kLanes;
 // So many products are added up in registers: short chains keep the error small. Fewer where each is rounded.
 constexpr int64_t kTileChain = FP_LANES > 1 ? 128 : 8;
 
+// Steps per turn of a tile's loop. With eight lanes a step is short.
+constexpr int kUnrolledSteps = FP_LANES == 8 ? 4 : 1;
+
 // c[ROWS][VECTORS * kLanes] = or += a[ROWS][steps] * b[steps][VECTORS * kLanes]
 template <int ROWS, int VECTORS, class Left>
 FP_INLINE void multiply_tile(Left a, const typename Left::Right* b, int64_t b_row, float* c, int64_t c_row,
                              int64_t steps, bool adds) {
     vfloat sum[ROWS][VECTORS] = {};
+#pragma GCC unroll kUnrolledSteps
     for (int64_t k = 0; k < steps; ++k) {
         decltype(Left::right(b)) right[VECTORS];
 #pragma GCC unroll 8
