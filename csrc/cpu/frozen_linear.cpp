@@ -157,8 +157,8 @@ void edge_tile(const float* x, int64_t x_row, const float* b, float* y, int64_t 
     for (int64_t i = 0; i < ROWS; ++i) copy(y + i * y_row, edge + i * kTileColumns, columns);
 }
 
-// A panel's part, from k on, of columns [n, n + COLUMNS) of y[m..m + rows), to `turned`[COLUMNS][kTileColumns]; those of
-// b being dense: x is `packed`, kPanelDepth of its columns after the other, in tiles of kTileColumns of its rows.
+// A panel's part, from k on, of columns [n, n + COLUMNS) of y[m..m + rows), to `turned`[COLUMNS][kTileColumns]; those
+// of b being dense: x is `packed`, kPanelDepth of its columns after the other, in tiles of kTileColumns of its rows.
 template <int COLUMNS>
 FP_INLINE void turned_tile(const Product<float>& p, int64_t n, int64_t m, int64_t k, const float* packed,
                            float* turned) {
@@ -196,11 +196,13 @@ void turned_group(const Product<float>& p, int64_t n, const float* packed) {
     alignas(64) float turned[kTurned * kTileColumns];
     for (int64_t m = 0; m < p.M; m += kTileColumns) {
         const int64_t rows = least(p.M - m, kTileColumns);
-        for (int64_t k = 0; k < p.K; k += kPanelDepth) {
+        int64_t k = 0;
+        do {
             for (int64_t j = 0; j < kTurned; j += kTileRows) {
                 turned_tile<kTileRows>(p, n + j, m, k, packed, turned + j * kTileColumns);
             }
-        }
+            k += kPanelDepth;
+        } while (k < p.K);
         float* y = p.y + m * p.N + n;
         int64_t i = 0;
         for (; i + kLanes <= rows; i += kLanes) {
