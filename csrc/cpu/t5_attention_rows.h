@@ -35,8 +35,8 @@ struct Spaced {
     const void* at(int64_t n) const { return static_cast<const char*>(first) + n * step; }
 };
 
-// Sums of a tile of queries: as many as the registers hold beside the operands, as kTileVectors.
-constexpr int kFewRows = kTileVectors, kFewVectors = kTileVectors;
+// Queries of a tile, whose sums are as many as the registers hold beside the operands.
+constexpr int kFewRows = kTileVectors;
 constexpr int64_t kFewChain = 64;  // products of a sum in registers: short chains keep the error small
 
 // run(i, rows), rows a constant, for tiles of rows that cover [0, count).
@@ -78,29 +78,31 @@ public:
     // to[queries][K] += weights[queries][kScoreRow] times rows [chunk, chunk + width)
     void add(const float* weights, int64_t queries, int64_t chunk, int64_t width, float* to) const {
         with_type(dtype_, [&](auto type) {
-            each_few(queries, [&](int64_t i, auto rows) {
-                for (int64_t n = 0; n < width; n += kFewChain) {
-                    const int64_t first = chunk + n, count = width - n < kFewChain ? width - n : kFewChain;
+            for (int64_t n = 0; n < width; n += kFewChain) {
+                const int64_t first = chunk + n, count = width - n < kFewChain ? width - n : kFewChain;
+                each_few(queries, [&](int64_t i, auto rows) {
                     const float* left = weights + i * kScoreRow + n;
                     int64_t d = 0;
-                    for (; d + kFewVectors * kLanes <= K_; d += kFewVectors * kLanes) {
-                        add_tile<rows, kFewVectors, decltype(type)>(left, first, count, d, to + i * K_ + d);
-                    }
-                    for (; d < K_; d += kLanes) {
-                        add_tile<rows, 1, decltype(type)>(left, first, count, d, to + i * K_ + d);
-                    }
-                }
-            });
+                    const auto add_columns = [&](auto vectors) {
+                        for (; d + vectors * kLanes <= K_; d += vectors * kLanes) {
+                            add_tile<rows, vectors, decltype(type)>(left, first, count, d, to + i * K_ + d, i + d == 0);
+                        }
+                    };
+                    add_columns(std::integral_constant<int, 4>{});
+                    add_columns(std::integral_constant<int, 2>{});
+                    add_columns(std::integral_constant<int, 1>{});
+                });
+            }
         });
     }
 
 private:
     static constexpr int64_t kAbreast = 4;  // rows
 
-    // Row n, or the last; asks for a later one.
+    // Row n, or the last; asks for a later one, unless another tile has.
     template <class T>
-    FP_INLINE const T* next(int64_t n) const {
-        if (n + ahead_ < count_) fetch_bytes(at_[n + ahead_], K_ * static_cast<int64_t>(sizeof(T)));
+    FP_INLINE const T* next(int64_t n, bool asks = true) const {
+        if (asks && n + ahead_ < count_) fetch_bytes(at_[n + ahead_], K_ * static_cast<int64_t>(sizeof(T)));
         return static_cast<const T*>(at_[n < count_ ? n : count_ - 1]);
     }
 
@@ -125,10 +127,11 @@ private:
     }
 
     template <int ROWS, int VECTORS, class T>
-    FP_INLINE void add_tile(const float* weights, int64_t first, int64_t count, int64_t column, float* to) const {
+    FP_INLINE void add_tile(const float* weights, int64_t first, int64_t count, int64_t column, float* to,
+                            bool asks) const {
         vfloat sum[ROWS][VECTORS] = {};
         for (int64_t n = 0; n < count; ++n) {
-            const T* row = next<T>(first + n) + column;
+            const T* row = next<T>(first + n, asks) + column;
             vfloat right[VECTORS];
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) right[v] = load(row + v * kLanes);
