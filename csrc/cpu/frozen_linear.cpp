@@ -197,7 +197,7 @@ void turned_group(const Product<float>& p, int64_t n, const float* packed) {
     for (int64_t m = 0; m < p.M; m += kTileColumns) {
         const int64_t rows = least(p.M - m, kTileColumns);
         int64_t k = 0;
-        do {
+        do {  // K is not 0, so all of `turned` is written
             for (int64_t j = 0; j < kTurned; j += kTileRows) {
                 turned_tile<kTileRows>(p, n + j, m, k, packed, turned + j * kTileColumns);
             }
